@@ -1,0 +1,34 @@
+"""A drop-in GRPOTrainer for Hugging Face TRL, with advantages you can choose.
+
+    from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
+
+Importing this package imports neither TRL nor torch and changes nothing in them; the names below load on first use.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "GRPOPlusConfig": "grpo_plus.config",
+    "GRPOPlusTrainer": "grpo_plus.trainer",
+    "Rewards": "grpo_plus.advantages",
+}
+
+__all__ = ["GRPOPlusConfig", "GRPOPlusTrainer", "Rewards", "__version__"]
+
+if TYPE_CHECKING:
+    from grpo_plus.advantages import Rewards
+    from grpo_plus.config import GRPOPlusConfig
+    from grpo_plus.trainer import GRPOPlusTrainer
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

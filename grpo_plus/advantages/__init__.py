@@ -1,0 +1,88 @@
+"""Rewards of a generation batch to advantages. Pure functions: no trainer, no tokenizer, no processes.
+
+To add an estimator, write one function in the file of its family (`group.py`, `unnormalized.py`, `batch.py`,
+`multi_reward.py`), register it, and add a hand-computed row to `tests/advantages/cases.py`; the property tests then
+run by themselves. In your own script, without touching this package:
+
+    from grpo_plus.advantages import Rewards, register
+
+    @register("best_of_group")
+    def best_of_group(rewards: Rewards) -> torch.Tensor:
+        total = rewards.total()                                   # (P, G)
+        return (total == total.amax(-1, keepdim=True)).double()
+
+    GRPOPlusConfig(..., advantage_estimator="best_of_group")
+
+or, without registering, `--advantage_estimator my_package.my_module.best_of_group`.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grpo_plus.advantages import batch, group, multi_reward, unnormalized  # noqa: F401  (they register themselves)
+from grpo_plus.advantages.estimator import ESTIMATORS, Estimator, register
+from grpo_plus.advantages.rewards import Rewards
+
+__all__ = ["ESTIMATORS", "Estimator", "Rewards", "estimate", "register"]
+
+
+def estimate(estimator: Estimator | str, rewards: Rewards, keywords: Mapping[str, Any] | None = None) -> Tensor:
+    """Advantages of `rewards`, checked.
+
+    Args:
+        estimator: an entry of `ESTIMATORS`, its name, or a dotted path to a function.
+        keywords: the estimator's hyper-parameters; its own defaults where absent.
+
+    Returns:
+        (P, G) float64, without gradient; 0 for a completion that no reward function judged.
+
+    Raises:
+        ValueError: a reward is infinite, or the result has another shape or is not finite where it should be.
+    """
+    if isinstance(estimator, str):
+        estimator = ESTIMATORS[estimator]
+    _check_rewards(rewards)
+    advantages = estimator.function(rewards, **(keywords or {}))
+    _check_shape(estimator.name, advantages, rewards)
+    advantages = torch.where(rewards.judged, advantages.detach().cpu().double(), 0.0)
+    _check_finite(estimator.name, advantages, rewards)
+    return advantages
+
+
+def _check_rewards(rewards: Rewards) -> None:
+    infinite = rewards.values.isinf()
+    if infinite.any():
+        prompt, completion, k = (int(index) for index in infinite.nonzero()[0])
+        raise ValueError(
+            f"The reward function {rewards.names[k]!r} returned {rewards.values[prompt, completion, k].item()} for "
+            f"completion {completion} of group {prompt}. Return a finite number, or None where it cannot judge."
+        )
+
+
+def _check_shape(name: str, advantages: Any, rewards: Rewards) -> None:
+    expected = tuple(rewards.values.shape[:2])
+    found = tuple(advantages.shape) if isinstance(advantages, Tensor) else type(advantages).__name__
+    if found != expected:
+        raise ValueError(
+            f"The advantage estimator {name!r} returned {found} for rewards of {expected[0]} groups of {expected[1]} "
+            f"completions; a tensor of shape {expected} is needed. {_describe_group(rewards, 0)}"
+        )
+
+
+def _check_finite(name: str, advantages: Tensor, rewards: Rewards) -> None:
+    bad = ~advantages.isfinite()
+    if bad.any():
+        prompt, completion = (int(index) for index in bad.nonzero()[0])
+        raise ValueError(
+            f"The advantage estimator {name!r} returned {advantages[prompt, completion].item()} for completion "
+            f"{completion} of group {prompt} ({int(bad.sum())} such values in the batch). Look for a division by zero "
+            f"in it. {_describe_group(rewards, prompt)}"
+        )
+
+
+def _describe_group(rewards: Rewards, prompt: int) -> str:
+    columns = (f"{name}: {rewards.values[prompt, :, k].tolist()}" for k, name in enumerate(rewards.names))
+    return f"The rewards of group {prompt} were {'; '.join(columns)}."

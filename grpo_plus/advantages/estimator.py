@@ -1,0 +1,83 @@
+"""What an advantage estimator is, and the registry of all of them."""
+
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+from torch import Tensor
+
+from grpo_plus.registry import Registry
+
+Scope = Literal["group", "batch"]
+Function = TypeVar("Function", bound=Callable[..., Tensor])
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """An advantage estimator and what it promises; the property tests hold it to these promises.
+
+    Attributes:
+        name: as written in `advantage_estimator`.
+        function: (Rewards, *, hyper-parameters) -> (P, G) advantages.
+        scope: "group" if a prompt's advantages depend on its own completions alone, "batch" if on the whole batch.
+        shift_invariant: adding a constant to every reward changes nothing.
+        scale_invariant: multiplying every reward by a positive constant changes nothing (up to eps).
+        sums_to_zero: the advantages of a group sum to zero.
+        multi_reward: the reward functions' columns matter one by one, not only their weighted sum.
+    """
+
+    name: str
+    function: Callable[..., Tensor]
+    scope: Scope = "batch"
+    shift_invariant: bool = False
+    scale_invariant: bool = False
+    sums_to_zero: bool = False
+    multi_reward: bool = False
+
+    @property
+    def summary(self) -> str:
+        """First line of the function's docstring."""
+        return (self.function.__doc__ or "").strip().partition("\n")[0]
+
+    @property
+    def paper(self) -> str:
+        """First link in the function's docstring."""
+        link = re.search(r"https://[^\s)]+", self.function.__doc__ or "")
+        return link.group() if link else ""
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """The function's hyper-parameters and their defaults."""
+        parameters = list(inspect.signature(self.function).parameters.values())[1:]
+        return {parameter.name: parameter.default for parameter in parameters}
+
+
+ESTIMATORS: Registry[Estimator] = Registry("advantage estimator", Estimator)
+
+
+def register(
+    name: str,
+    *,
+    scope: Scope = "batch",
+    shift_invariant: bool = False,
+    scale_invariant: bool = False,
+    sums_to_zero: bool = False,
+    multi_reward: bool = False,
+) -> Callable[[Function], Function]:
+    """Make a function available as `advantage_estimator=name`.
+
+    The function takes a `Rewards`, then keyword-only hyper-parameters, and returns (P, G) advantages. The promises
+    default to the weakest; see `Estimator`.
+
+    Raises:
+        ValueError: the name is taken or is not an identifier.
+    """
+
+    def add(function: Function) -> Function:
+        entry = Estimator(name, function, scope, shift_invariant, scale_invariant, sums_to_zero, multi_reward)
+        ESTIMATORS.add(name, entry)
+        return function
+
+    return add

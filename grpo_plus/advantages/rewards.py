@@ -1,0 +1,81 @@
+"""What an estimator sees: the rewards of one generation batch, grouped by prompt."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """Rewards of one generation batch over all processes, grouped by prompt.
+
+    Attributes:
+        values: (P, G, K) reward of each function; NaN where a function abstained (returned None).
+        weights: (K,) reward weights.
+        names: the K reward functions' names, as TRL logs them.
+        lengths: (P, G) completion lengths in tokens, or None where they are unknown.
+    """
+
+    values: Tensor
+    weights: Tensor
+    names: tuple[str, ...]
+    lengths: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.values.dim() != 3:
+            raise ValueError(f"Rewards.values has shape {tuple(self.values.shape)}; (P, G, K) is needed.")
+        functions = self.values.shape[2]
+        if self.weights.shape != (functions,) or len(self.names) != functions:
+            raise ValueError(
+                f"Rewards has {functions} reward columns, {len(self.names)} names and weights of shape "
+                f"{tuple(self.weights.shape)}. Give one name and one weight per column."
+            )
+        if self.lengths is not None and self.lengths.shape != self.values.shape[:2]:
+            raise ValueError(
+                f"Rewards.lengths has shape {tuple(self.lengths.shape)}; {tuple(self.values.shape[:2])} is needed."
+            )
+
+    @classmethod
+    def from_table(
+        cls,
+        rewards_per_func: Tensor,
+        *,
+        num_generations: int,
+        weights: Tensor,
+        names: tuple[str, ...],
+        lengths: Tensor | None = None,
+    ) -> "Rewards":
+        """Group a (P*G, K) table whose groups are contiguous blocks of `num_generations` rows.
+
+        The values become float64 on the CPU: a few thousand numbers, where exact sums matter more than speed, and
+        where every process must compute the same advantages to the last bit.
+        """
+        rows, functions = rewards_per_func.shape
+        if rows % num_generations:
+            raise ValueError(
+                f"The reward table has {rows} rows, which is not a multiple of num_generations={num_generations}, so "
+                f"its last group is incomplete ({rows % num_generations} rows). Make the batch size a multiple of "
+                "num_generations, in evaluation too (num_generations_eval, per_device_eval_batch_size)."
+            )
+        groups = rows // num_generations
+        return cls(
+            values=rewards_per_func.detach().cpu().double().view(groups, num_generations, functions),
+            weights=weights.detach().cpu().double(),
+            names=names,
+            lengths=None if lengths is None else lengths.detach().cpu().view(groups, num_generations),
+        )
+
+    @property
+    def judged(self) -> Tensor:
+        """(P, G) whether at least one reward function judged the completion."""
+        return ~self.values.isnan().all(-1)
+
+    def total(self) -> Tensor:
+        """(P, G) weighted sum of the rewards; an abstaining function adds 0; NaN only where every one abstained."""
+        return self.weighted_sum(self.values)
+
+    def weighted_sum(self, per_function: Tensor) -> Tensor:
+        """(P, G, K) -> (P, G): what `total` does, for values derived from the rewards."""
+        total = (per_function * self.weights).nansum(-1)
+        return total.where(self.judged, torch.nan)

@@ -1,0 +1,66 @@
+"""The `grpo-plus` command: one verb per file, each with HELP, add_arguments(parser) and run(args, rest).
+
+A verb imports its tools inside `run`, so that `grpo-plus --help` answers without loading torch. To add a verb, write
+`cli/<verb>.py` and put its name into `VERBS`.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from types import ModuleType
+
+from grpo_plus import __version__
+
+VERBS = ("train", "ls", "doctor")
+FORWARDING = ("train",)  # verbs whose flags are TRL's, parsed by TRL
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb and return the exit status; an error prints one line, or a traceback with --debug."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = _take_debug(arguments)
+    verbs = {verb: import_module(f"grpo_plus.cli.{verb}") for verb in VERBS}
+    parser = _parser(verbs)
+    args, rest = parser.parse_known_args(arguments)
+    if rest and args.verb not in FORWARDING:
+        parser.error(f"{args.verb} takes no {' '.join(rest)}. See grpo-plus {args.verb} --help.")
+    try:
+        return verbs[args.verb].run(args, rest)
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if debug:
+            raise
+        print(f"grpo-plus {args.verb}: {type(error).__name__}: {error}", file=sys.stderr)
+        print("Run it with --debug for the traceback.", file=sys.stderr)
+        return 1
+
+
+def _parser(verbs: dict[str, ModuleType]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="grpo-plus",
+        description="GRPO with TRL on one GPU: advantages you can choose.",
+        epilog="--debug, anywhere, shows the traceback of an error.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"grpo-plus {__version__}")
+    commands = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for verb, module in verbs.items():
+        forwards = verb in FORWARDING
+        command = commands.add_parser(
+            verb, help=module.HELP, description=module.HELP, add_help=not forwards, allow_abbrev=False
+        )
+        module.add_arguments(command)
+    return parser
+
+
+def _take_debug(arguments: list[str]) -> bool:
+    """Remove a bare --debug. TRL's own --debug takes a value, so one that is followed by a value stays TRL's."""
+    for index, argument in enumerate(arguments):
+        bare = index + 1 == len(arguments) or index == 0 or arguments[index + 1].startswith("-")
+        if argument == "--debug" and bare:
+            del arguments[index]
+            return True
+    return False

@@ -1,0 +1,69 @@
+"""`grpo-plus doctor`: versions, what is active on this machine and why not, and whether TRL still fits."""
+
+import argparse
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+from grpo_plus import __version__
+
+HELP = "Print versions and active parts, and check that the installed TRL fits."
+
+PACKAGES = ("trl", "transformers", "torch", "accelerate", "datasets", "peft", "bitsandbytes", "vllm")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """No arguments."""
+
+
+def run(args: argparse.Namespace, rest: list[str]) -> int:
+    """Print the report; exit status 1 if TRL has changed under the seam."""
+    print(f"grpo_plus {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}")
+    print("\nVersions")
+    for package in PACKAGES:
+        print(f"  {package:13} {_version(package)}")
+    print("\nDevice")
+    print(f"  {_device()}")
+    print("\nActive")
+    for line in _active():
+        print(f"  {line}")
+    print("\nSeam to TRL")
+    changes = _seam()
+    for line in changes or [f"as tested: trl {version('trl')}"]:
+        print(f"  {line}")
+    return 1 if changes else 0
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _device() -> str:
+    import torch
+
+    if not torch.cuda.is_available():
+        return "CPU: torch sees no CUDA device"
+    name = torch.cuda.get_device_name()
+    total = torch.cuda.get_device_properties(0).total_memory / 2**30
+    return f"{name}, {total:.0f} GiB, compute capability {'.'.join(map(str, torch.cuda.get_device_capability()))}"
+
+
+def _active() -> list[str]:
+    from grpo_plus.advantages import ESTIMATORS
+    from grpo_plus.losses import TRL_LOSSES
+
+    return [
+        f"advantages: TRL's by default; {len(ESTIMATORS)} more by name (grpo-plus ls advantages)",
+        f"losses: TRL's {len(TRL_LOSSES)}",
+        "forward and backward: TRL's own; this version has no fast path of its own to switch on",
+    ]
+
+
+def _seam() -> list[str]:
+    from grpo_plus._trl import untested_version
+    from grpo_plus.contract import check_seam
+
+    outside = untested_version(version("trl"))
+    return ([outside] if outside else []) + check_seam()

@@ -1,0 +1,51 @@
+"""`grpo-plus ls`: the names that the configuration accepts."""
+
+import argparse
+from typing import Any
+
+HELP = "List the advantage estimators and losses, with their papers."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the optional kind."""
+    parser.add_argument("kind", nargs="?", choices=("advantages", "losses"), help="default: both")
+
+
+def run(args: argparse.Namespace, rest: list[str]) -> int:
+    """Print one table per kind."""
+    from rich.console import Console
+    from rich.table import Table
+
+    tables = {"advantages": advantage_rows, "losses": loss_rows}
+    for kind, rows in tables.items():
+        if args.kind in (None, kind):
+            _, *body = rows()
+            table = Table.grid("", "", padding=(0, 2, 1, 0))
+            table.title, table.title_justify = kind, "left"
+            for name, *details in body:
+                table.add_row(f"[bold]{name}[/]", "\n".join(filter(None, details)))
+            Console(highlight=False).print(table)
+    return 0
+
+
+def advantage_rows() -> list[tuple[str, ...]]:
+    """A header, then one row per estimator."""
+    from grpo_plus.advantages import ESTIMATORS
+
+    rows: list[tuple[str, ...]] = [("advantage_estimator", "what it does", "advantage_kwargs", "paper")]
+    for name in ESTIMATORS:
+        estimator = ESTIMATORS[name]
+        rows.append((name, estimator.summary, _defaults(estimator.keywords), estimator.paper))
+    return rows
+
+
+def loss_rows() -> list[tuple[str, ...]]:
+    """A header, then one row per loss."""
+    from grpo_plus.losses import TRL_LOSSES
+
+    rows: list[tuple[str, ...]] = [("loss_type", "what it does", "paper")]
+    return rows + [(name, summary, paper) for name, (summary, paper) in TRL_LOSSES.items()]
+
+
+def _defaults(keywords: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in keywords.items())

@@ -1,0 +1,132 @@
+"""`grpo-plus train`: `trl grpo` with GRPOPlusTrainer. Every flag of TRL's and `--config file.yaml`, parsed by TRL."""
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from grpo_plus.registry import suggestion
+
+if TYPE_CHECKING:
+    from trl import DatasetMixtureConfig, ModelConfig
+    from trl.scripts.grpo import GRPOScriptArguments
+
+    from grpo_plus.config import GRPOPlusConfig
+
+HELP = "Train a model: every flag of `trl grpo`, --config FILE.yaml, and ours (train --help lists them all)."
+
+REWARD_NAMES = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward", "get_soft_overlong_punishment")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """No arguments of its own: TRL's parser reads them."""
+
+
+def run(args: argparse.Namespace, rest: list[str]) -> int:
+    """Parse `rest` and train, here or, where it holds flags of `accelerate launch`, through that."""
+    from trl import DatasetMixtureConfig, ModelConfig, TrlParser
+    from trl.scripts.grpo import GRPOScriptArguments
+
+    from grpo_plus.cli.launch import launch
+    from grpo_plus.config import GRPOPlusConfig
+
+    sys.path.insert(0, os.getcwd())  # dotted paths name the user's own modules, as in `trl grpo`
+    inputs: list[Any] = [GRPOScriptArguments, ModelConfig, DatasetMixtureConfig]
+    if not {"-h", "--help"} & set(rest):
+        # GRPOPlusConfig comes later: its own complaint (no GPU, say) would hide the more basic one.
+        early = TrlParser(inputs, add_help=False).parse_args_and_config(rest, return_remaining_strings=True)
+        _check(*early[:3])
+    parser = TrlParser([*inputs, GRPOPlusConfig], prog="grpo-plus train")
+    *parsed, unknown_in_file, unknown = parser.parse_args_and_config(
+        rest, return_remaining_strings=True, separate_remaining_strings=True
+    )
+    if unknown_in_file or unknown:
+        return launch(rest, unknown_in_file + unknown)
+    train(*parsed)
+    return 0
+
+
+def train(
+    script: "GRPOScriptArguments", model: "ModelConfig", mixture: "DatasetMixtureConfig", config: "GRPOPlusConfig"
+) -> None:
+    """Load what the arguments name, train, save, and push if asked to."""
+    from trl import get_peft_config, get_quantization_config
+
+    from grpo_plus import GRPOPlusTrainer
+
+    reward_functions = _reward_functions(script)
+    dataset = _dataset(script, mixture)
+    loading: dict[str, Any] = {
+        "revision": model.model_revision,
+        "trust_remote_code": config.trust_remote_code,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+    }
+    config.model_init_kwargs = loading | dict(config.model_init_kwargs or {})
+    trainer = GRPOPlusTrainer(
+        model=str(model.model_name_or_path),
+        reward_funcs=reward_functions,
+        args=config,
+        train_dataset=dataset[script.dataset_train_split],
+        eval_dataset=dataset[script.dataset_test_split] if config.eval_strategy != "no" else None,
+        quantization_config=get_quantization_config(model),
+        peft_config=get_peft_config(model),
+    )
+    trainer.accelerator.print(config.describe())
+    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    trainer.save_model(config.output_dir)
+    trainer.accelerator.print(f"Saved the model to {config.output_dir}")
+    if config.push_to_hub:
+        trainer.push_to_hub(dataset_name=script.dataset_name)
+    trainer.accelerator.end_training()
+
+
+def _check(script: "GRPOScriptArguments", model: "ModelConfig", mixture: "DatasetMixtureConfig") -> None:
+    """Refuse what cannot train before anything is loaded."""
+    if model.model_name_or_path is None:
+        raise ValueError(
+            "train needs --model_name_or_path: a hub name or a local folder. To see GRPO at work without a model, run "
+            "`grpo-plus demo`."
+        )
+    if not (script.dataset_name or mixture.datasets):
+        raise ValueError("train needs --dataset_name, or `datasets:` in the --config file.")
+    if not (script.reward_funcs or script.reward_model_name_or_path):
+        raise ValueError(
+            f"train needs --reward_funcs ({', '.join(REWARD_NAMES)}, or a dotted path to a function of yours) or "
+            "--reward_model_name_or_path."
+        )
+
+
+def _dataset(script: "GRPOScriptArguments", mixture: "DatasetMixtureConfig") -> Any:
+    from datasets import load_dataset
+    from trl import get_dataset
+
+    if mixture.datasets:
+        return get_dataset(mixture)
+    return load_dataset(script.dataset_name, name=script.dataset_config, streaming=script.dataset_streaming)
+
+
+def _reward_functions(script: "GRPOScriptArguments") -> list[str | Callable[..., Any]]:
+    names = script.reward_funcs or []
+    functions: list[str | Callable[..., Any]] = [_reward_function(name) for name in names]
+    if script.reward_model_name_or_path:
+        functions.insert(0, script.reward_model_name_or_path)
+    return functions
+
+
+def _reward_function(name: str) -> Callable[..., Any]:
+    """One of TRL's functions by its name, or the user's by a dotted path."""
+    from trl import rewards
+
+    if name == "get_soft_overlong_punishment":
+        return rewards.get_soft_overlong_punishment(max_completion_len=1280, soft_punish_cache=256)
+    if name in REWARD_NAMES:
+        return getattr(rewards, name)
+    module_path, _, function = name.rpartition(".")
+    if not module_path:
+        raise ValueError(
+            f"Unknown reward function {name!r}.{suggestion(name, REWARD_NAMES)} Or write package.module.function."
+        )
+    return getattr(importlib.import_module(module_path), function)

@@ -1,0 +1,103 @@
+"""GRPOPlusConfig: TRL's GRPOConfig with a handful of fields more, checked at construction."""
+
+import json
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from trl import GRPOConfig
+
+from grpo_plus import __version__
+from grpo_plus.advantages import ESTIMATORS, Estimator, Rewards, estimate
+from grpo_plus.losses import TRL_LOSSES
+from grpo_plus.registry import suggestion
+
+
+@dataclass
+class GRPOPlusConfig(GRPOConfig):
+    """GRPOConfig plus the choice of the advantage estimator. Left at its defaults it trains what GRPOConfig trains.
+
+    Args:
+        advantage_estimator: a name that `grpo-plus ls advantages` prints, a name registered with
+            `grpo_plus.advantages.register`, or a dotted path to a function. None leaves TRL's `scale_rewards` and
+            `multi_objective_aggregation` in charge; a name excludes other than default values for those two.
+        advantage_kwargs: the estimator's hyper-parameters, such as {"ddof": 0}; as JSON on the command line.
+
+    Raises:
+        ValueError: an unknown estimator or keyword, a keyword's value out of range, an unknown `loss_type`, or a
+            setting of TRL's that the estimator would silently override.
+    """
+
+    advantage_estimator: str | None = field(
+        default=None,
+        metadata={
+            "help": "Advantage estimator: a name from `grpo-plus ls advantages` or a dotted path to a function. If "
+            "unset, `scale_rewards` and `multi_objective_aggregation` decide."
+        },
+    )
+    advantage_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Keyword arguments of the advantage estimator, as JSON: '{\"ddof\": 0}'."},
+    )
+
+    def __post_init__(self) -> None:
+        """Check the fields of ours and those of TRL's that they meet."""
+        super().__post_init__()
+        if self.loss_type not in TRL_LOSSES:
+            raise ValueError(f"Unknown loss_type {self.loss_type!r}.{suggestion(self.loss_type, TRL_LOSSES)}")
+        keywords = self.advantage_keywords
+        if self.advantage_estimator is not None:
+            _check_conflicts(self)
+            _check_estimator(ESTIMATORS[self.advantage_estimator], keywords)
+        elif keywords:
+            raise ValueError(f"advantage_kwargs={keywords} has no estimator to go to. Set advantage_estimator too.")
+
+    @property
+    def advantage_keywords(self) -> dict[str, Any]:
+        """`advantage_kwargs` as a dictionary, however it was given."""
+        given = self.advantage_kwargs
+        try:
+            keywords = json.loads(given) if isinstance(given, str) else given or {}
+        except json.JSONDecodeError:
+            keywords = None
+        if not isinstance(keywords, dict):
+            raise ValueError(f"advantage_kwargs={given!r} is not a JSON object. Write for example '{{\"ddof\": 0}}'.")
+        return keywords
+
+    def describe(self) -> str:
+        """What is active, in one line."""
+        if self.advantage_estimator is None:
+            advantages = f"TRL's (scale_rewards={self.scale_rewards}, {self.multi_objective_aggregation})"
+        else:
+            keywords = ", ".join(f"{name}={value}" for name, value in self.advantage_keywords.items())
+            advantages = f"{self.advantage_estimator}({keywords})"
+        return f"grpo_plus {__version__}: advantages {advantages}; loss {self.loss_type}"
+
+
+def _check_conflicts(config: GRPOPlusConfig) -> None:
+    """Refuse a setting of TRL's that the estimator would override without a word."""
+    defaults = {entry.name: entry.default for entry in fields(GRPOConfig)}
+    for name in ("scale_rewards", "multi_objective_aggregation"):
+        value = getattr(config, name)
+        if value != defaults[name]:
+            raise ValueError(
+                f"advantage_estimator={config.advantage_estimator!r} replaces TRL's advantages, so {name}={value!r} "
+                f"would have no effect. Drop one of the two ({name} defaults to {defaults[name]!r})."
+            )
+
+
+def _check_estimator(estimator: Estimator, keywords: dict[str, Any]) -> None:
+    """Refuse a wrong keyword by its name, and a wrong value by trying the estimator on a small batch."""
+    for keyword in keywords:
+        if keyword not in estimator.keywords:
+            raise ValueError(
+                f"The advantage estimator {estimator.name!r} takes no keyword {keyword!r}."
+                f"{suggestion(keyword, estimator.keywords)}"
+            )
+    if not estimator.function.__module__.startswith("grpo_plus."):
+        return  # a user's own function may need more than a made-up batch holds
+    sample = Rewards(torch.tensor([[[0.0], [1.0]], [[1.0], [1.0]]]).double(), torch.ones(1).double(), ("sample",))
+    try:
+        estimate(estimator, sample, keywords)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"advantage_kwargs={keywords} does not fit {estimator.name!r}: {error}") from error

@@ -1,0 +1,63 @@
+"""NaN-aware means and spreads over one axis: the only place where an epsilon meets a standard deviation.
+
+NaN marks a completion that no reward function judged. It takes part in no mean and no spread, and stays NaN.
+Statistics run over the last axis and keep it, so that they broadcast against what they were computed from.
+"""
+
+import torch
+from torch import Tensor
+
+# TRL hands rewards over in float32, where three weights that should sum to 0.7 land within a few units of the last
+# place of each other. A spread below that resolution is rounding, and dividing by it would amplify it to |A| near 1.
+RESOLUTION = 4 * torch.finfo(torch.float32).eps
+
+
+def count(values: Tensor) -> Tensor:
+    """How many entries are not NaN, as float: (..., n) -> (..., 1)."""
+    return (~values.isnan()).sum(-1, keepdim=True).to(values.dtype)
+
+
+def mean(values: Tensor) -> Tensor:
+    """Mean of the entries that are not NaN; NaN where there is none: (..., n) -> (..., 1)."""
+    return values.nanmean(-1, keepdim=True)
+
+
+def has_spread(values: Tensor) -> Tensor:
+    """Whether the entries differ by more than float32 rounding of the largest: (..., n) -> (..., 1) bool.
+
+    The test is relative, because the rounding is: eight rewards of 0.7 have a float32 std of 6e-8, not of 0.
+    """
+    judged = ~values.isnan()
+    low = values.where(judged, torch.inf).amin(-1, keepdim=True)
+    high = values.where(judged, -torch.inf).amax(-1, keepdim=True)
+    return (high - low) > RESOLUTION * torch.maximum(low.abs(), high.abs())
+
+
+def centre(values: Tensor) -> Tensor:
+    """Subtract the mean; exactly 0 where there is no spread; NaN stays NaN: (..., n) -> (..., n)."""
+    centred = values - mean(values)
+    return centred.where(has_spread(values) | values.isnan(), 0.0)
+
+
+def std(values: Tensor, *, ddof: int = 1) -> Tensor:
+    """Standard deviation of the entries that are not NaN; exactly 0 where there is no spread: (..., n) -> (..., 1).
+
+    Args:
+        ddof: 1 for the sample std (Bessel's correction, as TRL and verl), 0 for the population std.
+    """
+    if ddof not in (0, 1):
+        raise ValueError(f"ddof={ddof!r} is not a standard deviation. Use 1 (sample) or 0 (population).")
+    squares = centre(values).square().nansum(-1, keepdim=True)
+    return (squares / (count(values) - ddof).clamp(min=1)).sqrt()
+
+
+def divide(values: Tensor, scale: Tensor, *, eps: float) -> Tensor:
+    """values / (scale + eps), and exactly 0 where the scale is 0; NaN stays NaN."""
+    if eps < 0:
+        raise ValueError(f"eps={eps!r} is negative. Use 0 or a small positive number such as 1e-4.")
+    return (values / (scale + eps)).where((scale > 0) | values.isnan(), 0.0)
+
+
+def zscore(values: Tensor, *, ddof: int = 1, eps: float) -> Tensor:
+    """Centre and scale: (x − mean) / (std + eps), exactly 0 where there is no spread: (..., n) -> (..., n)."""
+    return divide(centre(values), std(values, ddof=ddof), eps=eps)

@@ -1,0 +1,80 @@
+"""Names for interchangeable functions: one registry for advantage estimators, one for losses."""
+
+import difflib
+import importlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Generic, TypeVar
+
+Entry = TypeVar("Entry")
+
+
+class UnknownNameError(ValueError):
+    """A name that is registered nowhere and cannot be imported."""
+
+
+class Registry(Generic[Entry]):
+    """Names for interchangeable functions. A name is registered once; an unknown name suggests the nearest one.
+
+    Args:
+        kind: what the entries are, for error messages ("advantage estimator").
+        wrap: makes an entry of a plain function, for names given as a dotted path.
+    """
+
+    def __init__(self, kind: str, wrap: Callable[[str, Callable[..., Any]], Entry]) -> None:
+        self.kind = kind
+        self._wrap = wrap
+        self._entries: dict[str, Entry] = {}
+
+    def add(self, name: str, entry: Entry) -> None:
+        """Register `entry`; raises ValueError if the name is taken or could be mistaken for a dotted path."""
+        if name in self._entries:
+            raise ValueError(f"The {self.kind} {name!r} is already registered. Choose another name.")
+        if not name.isidentifier():
+            raise ValueError(f"{name!r} cannot name a {self.kind}: use letters, digits and underscores only.")
+        self._entries[name] = entry
+
+    def __getitem__(self, name: str) -> Entry:
+        """Look up a registered name, or import `package.module.function`."""
+        if name in self._entries:
+            return self._entries[name]
+        if "." in name:
+            return self._wrap(name, self._import(name))
+        raise UnknownNameError(f"Unknown {self.kind} {name!r}.{suggestion(name, self)}")
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._entries))
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def _import(self, path: str) -> Callable[..., Any]:
+        module_path, _, attribute = path.rpartition(".")
+        try:
+            module = importlib.import_module(module_path)
+        except ModuleNotFoundError as error:
+            # A missing import *inside* the user's module is the user's own error and must show as itself.
+            if error.name is None or not f"{module_path}.".startswith(f"{error.name}."):
+                raise
+            raise UnknownNameError(
+                f"Unknown {self.kind} {path!r}: there is no module {error.name!r}. Write package.module.function, or "
+                f"one of: {', '.join(self)}."
+            ) from error
+        function = getattr(module, attribute, None)
+        if not callable(function):
+            names = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
+            raise UnknownNameError(
+                f"Unknown {self.kind} {path!r}: {module_path!r} has no function {attribute!r}."
+                f"{suggestion(attribute, names)}"
+            )
+        return function
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """The end of an error message about an unknown name: " Did you mean ...? Known: ..."."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=2)
+    did_you_mean = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+    return f"{did_you_mean} Known: {', '.join(known) or 'none'}."

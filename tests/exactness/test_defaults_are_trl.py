@@ -1,0 +1,73 @@
+"""With nothing of ours switched on, training is TRL's to the last bit: weights and every logged number."""
+
+import pytest
+import torch
+from peft import LoraConfig
+from trl import GRPOConfig
+
+from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
+from tests.training import logs_of, make_trainer, weights_of
+
+LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+
+SETTINGS = [
+    pytest.param({"scale_rewards": "group", "num_iterations": 1}, None, id="group"),
+    pytest.param({"scale_rewards": "group", "num_iterations": 2}, LORA, id="group-lora-2iterations"),
+    pytest.param({"scale_rewards": "none", "num_iterations": 2}, None, id="none-2iterations"),
+    pytest.param({"scale_rewards": "none", "num_iterations": 1, "beta": 0.1}, LORA, id="none-lora-beta"),
+    pytest.param(
+        {"multi_objective_aggregation": "normalize_then_sum", "loss_type": "grpo", "gradient_accumulation_steps": 2},
+        None,
+        id="gdpo-accumulation",
+    ),
+]
+
+
+@pytest.mark.parametrize("config_class", [GRPOPlusConfig, GRPOConfig])
+@pytest.mark.parametrize(("config", "peft_config"), SETTINGS)
+def test_three_steps_are_bit_identical(tmp_path, config, peft_config, config_class):
+    if config_class is GRPOConfig and peft_config is not None:
+        pytest.skip("a plain GRPOConfig is covered by the full fine-tuning cases")
+    arguments = {"peft_config": peft_config}
+    stock = make_trainer(tmp_path / "stock", trainer_arguments=arguments, **config)
+    stock.train()
+    ours = make_trainer(
+        tmp_path / "ours",
+        trainer_class=GRPOPlusTrainer,
+        config_class=config_class,
+        trainer_arguments=arguments,
+        **config,
+    )
+    start = weights_of(ours)
+    ours.train()
+    assert logs_of(ours) == logs_of(stock)
+    trained = weights_of(ours)
+    for name, weight in weights_of(stock).items():
+        assert torch.equal(trained[name], weight), name
+    assert any(not torch.equal(start[name], weight) for name, weight in trained.items()), "nothing was trained"
+
+
+EQUIVALENTS = [
+    ("grpo", {"scale_rewards": "group"}),
+    ("dr_grpo", {"scale_rewards": "none"}),
+    ("batch_std", {"scale_rewards": "batch"}),
+    ("gdpo", {"multi_objective_aggregation": "normalize_then_sum"}),
+]
+
+
+@pytest.mark.parametrize(("estimator", "trl_setting"), EQUIVALENTS)
+def test_an_estimator_gives_the_advantages_of_its_trl_setting(tmp_path, estimator, trl_setting):
+    stock = make_trainer(tmp_path / "stock", max_steps=1, reward_weights=[1.0, 0.5], **trl_setting)
+    stock.train()
+    ours = make_trainer(
+        tmp_path / "ours",
+        trainer_class=GRPOPlusTrainer,
+        config_class=GRPOPlusConfig,
+        max_steps=1,
+        reward_weights=[1.0, 0.5],
+        advantage_estimator=estimator,
+    )
+    ours.train()
+    expected = torch.tensor(list(stock._logs["advantages"]))
+    assert expected.abs().max() > 0.1
+    torch.testing.assert_close(torch.tensor(list(ours._logs["advantages"])), expected, rtol=0, atol=2e-5)

@@ -1,0 +1,65 @@
+import sys
+
+import pytest
+
+from grpo_plus import GRPOPlusConfig
+
+
+def config(**fields) -> GRPOPlusConfig:
+    return GRPOPlusConfig(output_dir="unused", use_cpu=True, bf16=False, report_to="none", **fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"advantage_estimator": "dr_grop"}, "Unknown advantage estimator 'dr_grop'. Did you mean 'dr_grpo'"),
+        ({"advantage_estimator": "nowhere.mine"}, "no module 'nowhere'"),
+        (
+            {"advantage_estimator": "grpo", "advantage_kwargs": {"dof": 0}},
+            "'grpo' takes no keyword 'dof'. Did you m.*ddof",
+        ),
+        ({"advantage_estimator": "grpo", "advantage_kwargs": {"ddof": 2}}, "does not fit 'grpo': ddof=2"),
+        ({"advantage_estimator": "grpo", "advantage_kwargs": {"eps": -1}}, "does not fit 'grpo': eps=-1 is negative"),
+        ({"advantage_estimator": "grpo", "advantage_kwargs": {"eps": "x"}}, "does not fit 'grpo'"),
+        ({"advantage_estimator": "grpo", "advantage_kwargs": "{ddof: 0}"}, "is not a JSON object"),
+        ({"advantage_estimator": "grpo", "advantage_kwargs": "[0]"}, "is not a JSON object"),
+        ({"advantage_kwargs": {"ddof": 0}}, "Set advantage_estimator too"),
+        (
+            {"advantage_estimator": "grpo", "scale_rewards": "none"},
+            "advantage_estimator='grpo' replaces TRL's advantages, so scale_rewards='none'",
+        ),
+        (
+            {"advantage_estimator": "grpo", "multi_objective_aggregation": "normalize_then_sum"},
+            "advantage_estimator='grpo' .*multi_objective_aggregation='normalize_then_sum'",
+        ),
+        ({"loss_type": "dappo"}, "Unknown loss_type 'dappo'. Did you mean 'dapo'"),
+    ],
+)
+def test_a_wrong_setting_is_refused_at_construction(fields, message):
+    with pytest.raises(ValueError, match=message):
+        config(**fields)
+
+
+def test_keywords_may_be_json():
+    given = config(advantage_estimator="grpo", advantage_kwargs='{"ddof": 0, "eps": 0}')
+    assert given.advantage_keywords == {"ddof": 0, "eps": 0}
+
+
+def test_a_function_of_the_user_is_found_by_its_path(tmp_path, monkeypatch):
+    (tmp_path / "my_estimators.py").write_text(
+        "def double(rewards, *, factor=2.0):\n    return factor * rewards.total()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    config(advantage_estimator="my_estimators.double", advantage_kwargs={"factor": 3.0})
+    with pytest.raises(ValueError, match="takes no keyword 'faktor'. Did you mean 'factor'"):
+        config(advantage_estimator="my_estimators.double", advantage_kwargs={"faktor": 3.0})
+    sys.modules.pop("my_estimators")
+
+
+def test_the_summary_names_what_is_active():
+    assert (
+        config(advantage_estimator="grpo", advantage_kwargs={"ddof": 0})
+        .describe()
+        .endswith("advantages grpo(ddof=0); loss dapo")
+    )
+    assert "TRL's (scale_rewards=group" in config().describe()

@@ -1,0 +1,186 @@
+import pandas as pd
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from trl import GRPOConfig
+
+from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer, Rewards
+from grpo_plus.advantages import ESTIMATORS, register
+from tests.training import PROMPTS, brevity, logs_of, make_trainer, vowels, weights_of
+
+
+def plus(output_dir, **arguments):
+    return make_trainer(output_dir, trainer_class=GRPOPlusTrainer, config_class=GRPOPlusConfig, **arguments)
+
+
+@pytest.fixture
+def registered():
+    """Register estimators for one test."""
+    before = dict(ESTIMATORS._entries)
+    yield register
+    ESTIMATORS._entries.clear()
+    ESTIMATORS._entries.update(before)
+
+
+def completions_table(output_dir) -> pd.DataFrame:
+    return pd.concat(map(pd.read_parquet, sorted((output_dir / "completions").glob("*.parquet"))))
+
+
+@pytest.mark.parametrize("estimator", ["grpo_pop", "rloo", "dr_grpo"])
+def test_the_completions_table_shows_the_estimators_values(tmp_path, estimator, capsys):
+    trainer = plus(tmp_path, advantage_estimator=estimator, log_completions=True, reward_weights=[1.0, 0.5])
+    trainer.train()
+    table = completions_table(tmp_path)
+    assert len(table) == 3 * 8
+    rewards = torch.tensor((table["vowels"] + 0.5 * table["brevity"]).to_numpy()).view(-1, 4)
+    centred = rewards - rewards.mean(-1, keepdim=True)
+    spread = rewards.std(-1, keepdim=True, correction=0)
+    expected = {
+        "grpo_pop": torch.where(spread > 1e-6, centred / spread, 0.0),
+        "rloo": centred * 4 / 3,
+        "dr_grpo": centred,
+    }[estimator]
+    torch.testing.assert_close(torch.tensor(table["advantage"].to_numpy()).view(-1, 4), expected, rtol=0, atol=1e-6)
+
+
+def test_the_loss_uses_the_estimators_values(tmp_path, registered):
+    registered("five_times_centred")(lambda rewards: 5 * (rewards.total() - rewards.total().mean(-1, keepdim=True)))
+    gradients = []
+    for estimator in ("dr_grpo", "five_times_centred"):
+        trainer = plus(tmp_path, advantage_estimator=estimator, max_steps=1, max_grad_norm=1e9)
+        trainer.train()
+        gradients.append(trainer.state.log_history[0]["grad_norm"])
+    assert gradients[1] == pytest.approx(5 * gradients[0], rel=1e-4)
+
+
+def test_an_estimator_sees_names_weights_and_lengths(tmp_path, registered):
+    seen: list[Rewards] = []
+
+    @registered("spy")
+    def spy(rewards: Rewards) -> torch.Tensor:
+        seen.append(rewards)
+        return rewards.total() * 0
+
+    trainer = plus(tmp_path, advantage_estimator="spy", max_steps=1, reward_weights=[1.0, 0.5], log_completions=True)
+    trainer.train()
+    (rewards,) = seen
+    assert rewards.names == ("vowels", "brevity")
+    assert rewards.weights.tolist() == [1.0, 0.5]
+    table = completions_table(tmp_path)
+    assert rewards.values[..., 0].flatten().tolist() == pytest.approx(table["vowels"].tolist())
+    # One character is one token; the end token, where there is one, counts too.
+    lengths = torch.tensor([len(text) for text in table["completion"]]).view(2, 4)
+    assert ((rewards.lengths - lengths >= 0) & (rewards.lengths - lengths <= 1)).all()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_non_finite_advantage_stops_before_any_weight_moves(tmp_path, registered, value):
+    registered("broken")(lambda rewards: rewards.total() * 0 + value)
+    trainer = plus(tmp_path, advantage_estimator="broken")
+    start = weights_of(trainer)
+    with pytest.raises(ValueError, match=f"'broken' returned {value} for completion 0 of group 0.*vowels: "):
+        trainer.train()
+    assert all(torch.equal(start[name], weight) for name, weight in weights_of(trainer).items())
+
+
+def test_an_infinite_reward_stops_before_any_weight_moves(tmp_path):
+    def endless(completions, **_):
+        return [float("inf")] * len(completions)
+
+    trainer = plus(tmp_path, advantage_estimator="rloo", reward_funcs=[vowels, endless])
+    start = weights_of(trainer)
+    with pytest.raises(ValueError, match="reward function 'endless' returned inf"):
+        trainer.train()
+    assert all(torch.equal(start[name], weight) for name, weight in weights_of(trainer).items())
+
+
+def test_a_completion_that_nobody_judged_gets_zero_and_leaves_the_others_alone(tmp_path):
+    def first_abstains(completions, **_):
+        return [None if index % 4 == 0 else float(index) for index in range(len(completions))]
+
+    trainer = plus(
+        tmp_path, advantage_estimator="dr_grpo", reward_funcs=[first_abstains], log_completions=True, max_steps=1
+    )
+    trainer.train()
+    assert completions_table(tmp_path)["advantage"].tolist() == [0, -1, 0, 1, 0, -1, 0, 1]
+
+
+def test_an_incomplete_group_is_named(tmp_path):
+    trainer = plus(tmp_path, advantage_estimator="rloo")
+    trainer._train_batch_size = trainer.args.per_device_train_batch_size = 6
+    with pytest.raises(ValueError, match="6 rows, which is not a multiple of num_generations=4"):
+        trainer.train()
+
+
+async def async_reward(completions, **_):
+    return [float(len(text)) for text in completions]
+
+
+def chat_reward(completions, **_):
+    return vowels([completion[0]["content"] for completion in completions])
+
+
+CHAT = Dataset.from_list([{"prompt": [{"role": "user", "content": row["prompt"]}]} for row in PROMPTS])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        pytest.param({"reward_funcs": [async_reward, vowels]}, id="async"),
+        pytest.param({"reward_funcs": [chat_reward], "train_dataset": CHAT}, id="conversational"),
+        pytest.param({"loss_type": "cispo", "epsilon_high": 1.2, "beta": 0.05, "peft": True}, id="lora-cispo-kl"),
+        pytest.param({"advantage_kwargs": '{"ddof": 0}'}, id="keywords"),
+    ],
+)
+def test_what_trl_accepts_still_trains(tmp_path, arguments):
+    arguments = dict(arguments)
+    if arguments.pop("peft", False):
+        arguments["trainer_arguments"] = {"peft_config": LoraConfig(r=4, target_modules="all-linear")}
+    trainer = plus(tmp_path, advantage_estimator="grpo", max_steps=2, **arguments)
+    start = weights_of(trainer)
+    trainer.train()
+    assert all(torch.tensor(entry["loss"]).isfinite() for entry in trainer.state.log_history if "loss" in entry)
+    assert any(not torch.equal(start[name], weight) for name, weight in weights_of(trainer).items())
+
+
+@pytest.mark.parametrize("num_generations_eval", [1, 2])
+def test_evaluation_groups_by_its_own_number_of_generations(tmp_path, num_generations_eval, registered):
+    shapes = []
+
+    @registered("spy")
+    def spy(rewards: Rewards) -> torch.Tensor:
+        shapes.append(tuple(rewards.values.shape))
+        return rewards.total() * 0
+
+    trainer = plus(
+        tmp_path,
+        advantage_estimator="spy",
+        num_generations_eval=num_generations_eval,
+        per_device_eval_batch_size=8,
+        trainer_arguments={"eval_dataset": PROMPTS.select(range(8))},
+    )
+    trainer.evaluate()
+    assert shapes == [(8 // num_generations_eval, num_generations_eval, 2)] * num_generations_eval
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
+    settings = {"advantage_estimator": "rloo", "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    whole = plus(tmp_path / "whole", **settings)
+    whole.train()
+    resumed = plus(tmp_path / "resumed", **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert logs_of(resumed)[:4] == logs_of(whole)[:4]
+    for name, weight in weights_of(whole).items():
+        assert torch.equal(weights_of(resumed)[name], weight), name
+
+
+def test_the_model_card_names_the_package(tmp_path):
+    trainer = plus(tmp_path)
+    trainer.create_model_card(model_name="tiny")
+    assert "- grpo_plus" in (tmp_path / "README.md").read_text()
+
+
+def test_a_plain_config_keeps_trls_advantages(tmp_path):
+    trainer = make_trainer(tmp_path, trainer_class=GRPOPlusTrainer, config_class=GRPOConfig, reward_funcs=[brevity])
+    assert trainer.estimate_advantages(None) is None
