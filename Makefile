@@ -1,0 +1,42 @@
+# Thin lines over ordinary commands: each can be typed by hand in any environment that has the packages.
+PYTHON ?= python3
+BIN := .venv/bin
+PREVIOUS_TRL := 1.15.0
+
+.PHONY: demo test style test-previous-trl clean
+
+demo: .venv/demo
+	$(BIN)/grpo-plus demo
+
+test: style .venv/dev
+	$(BIN)/python -m pytest -n 2
+	$(MAKE) test-previous-trl
+
+style: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# The suite's parts that meet TRL, once more on the older of the two supported minors, laid over the same environment.
+test-previous-trl: .venv/trl-$(PREVIOUS_TRL)
+	PYTHONPATH=.venv/trl-$(PREVIOUS_TRL) $(BIN)/python -m pytest -n 2 tests/contract tests/exactness tests/processes tests/test_trainer.py tests/cli/test_train.py
+
+.venv/pip:
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	touch $@
+
+.venv/demo: .venv/pip pyproject.toml constraints.txt
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+.venv/dev: .venv/pip pyproject.toml constraints.txt
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@ .venv/demo
+
+.venv/trl-$(PREVIOUS_TRL): .venv/dev
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $@ trl==$(PREVIOUS_TRL)
+	touch $@
+
+clean:
+	rm -rf .venv build dist

@@ -1,0 +1,140 @@
+"""The demo: a model that has only seen shuffled digits learns to sort them, from two rewards, on a CPU."""
+
+import inspect
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback
+
+from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
+from grpo_plus.demo import task
+from grpo_plus.demo.outputs import DemoResult, discard_summary, draw_learning_curve, write_log, write_summary
+from grpo_plus.demo.progress import HeldOutAccuracy, RewardsOnTheBar
+from grpo_plus.demo.tiny import tiny_model, tiny_tokenizer
+from grpo_plus.demo.warmup import warm_up
+
+MAX_STEPS = 150
+WARM_UP_STEPS = 160
+NUM_EXAMPLES, NUM_TRAIN, NUM_HELD_OUT, NUM_SHOWN = 4_000, 4_000, 500, 3
+
+# TRL's own choices, which say how the rewards become a loss; the fields that grpo_plus adds come on top.
+TRL_SWITCHES = ("loss_type", "scale_rewards", "multi_objective_aggregation", "beta", "num_iterations", "learning_rate")
+
+
+@dataclass(frozen=True)
+class Exam:
+    """Accuracy on all held-out prompts, and the greedy completions of the first few."""
+
+    accuracy: float
+    completions: list[str]
+
+
+def run_demo(
+    output_dir: str | Path,
+    *,
+    seed: int = 0,
+    max_steps: int = MAX_STEPS,
+    warm_up_steps: int = WARM_UP_STEPS,
+    advantage_estimator: str | None = None,
+    loss_type: str = "dapo",
+) -> DemoResult:
+    """Warm a tiny model up, train it with GRPO, and write model, log, learning curve and summary to `output_dir`.
+
+    Raises:
+        ValueError: a value that the configuration refuses; raised before any work is done.
+    """
+    config = demo_config(output_dir, seed, max_steps, advantage_estimator, loss_type)
+    directory = discard_summary(Path(output_dir))
+    started = time.perf_counter()
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(tokenizer, hidden_size=128, intermediate_size=256, num_heads=8, seed=seed)
+    warm_up(model, tokenizer, task.format_examples(NUM_EXAMPLES, seed), steps=warm_up_steps, seed=seed)
+
+    held_out = task.dataset("held_out", NUM_HELD_OUT, seed)
+    before = _examine(model, tokenizer, held_out)
+    trainer = _demo_trainer(config, model, tokenizer, held_out)
+    trainer.train()
+    after = _examine(model, tokenizer, held_out)
+
+    trainer.save_model()
+    log_history = trainer.state.log_history
+    write_log(log_history, directory)
+    draw_learning_curve(log_history, directory, accuracy_before=before.accuracy, title=config.describe())
+    result = _result(config, before, after, held_out, seconds=time.perf_counter() - started)
+    write_summary(result, directory)
+    return result
+
+
+def demo_config(
+    output_dir: str | Path, seed: int, max_steps: int, advantage_estimator: str | None, loss_type: str
+) -> GRPOPlusConfig:
+    """A configuration for the CPU: 16 prompts x 8 completions a step, float32, nothing reported or checkpointed."""
+    if max_steps < 1:
+        raise ValueError(
+            f"max_steps={max_steps} trains nothing. Set max_steps to 1 or more; the default is {MAX_STEPS}."
+        )
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed={seed} cannot seed every generator. Choose a seed from 0 to 2**32 - 1.")
+    return GRPOPlusConfig(
+        output_dir=str(output_dir),
+        seed=seed,
+        max_steps=max_steps,
+        advantage_estimator=advantage_estimator,
+        loss_type=loss_type,
+        num_generations=8,
+        per_device_train_batch_size=128,
+        max_completion_length=task.MAX_COMPLETION_LENGTH,
+        learning_rate=6e-4,
+        lr_scheduler_type="linear",
+        warmup_steps=5,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        dataloader_pin_memory=False,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+    )
+
+
+def _demo_trainer(
+    config: GRPOPlusConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, held_out: Dataset
+) -> GRPOPlusTrainer:
+    trainer = GRPOPlusTrainer(
+        model=model,
+        reward_funcs=[task.correctness_reward, task.format_reward],
+        args=config,
+        train_dataset=task.dataset("train", NUM_TRAIN, config.seed),
+        processing_class=tokenizer,
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(HeldOutAccuracy(tokenizer, held_out))
+    trainer.add_callback(RewardsOnTheBar())
+    return trainer
+
+
+def _examine(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, held_out: Dataset) -> Exam:
+    shown = task.complete(model, tokenizer, held_out["prompt"][:NUM_SHOWN])
+    return Exam(task.accuracy(model, tokenizer, held_out), shown)
+
+
+def _result(config: GRPOPlusConfig, before: Exam, after: Exam, held_out: Dataset, seconds: float) -> DemoResult:
+    shown = zip(held_out["prompt"], before.completions, after.completions, strict=False)
+    return DemoResult(
+        accuracy_before=before.accuracy,
+        accuracy_after=after.accuracy,
+        seed=config.seed,
+        steps=config.max_steps,
+        seconds=round(seconds, 1),
+        switches=switches(config),
+        examples=[{"prompt": prompt, "before": first, "after": last} for prompt, first, last in shown],
+    )
+
+
+def switches(config: GRPOPlusConfig) -> dict[str, Any]:
+    """Every field that GRPOPlusConfig adds to TRL's, and TRL's own that decide how rewards become a loss."""
+    names = (*inspect.get_annotations(GRPOPlusConfig), *TRL_SWITCHES)
+    return {name: getattr(config, name) for name in names}

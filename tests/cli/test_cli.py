@@ -1,0 +1,74 @@
+import subprocess
+import sys
+import time
+
+import pytest
+
+from grpo_plus import cli
+from grpo_plus.advantages import ESTIMATORS
+from grpo_plus.losses import TRL_LOSSES
+
+
+def test_help_answers_in_under_a_second_and_loads_no_torch():
+    code = "import sys; from grpo_plus import cli\ntry: cli.main(['--help'])\nexcept SystemExit: pass\n"
+    code += "print([name for name in ('torch', 'trl', 'transformers') if name in sys.modules])"
+    best = float("inf")
+    for _ in range(3):
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        best = min(best, time.perf_counter() - start)
+    assert done.stdout.endswith("[]\n")
+    assert all(f"\n    {verb} " in done.stdout for verb in cli.VERBS)
+    assert best < 1
+
+
+def test_ls_names_everything(capsys):
+    assert cli.main(["ls"]) == 0
+    output = capsys.readouterr().out
+    assert all(f"{name} " in output for name in (*ESTIMATORS, *TRL_LOSSES))
+    assert "https://huggingface.co/papers/2503.20783" in output
+
+
+def test_ls_of_one_kind(capsys):
+    assert cli.main(["ls", "losses"]) == 0
+    output = capsys.readouterr().out
+    assert "vespo" in output
+    assert "rloo" not in output
+
+
+def test_doctor_prints_versions_and_the_seam(capsys):
+    assert cli.main(["doctor"]) == 0
+    output = capsys.readouterr().out
+    assert "transformers  5." in output
+    assert "as tested: trl 1." in output
+
+
+def test_doctor_fails_when_trl_has_changed(capsys, monkeypatch):
+    monkeypatch.setattr("grpo_plus.contract.check_seam", lambda: ["GRPOTrainer.log is gone since trl 1.16.0."])
+    assert cli.main(["doctor"]) == 1
+    assert "GRPOTrainer.log is gone" in capsys.readouterr().out
+
+
+def test_an_error_is_one_line_without_traceback(capsys):
+    assert cli.main(["train"]) == 1
+    error = capsys.readouterr().err
+    assert "train needs --model_name_or_path" in error
+    assert "grpo-plus demo" in error
+    assert "Traceback" not in error
+
+
+def test_debug_shows_the_traceback():
+    with pytest.raises(ValueError, match="train needs --model_name_or_path"):
+        cli.main(["--debug", "train"])
+
+
+def test_a_debug_flag_with_a_value_is_trls():
+    arguments = ["train", "--debug", "underflow_overflow"]
+    assert not cli._take_debug(arguments)
+    assert arguments == ["train", "--debug", "underflow_overflow"]
+
+
+def test_an_unknown_flag_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["ls", "--sort"])
+    assert "ls takes no --sort" in capsys.readouterr().err

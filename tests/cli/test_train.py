@@ -1,0 +1,91 @@
+import json
+import sys
+
+import pandas as pd
+import pytest
+
+from grpo_plus import cli
+from grpo_plus.cli.launch import _resolve_config, _without, launch
+from grpo_plus.demo.tiny import tiny_model, tiny_tokenizer
+
+REWARDS = "def vowels(completions, **_):\n    return [float(sum(c in 'aeiou' for c in text)) for text in completions]\n"
+CPU = ["--use_cpu", "--bf16", "False", "--gradient_checkpointing", "False", "--report_to", "none"]
+SHORT = ["--max_steps", "2", "--num_generations", "4", "--per_device_train_batch_size", "8", "--logging_steps", "1"]
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """A folder with a model, a dataset and a reward function, as a user would have."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "model")
+    tiny_model(tokenizer, hidden_size=32, num_heads=2).save_pretrained(tmp_path / "model")
+    (tmp_path / "data").mkdir()
+    lines = [json.dumps({"prompt": f"{number}+1="}) for number in range(16)]
+    (tmp_path / "data" / "train.jsonl").write_text("\n".join(lines))
+    (tmp_path / "my_rewards.py").write_text(REWARDS)
+    yield tmp_path
+    sys.modules.pop("my_rewards", None)
+
+
+NAMES = ["--model_name_or_path", "model", "--dataset_name", "data", "--reward_funcs", "my_rewards.vowels"]
+
+
+def test_training_with_trls_flags_and_ours(workplace, capsys):
+    ours = ["--advantage_estimator", "grpo", "--advantage_kwargs", '{"ddof": 0}', "--log_completions"]
+    lengths = ["--max_completion_length", "8", "--output_dir", "out"]
+    assert cli.main(["train", *NAMES, *ours, *lengths, *SHORT, *CPU]) == 0
+    assert "advantages grpo(ddof=0); loss dapo" in capsys.readouterr().out
+    assert (workplace / "out" / "model.safetensors").exists()
+    tables = [pd.read_parquet(path) for path in (workplace / "out" / "completions").glob("*.parquet")]
+    for table in tables:
+        groups = [table["advantage"][start : start + 4] for start in (0, 4)]
+        assert all(abs((group**2).mean() - (1 if group.any() else 0)) < 1e-2 for group in groups)
+
+
+def test_training_from_a_config_file(workplace, capsys):
+    lines = ["model_name_or_path: model", "dataset_name: data", "reward_funcs: [my_rewards.vowels]"]
+    lines += ["advantage_estimator: rloo", "output_dir: out", "max_completion_length: 8", "use_cpu: true"]
+    lines += ["bf16: false", "report_to: none", "advantage_kwargs: '{}'", "use_peft: true", "lora_r: 4"]
+    (workplace / "run.yaml").write_text("\n".join(lines))
+    assert cli.main(["train", "--config", "run.yaml", *SHORT]) == 0
+    assert "advantages rloo()" in capsys.readouterr().out
+    assert (workplace / "out" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (NAMES[:2], "train needs --dataset_name"),
+        (NAMES[:4], "train needs --reward_funcs"),
+        ([*NAMES[:4], "--reward_funcs", "accuracy_rewards"], "Unknown reward function 'accuracy_rewards'. Did you mean 'acc"),
+        ([*NAMES, "--advantage_estimator", "dr_grop"], "Did you mean 'dr_grpo'"),
+        ([*NAMES, "--num_procs", "2"], "Neither TRL, grpo_plus nor accelerate knows --num_procs"),
+    ],
+)  # fmt: skip
+def test_a_wrong_command_line_says_what_to_write(workplace, capsys, arguments, message):
+    assert cli.main(["train", *arguments, *CPU]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_launcher_flags_go_to_accelerate(monkeypatch):
+    launched = []
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", launched.append)
+    command = ["--model_name_or_path", "model", "--num_processes", "2", "--seed", "1"]
+    assert launch(command, ["--num_processes", "2"]) == 0
+    (arguments,) = launched
+    assert arguments.num_processes == 2
+    assert arguments.module
+    assert arguments.training_script == "grpo_plus"
+    assert arguments.training_script_args == ["train", "--model_name_or_path", "model", "--seed", "1"]
+
+
+def test_trls_accelerate_configurations_are_found_by_name():
+    assert _resolve_config(["--accelerate_config", "zero3"])[1].endswith("zero3.yaml")
+    with pytest.raises(ValueError, match="zero9 is neither a file"):
+        _resolve_config(["--accelerate_config", "zero9"])
+
+
+def test_only_the_launchers_own_flags_are_taken_out():
+    assert _without(["--a", "2", "--b", "2"], ["--b", "2"]) == ["--a", "2"]

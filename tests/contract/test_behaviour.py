@@ -1,0 +1,37 @@
+"""What the seam assumes of TRL's behaviour, shown on TRL itself."""
+
+import pytest
+import torch
+from trl import GRPOConfig
+
+from grpo_plus.losses import TRL_LOSSES
+from tests.training import make_trainer
+
+
+def test_rewards_are_blocks_of_num_generations_rows(tmp_path):
+    seen = []
+
+    def record(prompts, **_):
+        seen.extend(prompts)
+        return [0.0] * len(prompts)
+
+    make_trainer(tmp_path, max_steps=1, reward_funcs=[record]).train()
+    assert [len(set(seen[start : start + 4])) for start in range(0, 8, 4)] == [1, 1]
+
+
+@pytest.mark.parametrize("loss_type", TRL_LOSSES)
+def test_trl_knows_the_loss(tmp_path, loss_type):
+    trainer = make_trainer(tmp_path, max_steps=1, loss_type=loss_type)
+    trainer.train()
+    assert torch.tensor(trainer.state.log_history[0]["loss"]).isfinite()
+
+
+def test_trl_refuses_an_unknown_loss_only_in_training(tmp_path):
+    trainer = make_trainer(tmp_path, loss_type="unheard_of")
+    with pytest.raises(ValueError, match="Unknown loss type: unheard_of"):
+        trainer.train()
+
+
+def test_the_defaults_that_an_estimator_excludes():
+    config = GRPOConfig(output_dir="unused", use_cpu=True, bf16=False)
+    assert (config.scale_rewards, config.multi_objective_aggregation) == ("group", "sum_then_normalize")

@@ -1,0 +1,96 @@
+"""TRL's code under the seam is the code that was read. If this fails after an upgrade of TRL: read the diff of the
+methods it names, decide whether `_trl.py` still holds, then run `python -m tests.contract.refresh`."""
+
+import inspect
+from importlib.metadata import version
+
+import pytest
+from packaging.version import Version
+from trl import GRPOTrainer
+
+from grpo_plus import _trl, contract
+
+
+def test_the_installed_trl_is_the_tested_one():
+    assert contract.check_seam() == []
+    assert version("trl") in contract.known_fingerprints(), "run `python -m tests.contract.refresh`"
+
+
+def test_each_minor_of_the_supported_window_was_recorded():
+    minors = {Version(known).release[:2] for known in contract.known_fingerprints()}
+    assert minors == {(1, 15), (1, 16)}
+    assert all(_trl.TESTED_TRL.contains(known) for known in contract.known_fingerprints())
+
+
+@pytest.mark.parametrize("name", [name for name in vars(_trl.TRLSeam) if name in _trl.RELIED_ON])
+def test_an_override_takes_what_trls_method_takes(name):
+    ours, theirs = getattr(_trl.TRLSeam, name), getattr(GRPOTrainer, name)
+    assert ours is not theirs
+    assert list(inspect.signature(ours).parameters) == list(inspect.signature(theirs).parameters)
+
+
+def plain(self, inputs):
+    return inputs["a"]
+
+
+def documented(self, inputs):
+    """With a docstring."""
+
+    # and a comment
+    return inputs["a"]  # and another
+
+
+def changed(self, inputs):
+    return inputs["b"]
+
+
+def more(self, inputs, mode):
+    return inputs["a"]
+
+
+def test_a_fingerprint_ignores_comments_and_docstrings_only():
+    codes = [contract._bare_code(function).partition("\n")[2] for function in (plain, documented, changed)]
+    assert codes[0] == codes[1] != codes[2]
+
+
+@pytest.mark.parametrize(
+    ("replacement", "message"),
+    [
+        (changed, r"GRPOTrainer.log has changed its code since trl"),
+        (more, r"GRPOTrainer.log takes self, inputs, mode instead of self, logs, start_time since trl"),
+    ],
+)
+def test_doctor_names_what_changed(monkeypatch, replacement, message):
+    recorded = contract.fingerprint(replacement)
+    if replacement is changed:
+        recorded["parameters"] = ["self", "logs", "start_time"]
+    monkeypatch.setattr(contract, "fingerprints", lambda: contract_with(log=recorded))
+    (change,) = contract.check_seam()
+    assert change.startswith(message)
+
+
+def contract_with(**replaced):
+    reference = contract.known_fingerprints()[contract.reference_version(version("trl"))]
+    return reference | replaced
+
+
+def test_doctor_names_what_is_gone(monkeypatch):
+    left = contract_with()
+    del left["_compute_loss"]
+    monkeypatch.setattr(contract, "fingerprints", lambda: left)
+    (change,) = contract.check_seam()
+    assert change.startswith("GRPOTrainer._compute_loss is gone since trl")
+
+
+@pytest.mark.parametrize(
+    ("installed", "reference"), [("1.16.3", "1.16.0"), ("1.15.0", "1.15.0"), ("1.20.0", "1.16.0"), ("1.2.0", "1.15.0")]
+)
+def test_an_unknown_version_is_compared_with_the_newest_older_one(installed, reference):
+    assert contract.reference_version(installed) == reference
+
+
+def test_a_version_outside_the_window_is_warned_about():
+    assert _trl.untested_version("1.16.2") is None
+    message = _trl.untested_version("1.17.0")
+    assert message is not None
+    assert "tested with trl <1.17,>=1.15, found 1.17.0" in message

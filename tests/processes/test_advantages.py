@@ -1,0 +1,53 @@
+"""Advantages under two processes (gloo): each rank trains the rows that one process computes, groups across ranks."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from grpo_plus.advantages import estimate
+from tests.advantages.cases import rewards_of
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(output_dir: Path, processes: int, **config) -> list[list]:
+    """Rows (prompt, completion, advantage) that each rank trained on."""
+    # `--cpu` would ask for MPI; this launcher is torchrun, and use_cpu=True makes the processes meet over gloo.
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command += ["-m", "tests.processes.worker", str(output_dir), json.dumps(config)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads((output_dir / f"rows_{rank}.json").read_text()) for rank in range(processes)]
+
+
+@pytest.mark.parametrize("estimator", ["rloo", "gdpo"])
+def test_two_ranks_train_the_rows_that_the_whole_table_gives(tmp_path, estimator):
+    # 6 rows a rank, groups of 4: the second of three groups has two rows on each rank.
+    config = {
+        "advantage_estimator": estimator,
+        "num_generations": 4,
+        "per_device_train_batch_size": 6,
+        "max_steps": 2,
+        "reward_weights": [1.0, 0.5],
+    }
+    ranks = run(tmp_path, processes=2, **config)
+    assert [len(rows) for rows in ranks] == [12, 12]
+    tables = [pd.read_parquet(path) for path in sorted((tmp_path / "completions").glob("*.parquet"))]
+    for step, table in enumerate(tables):
+        values = torch.tensor(table[["vowels", "brevity"]].to_numpy()).view(3, 4, 2)
+        expected = estimate(estimator, rewards_of(values.tolist(), [1.0, 0.5])).flatten()
+        torch.testing.assert_close(torch.tensor(table["advantage"].to_numpy()), expected, rtol=0, atol=1e-6)
+        for rank, rows in enumerate(ranks):
+            trained = sorted((prompt, advantage) for prompt, _, advantage in rows[6 * step : 6 * step + 6])
+            mine = slice(6 * rank, 6 * rank + 6)
+            logged = sorted(zip(table["prompt"][mine], expected[mine].tolist(), strict=True))
+            assert [prompt for prompt, _ in trained] == [prompt for prompt, _ in logged]
+            assert [advantage for _, advantage in trained] == pytest.approx([a for _, a in logged], abs=1e-5)

@@ -1,0 +1,42 @@
+"""One rank of a training under `accelerate launch`: writes the rows it trained on and what it logged."""
+
+import argparse
+import json
+from pathlib import Path
+
+from accelerate import PartialState
+
+from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
+from tests.training import make_trainer
+
+
+class Recorder(GRPOPlusTrainer):
+    """Keeps every row that reaches the loss: prompt, completion and advantage."""
+
+    def __init__(self, *arguments, **keywords):
+        super().__init__(*arguments, **keywords)
+        self.rows = []
+
+    def compute_loss(self, model, inputs, *arguments, **keywords):
+        decode = self.processing_class.batch_decode
+        prompts = decode(inputs["prompt_ids"], skip_special_tokens=True)
+        completions = inputs["completion_ids"].tolist()
+        self.rows.extend(zip(prompts, completions, inputs["advantages"].tolist(), strict=True))
+        return super().compute_loss(model, inputs, *arguments, **keywords)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("output_dir", type=Path)
+    parser.add_argument("config", type=json.loads)
+    args = parser.parse_args()
+    trainer = make_trainer(
+        args.output_dir, trainer_class=Recorder, config_class=GRPOPlusConfig, log_completions=True, **args.config
+    )
+    trainer.train()
+    rank = PartialState().process_index
+    (args.output_dir / f"rows_{rank}.json").write_text(json.dumps(trainer.rows))
+
+
+if __name__ == "__main__":
+    main()

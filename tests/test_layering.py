@@ -1,0 +1,94 @@
+"""Who may import whom, read from the source: pure maths at the bottom, one file that knows TRL's private names."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import grpo_plus
+
+PACKAGE = Path(grpo_plus.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+HUGGING_FACE = {"trl", "transformers", "accelerate", "datasets", "peft"}
+PURE = ("registry.py", "reductions.py", "advantages/", "losses/")
+KNOWS_TRL = ("_trl.py", "config.py", "contract.py", "cli/train.py")
+PUBLIC_TRL_MODULES = {"trl", "trl.scripts.grpo", "trl.rewards"}
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(PACKAGE).as_posix()
+
+
+def imported(path: Path) -> set[str]:
+    """Every module that the file imports, at its top or inside a function."""
+    modules: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            modules |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return modules
+
+
+def roots(path: Path) -> set[str]:
+    return {module.partition(".")[0] for module in imported(path)}
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_pure_files_import_torch_and_the_standard_library(path):
+    if relative(path).startswith(PURE):
+        assert not roots(path) & HUGGING_FACE
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_trl_is_imported_where_it_belongs(path):
+    modules = {module for module in imported(path) if module.partition(".")[0] == "trl"}
+    if relative(path) not in KNOWS_TRL:
+        assert not modules
+    assert all(module in PUBLIC_TRL_MODULES or module.rpartition(".")[0] in PUBLIC_TRL_MODULES for module in modules)
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_only_the_seam_reads_private_attributes_of_a_trainer(path):
+    if relative(path) == "_trl.py":
+        return
+    private = {
+        node.attr
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute)
+        and node.attr.startswith("_")
+        and not node.attr.startswith("__")
+        and ast.unparse(node.value).split(".")[-1] in {"trainer", "GRPOTrainer", "super()"}
+    }
+    assert not private
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "advantages").glob("*.py")), ids=relative)
+def test_a_family_does_not_import_another(path):
+    families = {"group", "unnormalized", "batch", "multi_reward"}
+    siblings = {f"grpo_plus.advantages.{family}" for family in families}
+    if path.stem in families:
+        assert not imported(path) & siblings
+
+
+def test_there_is_no_cycle():
+    # The package's own __init__ imports lazily, on attribute access.
+    modules = {module_name(path): path for path in FILES if path != PACKAGE / "__init__.py"}
+    graph = {name: imported(path) & set(modules) - {name} for name, path in modules.items()}
+    done: set[str] = set()
+
+    def visit(module: str, trail: tuple[str, ...]) -> None:
+        assert module not in trail, " -> ".join((*trail, module))
+        if module in done or module not in graph:
+            return
+        for needed in graph[module]:
+            visit(needed, (*trail, module))
+        done.add(module)
+
+    for module in graph:
+        visit(module, ())
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)

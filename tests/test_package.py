@@ -1,0 +1,45 @@
+"""The wheel and the sdist: they build, hold what they should, and install into an empty environment."""
+
+import subprocess
+import sys
+import tarfile
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import grpo_plus
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def dist(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    subprocess.run(command, check=True, capture_output=True)
+    return folder
+
+
+def test_the_wheel_holds_the_package_and_its_data(dist):
+    (wheel,) = dist.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {"grpo_plus/py.typed", "grpo_plus/trl_fingerprints.json", "grpo_plus/advantages/group.py"} <= names
+    assert not any(name.startswith(("tests/", "examples/")) for name in names)
+
+
+def test_the_sdist_holds_the_tests_and_examples(dist):
+    (sdist,) = dist.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"README.md", "CHANGELOG.md", "LICENSE", "constraints.txt", "tests/conftest.py"} <= names
+
+
+def test_the_wheel_installs_into_an_empty_environment(dist, tmp_path):
+    venv.create(tmp_path, with_pip=True)
+    (wheel,) = dist.glob("*.whl")
+    binaries = tmp_path / "bin"
+    subprocess.run([binaries / "pip", "install", "--quiet", "--no-deps", wheel], check=True, capture_output=True)
+    done = subprocess.run([binaries / "grpo-plus", "--version"], check=True, capture_output=True, text=True)
+    assert done.stdout == f"grpo-plus {grpo_plus.__version__}\n"

@@ -1,0 +1,44 @@
+import subprocess
+import sys
+
+import pytest
+
+import grpo_plus
+from tests.readme import README, TABLES, block, rendered
+
+
+def test_importing_the_package_loads_nothing_heavy_and_changes_nothing():
+    code = "import sys, grpo_plus; print(sorted({'torch', 'trl', 'transformers', 'triton'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_importing_the_trainer_leaves_trl_as_it_was():
+    code = """
+from trl import GRPOConfig, GRPOTrainer
+before = dict(vars(GRPOTrainer)), dict(vars(GRPOConfig))
+from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
+print((dict(vars(GRPOTrainer)), dict(vars(GRPOConfig))) == before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("True\n")
+
+
+@pytest.mark.parametrize("name", grpo_plus.__all__)
+def test_every_public_name_resolves_and_is_documented(name):
+    value = getattr(grpo_plus, name)
+    assert isinstance(value, str) or value.__doc__
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'GRPOMinusTrainer'"):
+        _ = grpo_plus.GRPOMinusTrainer
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_the_readmes_tables_are_those_of_the_registries(kind):
+    assert block(kind) in README.read_text(), "run `python -m tests.readme`"
+
+
+def test_rendering_repairs_a_stale_table():
+    assert block("losses") in rendered("a\n<!-- losses -->\nstale\n<!-- /losses -->\nb")
