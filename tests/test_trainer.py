@@ -164,6 +164,24 @@ def test_evaluation_groups_by_its_own_number_of_generations(tmp_path, num_genera
     assert shapes == [(8 // num_generations_eval, num_generations_eval, 2)] * num_generations_eval
 
 
+def test_the_completions_table_of_several_evaluation_batches_is_in_order(tmp_path):
+    trainer = plus(
+        tmp_path,
+        advantage_estimator="dr_grpo",
+        num_generations_eval=2,
+        per_device_eval_batch_size=4,
+        log_completions=True,
+        reward_funcs=[vowels],
+        trainer_arguments={"eval_dataset": PROMPTS.select(range(4))},
+    )
+    trainer.evaluate()
+    table = completions_table(tmp_path)
+    rewards = torch.tensor(table["vowels"].to_numpy()).view(4, 2)
+    centred = rewards - rewards.mean(-1, keepdim=True)
+    assert centred.any()
+    torch.testing.assert_close(torch.tensor(table["advantage"].to_numpy()).view(4, 2), centred, rtol=0, atol=1e-6)
+
+
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
     settings = {"advantage_estimator": "rloo", "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     whole = plus(tmp_path / "whole", **settings)

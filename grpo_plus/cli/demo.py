@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--loss_type", default="dapo", help="a name that `grpo-plus ls losses` prints; default: dapo")
     parser.add_argument("--seed", type=int, default=0, help="of the weights, the data and the sampling; default: 0")
-    parser.add_argument("--max_steps", type=int, default=150, help="GRPO steps; default: 150")
+    parser.add_argument("--max_steps", type=int, default=120, help="GRPO steps; default: 120")
     parser.add_argument("--output_dir", default="grpo_plus_demo", help="default: grpo_plus_demo")
 
 

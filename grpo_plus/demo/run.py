@@ -16,7 +16,7 @@ from grpo_plus.demo.progress import HeldOutAccuracy, RewardsOnTheBar
 from grpo_plus.demo.tiny import tiny_model, tiny_tokenizer
 from grpo_plus.demo.warmup import warm_up
 
-MAX_STEPS = 150
+MAX_STEPS = 120
 WARM_UP_STEPS = 160
 NUM_EXAMPLES, NUM_TRAIN, NUM_HELD_OUT, NUM_SHOWN = 4_000, 4_000, 500, 3
 

@@ -1,7 +1,7 @@
 """The demo's task: put four digits in ascending order and write them in brackets, `sort 6639 = ` -> `[3669]`.
 
-Two rewards judge a completion, and they can disagree: `3669` is in order but not in brackets, `[6639]` is in brackets but
-not in order. No prompt that is held out has the digits of a prompt that is trained on, not even in another order.
+Two rewards judge a completion, and they can disagree: `3669` is in order but not in brackets, `[6639]` is in brackets
+but not in order. No held-out prompt has the digits of a prompt that is trained on, not even in another order.
 """
 
 import random
@@ -24,7 +24,7 @@ _FORMATTED = re.compile(rf"\[[0-9]{{{NUM_DIGITS}}}\]")
 
 
 def dataset(split: Split, size: int, seed: int) -> Dataset:
-    """Draw `size` different rows with the columns `prompt` and `answer`, the digits of the prompt in ascending order."""
+    """Draw `size` different rows: `prompt`, and as `answer` the digits of the prompt in ascending order."""
     digits = _sample(split, size, random.Random(seed))
     return Dataset.from_dict(
         {"prompt": [PROMPT.format(number) for number in digits], "answer": [_in_order(number) for number in digits]}

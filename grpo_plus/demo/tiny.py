@@ -1,7 +1,7 @@
 """A tokenizer and a causal LM small enough to train on a laptop's CPU, built in memory: no hub, no download.
 
-The demo, the tests and the benchmarks all take their models from here. The tokenizer reads one character as one token, so what
-a reward function sees is what the model wrote, and a hand-written example tokenizes to its own length.
+The demo, the tests and the benchmarks all take their models from here. The tokenizer reads one character as one token,
+so what a reward function sees is what the model wrote, and a hand-written example tokenizes to its own length.
 """
 
 import torch
@@ -19,7 +19,7 @@ CHAT_TEMPLATE = (
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per printable ASCII character, plus newline; anything else is `<unk>`. Pads on the left, as generation needs."""
+    """One token per printable ASCII character and newline, `<unk>` for others; pads on the left, for generation."""
     vocabulary = {token: index for index, token in enumerate((*SPECIAL_TOKENS, *CHARACTERS))}
     # BPE without merges: every character stays a token, and none needs a pre-tokenizer that could drop spaces.
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
@@ -54,8 +54,8 @@ def tiny_model(
     """A randomly initialized float32 causal LM that knows `tokenizer`'s vocabulary and special tokens.
 
     Args:
-        architecture: a model type whose config uses Llama's field names: "qwen3", "llama", "mistral", "gemma3_text", ...
-            (AutoTokenizer ignores a saved tokenizer's class beside a "qwen2" model; load it from its own directory.)
+        architecture: a model type whose config has Llama's field names: "qwen3", "llama", "mistral", "gemma3_text" ...
+            Beside a saved "qwen2" model, AutoTokenizer loads Qwen2's tokenizer class whatever was saved.
         intermediate_size: of the MLP; None means four times `hidden_size`.
         num_key_value_heads: fewer than `num_heads` gives grouped-query attention; None gives every head its own.
         seed: decides the weights; the caller's random state is left as it was.
