@@ -1,7 +1,8 @@
 """NaN-aware means and spreads over one axis: the only place where an epsilon meets a standard deviation.
 
 NaN marks a completion that no reward function judged. It takes part in no mean and no spread, and stays NaN.
-Statistics run over the last axis and keep it, so that they broadcast against what they were computed from.
+Statistics run over the last axis and keep it, so that they broadcast against what they were computed from. `weights`,
+of the values' shape, say how often an entry counts: a completion's tokens, for statistics over tokens.
 """
 
 import torch
@@ -12,14 +13,22 @@ from torch import Tensor
 RESOLUTION = 4 * torch.finfo(torch.float32).eps
 
 
-def count(values: Tensor) -> Tensor:
+def count(values: Tensor, weights: Tensor | None = None) -> Tensor:
     """How many entries are not NaN, as float: (..., n) -> (..., 1)."""
-    return (~values.isnan()).sum(-1, keepdim=True).to(values.dtype)
+    judged = (~values.isnan()).to(values.dtype)
+    return (judged if weights is None else judged * weights).sum(-1, keepdim=True)
 
 
-def mean(values: Tensor) -> Tensor:
+def mean(values: Tensor, weights: Tensor | None = None) -> Tensor:
     """Mean of the entries that are not NaN; NaN where there is none: (..., n) -> (..., 1)."""
-    return values.nanmean(-1, keepdim=True)
+    if weights is None:
+        return values.nanmean(-1, keepdim=True)
+    return (values * weights).nansum(-1, keepdim=True) / count(values, weights)
+
+
+def rounding(values: Tensor) -> Tensor:
+    """The largest difference that float32 rounding of the entries can explain: (..., n) -> (..., 1)."""
+    return RESOLUTION * values.abs().nan_to_num().amax(-1, keepdim=True)
 
 
 def has_spread(values: Tensor) -> Tensor:
@@ -30,34 +39,47 @@ def has_spread(values: Tensor) -> Tensor:
     judged = ~values.isnan()
     low = values.where(judged, torch.inf).amin(-1, keepdim=True)
     high = values.where(judged, -torch.inf).amax(-1, keepdim=True)
-    return (high - low) > RESOLUTION * torch.maximum(low.abs(), high.abs())
+    return (high - low) > rounding(values)
 
 
-def centre(values: Tensor) -> Tensor:
+def centre(values: Tensor, weights: Tensor | None = None) -> Tensor:
     """Subtract the mean; exactly 0 where there is no spread; NaN stays NaN: (..., n) -> (..., n)."""
-    centred = values - mean(values)
+    centred = values - mean(values, weights)
     return centred.where(has_spread(values) | values.isnan(), 0.0)
 
 
-def std(values: Tensor, *, ddof: int = 1) -> Tensor:
+def others(values: Tensor) -> Tensor:
+    """For each entry all the others, itself replaced by NaN: (..., n) -> (..., n, n)."""
+    itself = torch.eye(values.shape[-1], dtype=torch.bool, device=values.device)
+    return values.unsqueeze(-2).masked_fill(itself, torch.nan)
+
+
+def centre_on_others(values: Tensor) -> Tensor:
+    """Subtract the mean of the other entries: n/(n−1) · (x − mean), 0 for a single one: (..., n) -> (..., n)."""
+    return centre(values) * count(values) / (count(values) - 1).clamp(min=1)
+
+
+def std(values: Tensor, *, ddof: int = 1, weights: Tensor | None = None) -> Tensor:
     """Standard deviation of the entries that are not NaN; exactly 0 where there is no spread: (..., n) -> (..., 1).
 
     Args:
         ddof: 1 for the sample std (Bessel's correction, as TRL and verl), 0 for the population std.
+        weights: how often each entry counts; once where None.
     """
     if ddof not in (0, 1):
         raise ValueError(f"ddof={ddof!r} is not a standard deviation. Use 1 (sample) or 0 (population).")
-    squares = centre(values).square().nansum(-1, keepdim=True)
-    return (squares / (count(values) - ddof).clamp(min=1)).sqrt()
+    squares = centre(values, weights).square()
+    total = (squares if weights is None else squares * weights).nansum(-1, keepdim=True)
+    return (total / (count(values, weights) - ddof).clamp(min=1)).sqrt()
 
 
 def divide(values: Tensor, scale: Tensor, *, eps: float) -> Tensor:
     """values / (scale + eps), and exactly 0 where the scale is 0; NaN stays NaN."""
-    if eps < 0:
+    if not eps >= 0:
         raise ValueError(f"eps={eps!r} is negative. Use 0 or a small positive number such as 1e-4.")
     return (values / (scale + eps)).where((scale > 0) | values.isnan(), 0.0)
 
 
-def zscore(values: Tensor, *, ddof: int = 1, eps: float) -> Tensor:
+def zscore(values: Tensor, *, ddof: int = 1, eps: float, weights: Tensor | None = None) -> Tensor:
     """Centre and scale: (x − mean) / (std + eps), exactly 0 where there is no spread: (..., n) -> (..., n)."""
-    return divide(centre(values), std(values, ddof=ddof), eps=eps)
+    return divide(centre(values, weights), std(values, ddof=ddof, weights=weights), eps=eps)

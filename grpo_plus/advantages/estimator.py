@@ -8,9 +8,10 @@ from typing import Any, Literal, TypeVar
 
 from torch import Tensor
 
-from grpo_plus.registry import Registry
+from grpo_plus.registry import Registry, suggestion
 
 Scope = Literal["group", "batch"]
+Domain = Literal["real", "unit", "binary"]
 Function = TypeVar("Function", bound=Callable[..., Tensor])
 
 
@@ -26,6 +27,9 @@ class Estimator:
         scale_invariant: multiplying every reward by a positive constant changes nothing (up to eps).
         sums_to_zero: the advantages of a group sum to zero.
         multi_reward: the reward functions' columns matter one by one, not only their weighted sum.
+        domain: the weighted sums it takes: "real" for any, "unit" for 0 to 1, "binary" for 0 and 1 only.
+        needs_lengths: it needs the completions' lengths.
+        trains_without_spread: a group of equal rewards may get advantages other than 0.
     """
 
     name: str
@@ -35,6 +39,9 @@ class Estimator:
     scale_invariant: bool = False
     sums_to_zero: bool = False
     multi_reward: bool = False
+    domain: Domain = "real"
+    needs_lengths: bool = False
+    trains_without_spread: bool = False
 
     @property
     def summary(self) -> str:
@@ -65,19 +72,39 @@ def register(
     scale_invariant: bool = False,
     sums_to_zero: bool = False,
     multi_reward: bool = False,
+    domain: Domain = "real",
+    needs_lengths: bool = False,
+    trains_without_spread: bool = False,
 ) -> Callable[[Function], Function]:
     """Make a function available as `advantage_estimator=name`.
 
-    The function takes a `Rewards`, then keyword-only hyper-parameters, and returns (P, G) advantages. The promises
-    default to the weakest; see `Estimator`.
+    The function takes a `Rewards`, then keyword-only hyper-parameters, and returns (P, G) advantages. For what the
+    keywords promise see `Estimator`.
 
     Raises:
         ValueError: the name is taken or is not an identifier.
     """
 
     def add(function: Function) -> Function:
-        entry = Estimator(name, function, scope, shift_invariant, scale_invariant, sums_to_zero, multi_reward)
+        entry = Estimator(
+            name,
+            function,
+            scope=scope,
+            shift_invariant=shift_invariant,
+            scale_invariant=scale_invariant,
+            sums_to_zero=sums_to_zero,
+            multi_reward=multi_reward,
+            domain=domain,
+            needs_lengths=needs_lengths,
+            trains_without_spread=trains_without_spread,
+        )
         ESTIMATORS.add(name, entry)
         return function
 
     return add
+
+
+def check_choice(keyword: str, value: object, choices: tuple[str, ...]) -> None:
+    """Refuse a hyper-parameter that is not one of the words it may be."""
+    if value not in choices:
+        raise ValueError(f"{keyword}={value!r} is not a choice.{suggestion(str(value), choices)}")

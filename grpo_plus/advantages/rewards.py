@@ -5,6 +5,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from grpo_plus.reductions import RESOLUTION
+from grpo_plus.registry import suggestion
+
+
+class UnknownRewardError(ValueError):
+    """A reward named in a hyper-parameter that none of the run's reward functions is called."""
+
 
 @dataclass(frozen=True)
 class Rewards:
@@ -77,5 +84,21 @@ class Rewards:
 
     def weighted_sum(self, per_function: Tensor) -> Tensor:
         """(P, G, K) -> (P, G): what `total` does, for values derived from the rewards."""
-        total = (per_function * self.weights).nansum(-1)
+        parts = per_function * self.weights
+        total = parts.nansum(-1)
+        # Parts that cancel, as in 0.1 + 0.2 - 0.3, leave float32 rounding behind, which a small std would blow up.
+        total = total.where(total.abs() > RESOLUTION * parts.abs().nansum(-1), 0.0)
         return total.where(self.judged, torch.nan)
+
+    def index(self, name: str) -> int:
+        """Which of the K columns is the reward called `name`; raises UnknownRewardError if there is none."""
+        if name not in self.names:
+            raise UnknownRewardError(f"There is no reward {name!r}.{suggestion(str(name), self.names)}")
+        return self.names.index(name)
+
+    def tokens(self) -> Tensor:
+        """(P, G) completion lengths as float64, at least 1; raises ValueError where they are unknown."""
+        if self.lengths is None:
+            raise ValueError("The lengths of the completions are needed, but these rewards come without: set lengths.")
+        # An empty completion counts as one token: a group of empty ones would have no token-weighted mean.
+        return self.lengths.double().clamp(min=1)

@@ -8,7 +8,7 @@ from tests.close import assert_close
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_worked_example(case: Case):
-    advantages = estimate(case.estimator, rewards_of(case.rewards, case.weights), case.keywords)
+    advantages = estimate(case.estimator, rewards_of(case.rewards, case.weights, case.lengths), case.keywords)
     assert_close("advantages", advantages, torch.tensor(case.expected, dtype=torch.float64), rtol=1e-6)
 
 
