@@ -36,7 +36,7 @@ test-previous-trl: .venv/trl-$(PREVIOUS_TRL)
 	touch $@ .venv/demo
 
 .venv/trl-$(PREVIOUS_TRL): .venv/dev
-	$(BIN)/pip install --quiet --no-deps --upgrade --target $@ --constraint constraints.txt triton
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $@ triton==3.9.0
 	$(BIN)/pip install --quiet --no-deps --upgrade --target $@ trl==$(PREVIOUS_TRL)
 	touch $@
 

@@ -11,7 +11,7 @@ from grpo_plus.demo import task
 from grpo_plus.demo.tiny import tiny_model, tiny_tokenizer
 
 
-@register("above_median", scope="group", shift_invariant=True, scale_invariant=True)
+@register("above_median")
 def above_median(rewards: Rewards, *, strength: float = 1.0) -> torch.Tensor:
     """Push completions above their group's median up by `strength`, the others down."""
     total = rewards.total()  # (P, G): weighted sum over the reward functions, NaN where none of them judged

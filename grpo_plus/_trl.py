@@ -14,11 +14,12 @@ from packaging.specifiers import SpecifierSet
 from torch import Tensor
 from trl import GRPOTrainer
 
-from grpo_plus.advantages.rewards import Rewards
+from grpo_plus.advantages import Rewards, checked
 
 TESTED_TRL = SpecifierSet(">=1.15,<1.17")
 
-# What the seam relies on, fingerprinted for each tested version. The first two are overridden, the rest is assumed.
+# Fingerprinted for each tested version. The first two are overridden. Of the others the seam assumes what they do with
+# the advantages: `_prepare_inputs` carries them to the loss, `_compute_loss` uses them, `log` writes them out.
 RELIED_ON = ("_calculate_rewards", "_generate_and_score_completions", "_prepare_inputs", "_compute_loss", "log")
 
 
@@ -49,7 +50,8 @@ class TRLSeam(GRPOTrainer):
             rewards: of all processes, alike on each of them.
 
         Returns:
-            (P, G) finite advantages, or None to keep the ones that TRL computed.
+            (P, G) advantages, or None to keep the ones that TRL computed. They are checked: another shape or a value
+            that is not finite is an error.
         """
         return None
 
@@ -71,6 +73,7 @@ class TRLSeam(GRPOTrainer):
         output = super()._generate_and_score_completions(inputs)
         advantages = self.estimate_advantages(self._rewards)
         if advantages is not None:
+            advantages = checked("hook estimate_advantages", advantages, self._rewards)
             self._replace_advantages(output, advantages.flatten().to(output["advantages"]))
         return output
 

@@ -1,5 +1,6 @@
 """GRPOPlusConfig: TRL's GRPOConfig with a handful of fields more, checked at construction."""
 
+import inspect
 import json
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -44,34 +45,35 @@ class GRPOPlusConfig(GRPOConfig):
         """Check the fields of ours and those of TRL's that they meet."""
         super().__post_init__()
         if self.loss_type not in TRL_LOSSES:
-            raise ValueError(f"Unknown loss_type {self.loss_type!r}.{suggestion(self.loss_type, TRL_LOSSES)}")
-        keywords = self.advantage_keywords
+            raise ValueError(f"Unknown loss_type {self.loss_type!r}.{suggestion(str(self.loss_type), TRL_LOSSES)}")
+        self.advantage_kwargs = _as_dictionary("advantage_kwargs", self.advantage_kwargs)
         if self.advantage_estimator is not None:
             _check_conflicts(self)
-            _check_estimator(ESTIMATORS[self.advantage_estimator], keywords)
-        elif keywords:
-            raise ValueError(f"advantage_kwargs={keywords} has no estimator to go to. Set advantage_estimator too.")
-
-    @property
-    def advantage_keywords(self) -> dict[str, Any]:
-        """`advantage_kwargs` as a dictionary, however it was given."""
-        given = self.advantage_kwargs
-        try:
-            keywords = json.loads(given) if isinstance(given, str) else given or {}
-        except json.JSONDecodeError:
-            keywords = None
-        if not isinstance(keywords, dict):
-            raise ValueError(f"advantage_kwargs={given!r} is not a JSON object. Write for example '{{\"ddof\": 0}}'.")
-        return keywords
+            _check_estimator(ESTIMATORS[self.advantage_estimator], self.advantage_kwargs)
+        elif self.advantage_kwargs:
+            raise ValueError(
+                f"advantage_kwargs={self.advantage_kwargs} has no estimator to go to. Set advantage_estimator too."
+            )
 
     def describe(self) -> str:
         """What is active, in one line."""
         if self.advantage_estimator is None:
             advantages = f"TRL's (scale_rewards={self.scale_rewards}, {self.multi_objective_aggregation})"
         else:
-            keywords = ", ".join(f"{name}={value}" for name, value in self.advantage_keywords.items())
+            given = _as_dictionary("advantage_kwargs", self.advantage_kwargs)
+            keywords = ", ".join(f"{name}={value}" for name, value in given.items())
             advantages = f"{self.advantage_estimator}({keywords})"
         return f"grpo_plus {__version__}: advantages {advantages}; loss {self.loss_type}"
+
+
+def _as_dictionary(name: str, given: dict[str, Any] | str | None) -> dict[str, Any]:
+    try:
+        keywords = json.loads(given) if isinstance(given, str) else given or {}
+    except json.JSONDecodeError:
+        keywords = None
+    if not isinstance(keywords, dict):
+        raise ValueError(f"{name}={given!r} is not a JSON object. Write for example '{{\"ddof\": 0}}'.")
+    return keywords
 
 
 def _check_conflicts(config: GRPOPlusConfig) -> None:
@@ -88,16 +90,18 @@ def _check_conflicts(config: GRPOPlusConfig) -> None:
 
 def _check_estimator(estimator: Estimator, keywords: dict[str, Any]) -> None:
     """Refuse a wrong keyword by its name, and a wrong value by trying the estimator on a small batch."""
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in estimator.parameters)
     for keyword in keywords:
-        if keyword not in estimator.keywords:
+        if keyword not in estimator.keywords and not takes_any:
             raise ValueError(
                 f"The advantage estimator {estimator.name!r} takes no keyword {keyword!r}."
                 f"{suggestion(keyword, estimator.keywords)}"
             )
-    if not estimator.function.__module__.startswith("grpo_plus."):
-        return  # a user's own function may need more than a made-up batch holds
     sample = Rewards(torch.tensor([[[0.0], [1.0]], [[1.0], [1.0]]]).double(), torch.ones(1).double(), ("sample",))
     try:
-        estimate(estimator, sample, keywords)
+        inspect.signature(estimator.function).bind(sample, **keywords)
+        # A user's own function may need more than a made-up batch holds.
+        if estimator.function.__module__.startswith("grpo_plus."):
+            estimate(estimator, sample, keywords)
     except (TypeError, ValueError) as error:
         raise ValueError(f"advantage_kwargs={keywords} does not fit {estimator.name!r}: {error}") from error

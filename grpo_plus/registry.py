@@ -35,11 +35,13 @@ class Registry(Generic[Entry]):
 
     def __getitem__(self, name: str) -> Entry:
         """Look up a registered name, or import `package.module.function`."""
+        if not isinstance(name, str):
+            raise UnknownNameError(
+                f"The {self.kind} {name!r} is not a name. Register the function, then write its name."
+            )
         if name in self._entries:
             return self._entries[name]
-        if "." in name:
-            return self._wrap(name, self._import(name))
-        raise UnknownNameError(f"Unknown {self.kind} {name!r}.{suggestion(name, self)}")
+        return self._wrap(name, import_function(self.kind, name, self))
 
     def __contains__(self, name: object) -> bool:
         return name in self._entries
@@ -50,26 +52,36 @@ class Registry(Generic[Entry]):
     def __len__(self) -> int:
         return len(self._entries)
 
-    def _import(self, path: str) -> Callable[..., Any]:
-        module_path, _, attribute = path.rpartition(".")
-        try:
-            module = importlib.import_module(module_path)
-        except ModuleNotFoundError as error:
-            # A missing import *inside* the user's module is the user's own error and must show as itself.
-            if error.name is None or not f"{module_path}.".startswith(f"{error.name}."):
-                raise
-            raise UnknownNameError(
-                f"Unknown {self.kind} {path!r}: there is no module {error.name!r}. Write package.module.function, or "
-                f"one of: {', '.join(self)}."
-            ) from error
-        function = getattr(module, attribute, None)
-        if not callable(function):
-            names = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
-            raise UnknownNameError(
-                f"Unknown {self.kind} {path!r}: {module_path!r} has no function {attribute!r}."
-                f"{suggestion(attribute, names)}"
-            )
-        return function
+
+def import_function(kind: str, path: str, known: Iterable[str] = ()) -> Callable[..., Any]:
+    """The function at `package.module.function`.
+
+    Args:
+        kind: what it should be, for error messages.
+        known: the names that would do instead of a path.
+
+    Raises:
+        UnknownNameError: there is no such module, or it has no such function.
+    """
+    module_path, _, attribute = path.rpartition(".")
+    if not module_path:
+        raise UnknownNameError(
+            f"Unknown {kind} {path!r}.{suggestion(path, known)} A function of yours is written package.module.function."
+        )
+    try:
+        module = importlib.import_module(module_path)
+    except ModuleNotFoundError as error:
+        # A missing import *inside* the user's module is the user's own error and must show as itself.
+        if error.name is None or not f"{module_path}.".startswith(f"{error.name}."):
+            raise
+        raise UnknownNameError(f"Unknown {kind} {path!r}: there is no module {error.name!r} here.") from error
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        names = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
+        raise UnknownNameError(
+            f"Unknown {kind} {path!r}: {module_path!r} has no function {attribute!r}.{suggestion(attribute, names)}"
+        )
+    return function
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:

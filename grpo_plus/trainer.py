@@ -23,4 +23,4 @@ class GRPOPlusTrainer(TRLSeam):
         config = self.args
         if not isinstance(config, GRPOPlusConfig) or config.advantage_estimator is None:
             return None
-        return estimate(config.advantage_estimator, rewards, config.advantage_keywords)
+        return estimate(config.advantage_estimator, rewards, config.advantage_kwargs)  # type: ignore[arg-type]  # a dictionary by now

@@ -17,7 +17,8 @@ def markdown(rows: list[tuple[str, ...]]) -> str:
 
 def _cell(text: str) -> str:
     if text.startswith("https://"):
-        return f"[{text.rstrip('/').rpartition('/')[2]}]({text})"
+        label = text.rpartition("/")[2]
+        return f"[{label if '.' in label else f'TRL #{label}'}]({text})"
     return f"`{text}`" if re.fullmatch(r"\w+=\S+(, \w+=\S+)*", text) else text
 
 

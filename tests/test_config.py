@@ -19,10 +19,16 @@ def config(**fields) -> GRPOPlusConfig:
             "'grpo' takes no keyword 'dof'. Did you m.*ddof",
         ),
         ({"advantage_estimator": "grpo", "advantage_kwargs": {"ddof": 2}}, "does not fit 'grpo': ddof=2"),
-        ({"advantage_estimator": "grpo", "advantage_kwargs": {"eps": -1}}, "does not fit 'grpo': eps=-1 is negative"),
+        ({"advantage_estimator": "grpo", "advantage_kwargs": {"eps": -1}}, "does not fit 'grpo': eps=-1 is not"),
         ({"advantage_estimator": "grpo", "advantage_kwargs": {"eps": "x"}}, "does not fit 'grpo'"),
         ({"advantage_estimator": "grpo", "advantage_kwargs": "{ddof: 0}"}, "is not a JSON object"),
         ({"advantage_estimator": "grpo", "advantage_kwargs": "[0]"}, "is not a JSON object"),
+        (
+            {"advantage_estimator": "grpo", "advantage_kwargs": {"eps": float("inf")}},
+            "does not fit 'grpo': eps=inf is not",
+        ),
+        ({"advantage_estimator": len}, "is not a name. Register the function"),
+        ({"loss_type": None}, "Unknown loss_type None"),
         ({"advantage_kwargs": {"ddof": 0}}, "Set advantage_estimator too"),
         (
             {"advantage_estimator": "grpo", "scale_rewards": "none"},
@@ -42,15 +48,22 @@ def test_a_wrong_setting_is_refused_at_construction(fields, message):
 
 def test_keywords_may_be_json():
     given = config(advantage_estimator="grpo", advantage_kwargs='{"ddof": 0, "eps": 0}')
-    assert given.advantage_keywords == {"ddof": 0, "eps": 0}
+    assert given.advantage_kwargs == {"ddof": 0, "eps": 0}
 
 
 def test_a_function_of_the_user_is_found_by_its_path(tmp_path, monkeypatch):
     (tmp_path / "my_estimators.py").write_text(
         "def double(rewards, *, factor=2.0):\n    return factor * rewards.total()\n"
+        "def strict(rewards, *, factor):\n    return factor * rewards.total()\n"
+        "def any_keyword(rewards, **keywords):\n    return rewards.total()\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     config(advantage_estimator="my_estimators.double", advantage_kwargs={"factor": 3.0})
+    with pytest.raises(
+        ValueError, match="does not fit 'my_estimators.strict': missing a required.* argument: 'factor'"
+    ):
+        config(advantage_estimator="my_estimators.strict")
+    config(advantage_estimator="my_estimators.any_keyword", advantage_kwargs={"whatever": 3.0})
     with pytest.raises(ValueError, match="takes no keyword 'faktor'. Did you mean 'factor'"):
         config(advantage_estimator="my_estimators.double", advantage_kwargs={"faktor": 3.0})
     sys.modules.pop("my_estimators")

@@ -3,10 +3,12 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from transformers import AutoConfig, AutoModelForSequenceClassification, TrainerCallback
 from trl import GRPOConfig
 
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer, Rewards
 from grpo_plus.advantages import ESTIMATORS, register
+from grpo_plus.demo.tiny import tiny_tokenizer
 from tests.training import PROMPTS, brevity, logs_of, make_trainer, vowels, weights_of
 
 
@@ -62,16 +64,27 @@ def test_an_estimator_sees_names_weights_and_lengths(tmp_path, registered):
         seen.append(rewards)
         return rewards.total() * 0
 
-    trainer = plus(tmp_path, advantage_estimator="spy", max_steps=1, reward_weights=[1.0, 0.5], log_completions=True)
+    trainer = plus(
+        tmp_path,
+        advantage_estimator="spy",
+        max_steps=1,
+        reward_weights=[1.0, 0.5],
+        log_completions=True,
+        reward_funcs=[counting, brevity],
+        max_completion_length=64,
+    )
     trainer.train()
     (rewards,) = seen
-    assert rewards.names == ("vowels", "brevity")
+    assert rewards.names == ("counting", "brevity")
     assert rewards.weights.tolist() == [1.0, 0.5]
-    table = completions_table(tmp_path)
-    assert rewards.values[..., 0].flatten().tolist() == pytest.approx(table["vowels"].tolist())
-    # One character is one token; the end token, where there is one, counts too.
-    lengths = torch.tensor([len(text) for text in table["completion"]]).view(2, 4)
-    assert ((rewards.lengths - lengths >= 0) & (rewards.lengths - lengths <= 1)).all()
+    assert rewards.values[..., 1].flatten().tolist() == pytest.approx(completions_table(tmp_path)["brevity"].tolist())
+    # `counting` returns the number of tokens of each completion.
+    assert rewards.lengths.tolist() == rewards.values[..., 0].tolist()
+    assert len(set(rewards.lengths.flatten().tolist())) > 1
+
+
+def counting(completion_ids, **_):
+    return [float(len(ids)) for ids in completion_ids]
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -107,10 +120,79 @@ def test_a_completion_that_nobody_judged_gets_zero_and_leaves_the_others_alone(t
 
 
 def test_an_incomplete_group_is_named(tmp_path):
-    trainer = plus(tmp_path, advantage_estimator="rloo")
-    trainer._train_batch_size = trainer.args.per_device_train_batch_size = 6
-    with pytest.raises(ValueError, match="6 rows, which is not a multiple of num_generations=4"):
+    # Four prompts, four completions each, in evaluation batches of six: the group of the second prompt is cut.
+    evaluated = {"eval_dataset": PROMPTS.select(range(4))}
+    trainer = plus(tmp_path, advantage_estimator="rloo", trainer_arguments=evaluated)
+    trainer.args.per_device_eval_batch_size = 6
+    with pytest.raises(
+        ValueError, match="reward table of vowels, brevity has 6 rows, which is not a multiple of the group size 4"
+    ):
+        trainer.evaluate()
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (torch.zeros(4, 4), r"hook estimate_advantages returned \(4, 4\) for rewards of 2 groups of 4"),
+        (torch.full((2, 4), torch.nan), "hook estimate_advantages returned nan for completion 0 of group 0"),
+        (torch.full((2, 4), 1e39, dtype=torch.float64), r"hook estimate_advantages returned 1e\+39"),
+    ],
+)
+def test_the_answer_of_an_overridden_hook_is_checked(tmp_path, answer, message):
+    class Overriding(GRPOPlusTrainer):
+        def estimate_advantages(self, rewards):
+            return answer
+
+    trainer = make_trainer(tmp_path, trainer_class=Overriding)
+    start = weights_of(trainer)
+    with pytest.raises(ValueError, match=message):
         trainer.train()
+    assert all(torch.equal(start[name], weight) for name, weight in weights_of(trainer).items())
+
+
+def tiny_reward_model():
+    tokenizer = tiny_tokenizer()
+    config = AutoConfig.for_model(
+        "qwen3", vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_labels=1,
+        num_attention_heads=2, num_key_value_heads=2, head_dim=8, pad_token_id=tokenizer.pad_token_id
+    )  # fmt: skip
+    return AutoModelForSequenceClassification.from_config(config), tokenizer
+
+
+def test_a_reward_model_is_a_judge_too(tmp_path):
+    model, tokenizer = tiny_reward_model()
+    arguments = {"reward_processing_classes": [tokenizer, None]}
+    trainer = plus(
+        tmp_path,
+        advantage_estimator="dr_grpo",
+        reward_funcs=[model, vowels],
+        trainer_arguments=arguments,
+        log_completions=True,
+        max_steps=1,
+    )
+    trainer.train()
+    table = completions_table(tmp_path)
+    total = torch.tensor((table.iloc[:, 3] + table["vowels"]).to_numpy()).view(-1, 4)
+    expected = (total - total.mean(-1, keepdim=True)).flatten()
+    torch.testing.assert_close(torch.tensor(table["advantage"].to_numpy()), expected, rtol=0, atol=1e-5)
+
+
+def test_a_callback_and_a_streamed_dataset(tmp_path):
+    steps = []
+
+    class Counter(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            steps.append(state.global_step)
+
+    trainer = plus(
+        tmp_path,
+        advantage_estimator="rloo",
+        train_dataset=PROMPTS.to_iterable_dataset(),
+        trainer_arguments={"callbacks": [Counter()]},
+    )
+    trainer.train()
+    assert steps == [1, 2, 3]
+    assert all("grad_norm" in entry for entry in trainer.state.log_history[:3])
 
 
 async def async_reward(completions, **_):

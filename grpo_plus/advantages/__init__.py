@@ -26,7 +26,7 @@ from grpo_plus.advantages import batch, group, multi_reward, unnormalized  # noq
 from grpo_plus.advantages.estimator import ESTIMATORS, Estimator, register
 from grpo_plus.advantages.rewards import Rewards
 
-__all__ = ["ESTIMATORS", "Estimator", "Rewards", "estimate", "register"]
+__all__ = ["ESTIMATORS", "Estimator", "Rewards", "checked", "estimate", "register"]
 
 
 def estimate(estimator: Estimator | str, rewards: Rewards, keywords: Mapping[str, Any] | None = None) -> Tensor:
@@ -45,10 +45,21 @@ def estimate(estimator: Estimator | str, rewards: Rewards, keywords: Mapping[str
     if isinstance(estimator, str):
         estimator = ESTIMATORS[estimator]
     _check_rewards(rewards)
-    advantages = estimator.function(rewards, **(keywords or {}))
-    _check_shape(estimator.name, advantages, rewards)
+    return checked(f"advantage estimator {estimator.name!r}", estimator.function(rewards, **(keywords or {})), rewards)
+
+
+def checked(source: str, advantages: Any, rewards: Rewards) -> Tensor:
+    """`advantages` as float64 without gradient, 0 where nothing was judged.
+
+    Args:
+        source: what made them, for the message.
+
+    Raises:
+        ValueError: they are no (P, G) tensor, or not finite, in float32, for a completion that was judged.
+    """
+    _check_shape(source, advantages, rewards)
     advantages = torch.where(rewards.judged, advantages.detach().cpu().double(), 0.0)
-    _check_finite(estimator.name, advantages, rewards)
+    _check_finite(source, advantages, rewards)
     return advantages
 
 
@@ -62,22 +73,22 @@ def _check_rewards(rewards: Rewards) -> None:
         )
 
 
-def _check_shape(name: str, advantages: Any, rewards: Rewards) -> None:
+def _check_shape(source: str, advantages: Any, rewards: Rewards) -> None:
     expected = tuple(rewards.values.shape[:2])
     found = tuple(advantages.shape) if isinstance(advantages, Tensor) else type(advantages).__name__
     if found != expected:
         raise ValueError(
-            f"The advantage estimator {name!r} returned {found} for rewards of {expected[0]} groups of {expected[1]} "
+            f"The {source} returned {found} for rewards of {expected[0]} groups of {expected[1]} "
             f"completions; a tensor of shape {expected} is needed. {_describe_group(rewards, 0)}"
         )
 
 
-def _check_finite(name: str, advantages: Tensor, rewards: Rewards) -> None:
-    bad = ~advantages.isfinite()
+def _check_finite(source: str, advantages: Tensor, rewards: Rewards) -> None:
+    bad = ~advantages.float().isfinite()  # the loss computes in float32
     if bad.any():
         prompt, completion = (int(index) for index in bad.nonzero()[0])
         raise ValueError(
-            f"The advantage estimator {name!r} returned {advantages[prompt, completion].item()} for completion "
+            f"The {source} returned {advantages[prompt, completion].item()} for completion "
             f"{completion} of group {prompt} ({int(bad.sum())} such values in the batch). Look for a division by zero "
             f"in it. {_describe_group(rewards, prompt)}"
         )

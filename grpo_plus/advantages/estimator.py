@@ -57,8 +57,12 @@ class Estimator:
     @property
     def keywords(self) -> dict[str, Any]:
         """The function's hyper-parameters and their defaults."""
-        parameters = list(inspect.signature(self.function).parameters.values())[1:]
-        return {parameter.name: parameter.default for parameter in parameters}
+        return {parameter.name: parameter.default for parameter in self.parameters}
+
+    @property
+    def parameters(self) -> list[inspect.Parameter]:
+        """The function's parameters after the rewards."""
+        return list(inspect.signature(self.function).parameters.values())[1:]
 
 
 ESTIMATORS: Registry[Estimator] = Registry("advantage estimator", Estimator)

@@ -1,6 +1,6 @@
 """Estimators that compare a completion with the other completions of its prompt and scale by the group's spread.
 
-`grpo` is TRL's default, `grpo_pop` the paper's and most tutorials' arithmetic. Both give every prompt the same weight,
+`grpo` is TRL's default, `grpo_pop` the arithmetic of most tutorials. Both give every prompt the same weight,
 however little its rewards vary: a group that differs by 0.01 moves the policy as much as one that differs by 1.
 """
 
@@ -30,7 +30,7 @@ def grpo_pop(rewards: Rewards, *, eps: float = 0.0) -> Tensor:
 
     Aᵢ = (rᵢ − mean(r)) / √(mean((r − mean(r))²))
 
-    What numpy's std gives, and with it most worked examples: √(G/(G−1)) times `grpo`.
+    What numpy's std gives, and with it most worked examples: √(G/(G−1)) times `grpo` without its eps.
     Shao et al., "DeepSeekMath" (https://huggingface.co/papers/2402.03300), section 4.1.2.
     """
     return zscore(rewards.total(), ddof=0, eps=eps)

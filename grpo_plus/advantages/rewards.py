@@ -61,9 +61,10 @@ class Rewards:
         rows, functions = rewards_per_func.shape
         if rows % num_generations:
             raise ValueError(
-                f"The reward table has {rows} rows, which is not a multiple of num_generations={num_generations}, so "
-                f"its last group is incomplete ({rows % num_generations} rows). Make the batch size a multiple of "
-                "num_generations, in evaluation too (num_generations_eval, per_device_eval_batch_size)."
+                f"The reward table of {', '.join(names)} has {rows} rows, which is not a multiple of the group size "
+                f"{num_generations}: group {rows // num_generations} has only {rows % num_generations}. Make "
+                "per_device_train_batch_size x processes x steps_per_generation a multiple of num_generations; in "
+                "evaluation, per_device_eval_batch_size x processes a multiple of num_generations_eval."
             )
         groups = rows // num_generations
         return cls(

@@ -30,8 +30,8 @@ def rloo(rewards: Rewards) -> Tensor:
     Aᵢ = rᵢ − mean(rⱼ, j ≠ i) = G/(G−1) · (rᵢ − mean(r))
 
     The baseline does not depend on the completion it judges, so the gradient is unbiased.
-    Ahmadian et al., "Back to Basics" (https://huggingface.co/papers/2402.14740), section 3.3; used by
-    Chen et al., "LOOP" (https://huggingface.co/papers/2502.01600).
+    Ahmadian et al., "Back to Basics" (https://huggingface.co/papers/2402.14740), section 3.3; the
+    baseline of LOOP: Chen et al. (https://huggingface.co/papers/2502.01600).
     """
     total = rewards.total()
     others = (count(total) - 1).clamp(min=1)

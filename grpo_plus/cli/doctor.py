@@ -2,6 +2,7 @@
 
 import argparse
 import platform
+import warnings
 from importlib.metadata import PackageNotFoundError, version
 
 from grpo_plus import __version__
@@ -16,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, rest: list[str]) -> int:
-    """Print the report; exit status 1 if TRL has changed under the seam."""
+    """Print the report; exit status 1 if the installed TRL is outside the tested window or has changed."""
     print(f"grpo_plus {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}")
     print("\nVersions")
     for package in PACKAGES:
@@ -62,8 +63,10 @@ def _active() -> list[str]:
 
 
 def _seam() -> list[str]:
-    from grpo_plus._trl import untested_version
-    from grpo_plus.contract import check_seam
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the version is reported below
+        from grpo_plus._trl import untested_version
+        from grpo_plus.contract import check_seam
 
     outside = untested_version(version("trl"))
     return ([outside] if outside else []) + check_seam()

@@ -1,13 +1,12 @@
 """`grpo-plus train`: `trl grpo` with GRPOPlusTrainer. Every flag of TRL's and `--config file.yaml`, parsed by TRL."""
 
 import argparse
-import importlib
 import os
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from grpo_plus.registry import suggestion
+from grpo_plus.registry import import_function, suggestion
 
 if TYPE_CHECKING:
     from trl import DatasetMixtureConfig, ModelConfig
@@ -25,26 +24,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, rest: list[str]) -> int:
-    """Parse `rest` and train, here or, where it holds flags of `accelerate launch`, through that."""
+    """Parse `rest` and train."""
+    from accelerate import PartialState
     from trl import DatasetMixtureConfig, ModelConfig, TrlParser
     from trl.scripts.grpo import GRPOScriptArguments
 
-    from grpo_plus.cli.launch import launch
     from grpo_plus.config import GRPOPlusConfig
 
     sys.path.insert(0, os.getcwd())  # dotted paths name the user's own modules, as in `trl grpo`
+    arguments = _with_config_file(rest)
     inputs: list[Any] = [GRPOScriptArguments, ModelConfig, DatasetMixtureConfig]
-    if not {"-h", "--help"} & set(rest):
+    if not {"-h", "--help"} & set(arguments):
         # GRPOPlusConfig comes later: its own complaint (no GPU, say) would hide the more basic one.
-        early = TrlParser(inputs, add_help=False).parse_args_and_config(rest, return_remaining_strings=True)
+        early = TrlParser(inputs, add_help=False).parse_args_and_config(arguments, return_remaining_strings=True)
         _check(*early[:3])
     parser = TrlParser([*inputs, GRPOPlusConfig], prog="grpo-plus train")
-    *parsed, unknown_in_file, unknown = parser.parse_args_and_config(
-        rest, return_remaining_strings=True, separate_remaining_strings=True
-    )
-    if unknown_in_file or unknown:
-        return launch(rest, unknown_in_file + unknown)
+    *parsed, unknown = parser.parse_args_and_config(arguments, return_remaining_strings=True)
+    _refuse(unknown)
     train(*parsed)
+    # After the trainer is gone: a DDP model that outlives its process group waits for it forever under gloo.
+    PartialState().destroy_process_group()
     return 0
 
 
@@ -58,6 +57,7 @@ def train(
 
     reward_functions = _reward_functions(script)
     dataset = _dataset(script, mixture)
+    evaluates = config.eval_strategy != "no"
     loading: dict[str, Any] = {
         "revision": model.model_revision,
         "trust_remote_code": config.trust_remote_code,
@@ -69,8 +69,8 @@ def train(
         model=str(model.model_name_or_path),
         reward_funcs=reward_functions,
         args=config,
-        train_dataset=dataset[script.dataset_train_split],
-        eval_dataset=dataset[script.dataset_test_split] if config.eval_strategy != "no" else None,
+        train_dataset=_split(dataset, script.dataset_train_split, "--dataset_train_split"),
+        eval_dataset=_split(dataset, script.dataset_test_split, "--dataset_test_split") if evaluates else None,
         quantization_config=get_quantization_config(model),
         peft_config=get_peft_config(model),
     )
@@ -80,7 +80,32 @@ def train(
     trainer.accelerator.print(f"Saved the model to {config.output_dir}")
     if config.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset_name)
-    trainer.accelerator.end_training()
+
+
+def _with_config_file(arguments: list[str]) -> list[str]:
+    """`arguments` with --config=FILE as two words, which is how TRL's parser looks for it."""
+    words = [word for argument in arguments for word in _split_config(argument)]
+    for word, following in zip(words, [*words[1:], "--"], strict=False):
+        if word == "--config" and following.startswith("--"):
+            raise ValueError("--config needs a file: --config run.yaml.")
+    return words
+
+
+def _split_config(argument: str) -> list[str]:
+    return argument.split("=", 1) if argument.startswith("--config=") else [argument]
+
+
+def _refuse(unknown: list[str]) -> None:
+    """Say what to do about words that nobody takes; those of `accelerate launch` have their place before the module."""
+    if not unknown:
+        return
+    words = " ".join(unknown)
+    if unknown[0].endswith((".yaml", ".yml")):
+        raise ValueError(f"train does not take {words}. Write --config {unknown[0]}.")
+    raise ValueError(
+        f"Neither TRL nor grpo_plus takes {words}. If that is for the launcher, run "
+        f"`accelerate launch {words} -m grpo_plus train ...`."
+    )
 
 
 def _check(script: "GRPOScriptArguments", model: "ModelConfig", mixture: "DatasetMixtureConfig") -> None:
@@ -108,6 +133,12 @@ def _dataset(script: "GRPOScriptArguments", mixture: "DatasetMixtureConfig") -> 
     return load_dataset(script.dataset_name, name=script.dataset_config, streaming=script.dataset_streaming)
 
 
+def _split(dataset: Any, name: str, flag: str) -> Any:
+    if name not in dataset:
+        raise ValueError(f"The dataset has no split {name!r}.{suggestion(name, dataset)} Choose one with {flag}.")
+    return dataset[name]
+
+
 def _reward_functions(script: "GRPOScriptArguments") -> list[str | Callable[..., Any]]:
     names = script.reward_funcs or []
     functions: list[str | Callable[..., Any]] = [_reward_function(name) for name in names]
@@ -124,9 +155,4 @@ def _reward_function(name: str) -> Callable[..., Any]:
         return rewards.get_soft_overlong_punishment(max_completion_len=1280, soft_punish_cache=256)
     if name in REWARD_NAMES:
         return getattr(rewards, name)
-    module_path, _, function = name.rpartition(".")
-    if not module_path:
-        raise ValueError(
-            f"Unknown reward function {name!r}.{suggestion(name, REWARD_NAMES)} Or write package.module.function."
-        )
-    return getattr(importlib.import_module(module_path), function)
+    return import_function("reward function", name, REWARD_NAMES)

@@ -54,7 +54,7 @@ def test_a_table_is_cut_into_groups_in_row_order():
 
 
 def test_an_incomplete_group_is_refused():
-    with pytest.raises(ValueError, match="7 rows, which is not a multiple of num_generations=3"):
+    with pytest.raises(ValueError, match="7 rows, which is not a multiple of the group size 3: group 2 has only 1"):
         Rewards.from_table(torch.zeros(7, 1), num_generations=3, weights=torch.ones(1), names=("a",))
 
 

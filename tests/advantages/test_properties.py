@@ -160,9 +160,7 @@ def test_adding_a_constant_changes_nothing(name: str, rewards: Rewards, shift: f
 def test_scaling_every_reward_changes_nothing(name: str, rewards: Rewards):
     keywords = {"eps": 0.0} if "eps" in ESTIMATORS[name].keywords else {}
     scaled = replace(rewards, values=rewards.values * 8)
-    assert_close(
-        "scaled", advantages_of(name, scaled, **keywords), advantages_of(name, rewards, **keywords), rtol=1e-9
-    )
+    assert_close("scaled", advantages_of(name, scaled, **keywords), advantages_of(name, rewards, **keywords), rtol=1e-9)
 
 
 @which(sums_to_zero=True)

@@ -1,13 +1,16 @@
 import json
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pandas as pd
 import pytest
 
 from grpo_plus import cli
-from grpo_plus.cli.launch import _resolve_config, _without, launch
 from grpo_plus.demo.tiny import tiny_model, tiny_tokenizer
 
+ROOT = Path(__file__).parents[2]
 REWARDS = "def vowels(completions, **_):\n    return [float(sum(c in 'aeiou' for c in text)) for text in completions]\n"
 CPU = ["--use_cpu", "--bf16", "False", "--gradient_checkpointing", "False", "--report_to", "none"]
 SHORT = ["--max_steps", "2", "--num_generations", "4", "--per_device_train_batch_size", "8", "--logging_steps", "1"]
@@ -49,7 +52,7 @@ def test_training_from_a_config_file(workplace, capsys):
     lines += ["advantage_estimator: rloo", "output_dir: out", "max_completion_length: 8", "use_cpu: true"]
     lines += ["bf16: false", "report_to: none", "advantage_kwargs: '{}'", "use_peft: true", "lora_r: 4"]
     (workplace / "run.yaml").write_text("\n".join(lines))
-    assert cli.main(["train", "--config", "run.yaml", *SHORT]) == 0
+    assert cli.main(["train", "--config=run.yaml", *SHORT]) == 0
     assert "advantages rloo()" in capsys.readouterr().out
     assert (workplace / "out" / "adapter_model.safetensors").exists()
 
@@ -61,7 +64,12 @@ def test_training_from_a_config_file(workplace, capsys):
         (NAMES[:4], "train needs --reward_funcs"),
         ([*NAMES[:4], "--reward_funcs", "accuracy_rewards"], "Unknown reward function 'accuracy_rewards'. Did you mean 'acc"),
         ([*NAMES, "--advantage_estimator", "dr_grop"], "Did you mean 'dr_grpo'"),
-        ([*NAMES, "--num_procs", "2"], "Neither TRL, grpo_plus nor accelerate knows --num_procs"),
+        ([*NAMES, "--num_processes", "2"], "run `accelerate launch --num_processes 2 -m grpo_plus train ...`"),
+        ([*NAMES[:4], "--reward_funcs", "my_rewards.vowel"], "'my_rewards' has no function 'vowel'. Did you mean 'vowels'"),
+        ([*NAMES, "--dataset_train_split", "trian"], "no split 'trian'. Did you mean 'train'"),
+        ([*NAMES, "--eval_strategy", "steps", "--eval_steps", "1"], "no split 'test'"),
+        (["run.yaml", *NAMES], "Write --config run.yaml"),
+        ([*NAMES, "--config"], "--config needs a file"),
     ],
 )  # fmt: skip
 def test_a_wrong_command_line_says_what_to_write(workplace, capsys, arguments, message):
@@ -69,23 +77,14 @@ def test_a_wrong_command_line_says_what_to_write(workplace, capsys, arguments, m
     assert message in capsys.readouterr().err
 
 
-def test_launcher_flags_go_to_accelerate(monkeypatch):
-    launched = []
-    monkeypatch.setattr("accelerate.commands.launch.launch_command", launched.append)
-    command = ["--model_name_or_path", "model", "--num_processes", "2", "--seed", "1"]
-    assert launch(command, ["--num_processes", "2"]) == 0
-    (arguments,) = launched
-    assert arguments.num_processes == 2
-    assert arguments.module
-    assert arguments.training_script == "grpo_plus"
-    assert arguments.training_script_args == ["train", "--model_name_or_path", "model", "--seed", "1"]
-
-
-def test_trls_accelerate_configurations_are_found_by_name():
-    assert _resolve_config(["--accelerate_config", "zero3"])[1].endswith("zero3.yaml")
-    with pytest.raises(ValueError, match="zero9 is neither a file"):
-        _resolve_config(["--accelerate_config", "zero9"])
-
-
-def test_only_the_launchers_own_flags_are_taken_out():
-    assert _without(["--a", "2", "--b", "2"], ["--b", "2"]) == ["--a", "2"]
+def test_two_processes_under_accelerate_launch(workplace):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command += ["-m", "grpo_plus", "train", *NAMES, *SHORT, *CPU, "--max_completion_length", "8", "--output_dir", "out"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    done = subprocess.run(
+        [*command, "--advantage_estimator", "rloo"], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("advantages rloo(); loss dapo") == 1
+    assert (workplace / "out" / "model.safetensors").exists()

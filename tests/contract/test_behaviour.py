@@ -35,3 +35,11 @@ def test_trl_refuses_an_unknown_loss_only_in_training(tmp_path):
 def test_the_defaults_that_an_estimator_excludes():
     config = GRPOConfig(output_dir="unused", use_cpu=True, bf16=False)
     assert (config.scale_rewards, config.multi_objective_aggregation) == ("group", "sum_then_normalize")
+
+
+def test_the_attributes_that_the_seam_reads_are_there(tmp_path):
+    trainer = make_trainer(tmp_path, reward_weights=[1.0, 2.0], num_generations_eval=2)
+    assert (trainer.num_generations, trainer.num_generations_eval) == (4, 2)
+    assert trainer.reward_weights.tolist() == [1.0, 2.0]
+    assert trainer.reward_func_names == ["vowels", "brevity"]
+    assert list(trainer._logs["advantages"]) == []

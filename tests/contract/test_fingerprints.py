@@ -2,6 +2,8 @@
 methods it names, decide whether `_trl.py` still holds, then run `python -m tests.contract.refresh`."""
 
 import inspect
+import subprocess
+import sys
 from importlib.metadata import version
 
 import pytest
@@ -94,3 +96,10 @@ def test_a_version_outside_the_window_is_warned_about():
     message = _trl.untested_version("1.17.0")
     assert message is not None
     assert "tested with trl <1.17,>=1.15, found 1.17.0" in message
+
+
+def test_importing_the_trainer_beside_another_trl_warns_once():
+    code = "import importlib.metadata as m; real = m.version; "
+    code += "m.version = lambda name: '1.99.0' if name == 'trl' else real(name); import grpo_plus._trl"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.count("grpo_plus was tested with trl <1.17,>=1.15, found 1.99.0") == 1

@@ -100,7 +100,10 @@ def test_accuracy_wants_the_right_digits_in_the_right_form():
 
 def test_completions_are_greedy_whatever_the_padding():
     model = tiny_model(TOKENIZER, hidden_size=32, seed=3)
-    prompts = ["sort 6639 = ", "sort 1 = "]
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(10)  # fresh weights barely attend; these make the completion depend on every token
+    prompts = ["sort 6639 = ", "sort 1 = ", "7"]
     for prompt, completion in zip(prompts, task.complete(model, TOKENIZER, prompts), strict=True):
         ids = TOKENIZER(prompt, return_tensors="pt")["input_ids"]
         for _ in range(task.MAX_COMPLETION_LENGTH):
