@@ -1,8 +1,17 @@
 """Rewards of a generation batch to advantages. Pure functions: no trainer, no tokenizer, no processes.
 
-To add an estimator, write one function in the file of its family (`group.py`, `unnormalized.py`, `batch.py`,
-`multi_reward.py`), register it, and add a hand-computed row to `tests/advantages/cases.py`; the property tests then
-run by themselves. In your own script, without touching this package:
+| file | the estimators of it | scale by |
+|---|---|---|
+| `group.py` | grpo, grpo_pop, loo_std, ngrpo | the group's std |
+| `unnormalized.py` | dr_grpo, rloo, opo | nothing |
+| `ranking.py` | rank, median_mad, quantile, best_minus_second | order and robust spread of the group |
+| `binary.py` | maxrl, passk, pkpo, bnpo_advantage | the group's success rate |
+| `batch.py` | batch_std, rloo_norm, gpg, reinforce_pp, reinforce_pp_baseline | a statistic of the batch |
+| `multi_reward.py` | gdpo | each reward function's own spread |
+
+To add an estimator, write one function in the file of its family, register it with what it promises, and add a
+hand-computed row to `tests/advantages/cases.py`; the property tests then run by themselves. In your own script,
+without touching this package:
 
     from grpo_plus.advantages import Rewards, register
 
@@ -22,14 +31,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_plus.advantages import batch, group, multi_reward, unnormalized  # noqa: F401  (they register themselves)
+from grpo_plus.advantages import batch, binary, group, multi_reward, ranking, unnormalized  # noqa: F401  (they register)
 from grpo_plus.advantages.estimator import ESTIMATORS, Estimator, register
-from grpo_plus.advantages.rewards import Rewards
+from grpo_plus.advantages.rewards import Rewards, UnknownRewardError
 
-__all__ = ["ESTIMATORS", "Estimator", "Rewards", "estimate", "register"]
+__all__ = [
+    "ESTIMATORS",
+    "Estimator",
+    "Rewards",
+    "UnknownRewardError",
+    "estimate",
+    "register",
+]
 
 
-def estimate(estimator: Estimator | str, rewards: Rewards, keywords: Mapping[str, Any] | None = None) -> Tensor:
+def estimate(
+    estimator: Estimator | str,
+    rewards: Rewards,
+    keywords: Mapping[str, Any] | None = None,
+) -> Tensor:
     """Advantages of `rewards`, checked.
 
     Args:
