@@ -7,7 +7,7 @@
 | `ranking.py` | rank, median_mad, quantile, best_minus_second | order and robust spread of the group |
 | `binary.py` | maxrl, passk, pkpo, bnpo_advantage | the group's success rate |
 | `batch.py` | batch_std, rloo_norm, gpg, reinforce_pp, reinforce_pp_baseline | a statistic of the batch |
-| `multi_reward.py` | gdpo | each reward function's own spread |
+| `multi_reward.py` | gdpo, mo_grpo, dvao, sa_mrpo | each reward function's own spread |
 
 To add an estimator, write one function in the file of its family, register it with what it promises, and add a
 hand-computed row to `tests/advantages/cases.py`; the property tests then run by themselves. In your own script,

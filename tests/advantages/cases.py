@@ -223,4 +223,49 @@ CASES = [
     Case("gdpo", [LIVE, DEAD], [[1.8706266076, 0, 0, -1.8706266076], [0] * 4]),
     Case("gdpo", [LIVE] + [DEAD] * 7, [[3.9361090925, 0, 0, -3.9361090925]] + [[0] * 4] * 7),
     Case("gdpo", [LIVE] + [DEAD] * 7, [[1.2246582600, 0, 0, -1.2246582600]] + [[0] * 4] * 7, {"batch_over": "live"}),
+    Case("mo_grpo", SUMS, [[-0.7070067953, 0.7070067953], [-1.4140135907, 1.4140135907]]),
+    Case("mo_grpo", MIXED, [
+        [-0.3584945564, 2.0902454159, -0.8658754298, -0.8658754298], [1.7317508595, 0, 0, -1.7317508595]
+    ]),
+    Case("mo_grpo", MIXED, [
+        [0.2536904367, 1.4780604228, -0.8658754298, -0.8658754298],
+        [1.2988131446, -0.4329377149, 0.4329377149, -1.2988131446],
+    ], weights=[1.0, 0.5]),
+    Case("mo_grpo", EQUAL_SUMS_OF_THREE, [[0.1339246102, -0.1339246102, -0.1339246102, 0.1339246102]]),
+    # Stds 0 and .7071, then .7071 and .7071: twice the reward, twice the divisor.
+    Case("dvao", SUMS, [[-0.7070067953, 0.7070067953], [-0.7070567847, 0.7070567847]]),
+    Case("dvao", MIXED, [
+        [0.1106134854, 0.9955213689, -0.5530674271, -0.5530674271], [0.8659504103, 0, 0, -0.8659504103]
+    ]),
+    Case("dvao", MIXED, [
+        [0.4049951643, 0.9449887166, -0.6749919404, -0.6749919404],
+        [0.8659254153, -0.2886418051, 0.2886418051, -0.8659254153],
+    ], weights=[1.0, 0.5]),
+    Case("dvao", HALF_EQUAL_SUMS, [[-0.2320292705, -0.2320292705, -0.2320292705, 0.6960878116]]),
+    Case("dvao", EQUAL_SUMS_OF_THREE, [[0] * 4]),
+    # A penalty: totals 0, 2 are 1 above and below their mean, both stds √.5, so 1/(2√.5).
+    Case("dvao", [[[1, 1], [2, 0]]], [[-(0.5**0.5), 0.5**0.5]], {"eps": 0.0}, weights=[1.0, -1.0]),
+    # Correctness earned by 2 of 8, format by 7 of 8: weights (3/4)^.5 and (1/8)^.5
+    Case("sa_mrpo", SATURATED, [
+        [-0.3888998222, -0.3888998222, 1.1666994667, -0.3888998222],
+        [-0.6572010118, 1.9716030353, -0.6572010118, -0.6572010118],
+    ]),
+    Case("sa_mrpo", SATURATED, [[0] * 4, [-0.7636459437, 2.2909378310, -0.7636459437, -0.7636459437]], {"gamma": 0.0}),
+    # Format is earned more often than its bound allows, so only correctness counts, with weight √.75: x is √.75 * .75
+    # and -√.75 * .25 over .5001, its std over the batch √.75 * √(1.5/7)/.5001.
+    Case("sa_mrpo", SATURATED, [
+        [-0.5399943623, -0.5399943623, 1.6199830868, -0.5399943623],
+        [-0.5399943623, 1.6199830868, -0.5399943623, -0.5399943623],
+    ], {"bounds": {"reward_1": [0, 0.5]}}),
+    # Correctness is below its bounds: weights 1 and √(1/8).
+    Case("sa_mrpo", SATURATED, [
+        [-0.4145849900, -0.4145849900, 1.2437549800, -0.4145849900],
+        [-0.6413290500, 1.9239871600, -0.6413290500, -0.6413290500],
+    ], {"bounds": {"reward_0": [0.5, 1]}}),
+    # Both rewards 15/16 saturated, weights 1/4: x = 2/4 * .5/.57745, in the live group with a sample std of √(2/3) x.
+    Case("sa_mrpo", [LIVE] + [DEAD] * 7, [[1.2243984992, 0, 0, -1.2243984992]] + [[0] * 4] * 7,
+         {"batch_over": "live"}),
+    # With these bounds neither reward is at all saturated, and at gamma 0 the weights would be the same.
+    Case("sa_mrpo", SATURATED, [[0] * 4, [-0.7636459437, 2.2909378310, -0.7636459437, -0.7636459437]],
+         {"bounds": {"reward_0": [0.25, 9], "reward_1": [0.875, 9]}}),
 ]  # fmt: skip
