@@ -9,6 +9,8 @@
 | `batch.py` | batch_std, rloo_norm, gpg, reinforce_pp, reinforce_pp_baseline | a statistic of the batch |
 | `multi_reward.py` | gdpo, mo_grpo, dvao, sa_mrpo | each reward function's own spread |
 
+`modifiers.py` holds what composes with any of them.
+
 To add an estimator, write one function in the file of its family, register it with what it promises, and add a
 hand-computed row to `tests/advantages/cases.py`; the property tests then run by themselves. In your own script,
 without touching this package:
@@ -33,13 +35,23 @@ from torch import Tensor
 
 from grpo_plus.advantages import batch, binary, group, multi_reward, ranking, unnormalized  # noqa: F401  (they register)
 from grpo_plus.advantages.estimator import ESTIMATORS, Estimator, register
+from grpo_plus.advantages.modifiers import (
+    MODIFIERS,
+    Modifiers,
+    apply_to_advantages,
+    apply_to_rewards,
+    check_modifiers,
+)
 from grpo_plus.advantages.rewards import Rewards, UnknownRewardError
 
 __all__ = [
     "ESTIMATORS",
+    "MODIFIERS",
     "Estimator",
+    "Modifiers",
     "Rewards",
     "UnknownRewardError",
+    "check_modifiers",
     "estimate",
     "register",
 ]
@@ -49,12 +61,16 @@ def estimate(
     estimator: Estimator | str,
     rewards: Rewards,
     keywords: Mapping[str, Any] | None = None,
+    *,
+    modifiers: Modifiers | None = None,
 ) -> Tensor:
     """Advantages of `rewards`, checked.
 
     Args:
         estimator: an entry of `ESTIMATORS`, its name, or a dotted path to a function.
         keywords: the estimator's hyper-parameters; its own defaults where absent.
+        modifiers: entries of `MODIFIERS` and their keywords. Those of rewards run first, then the estimator, then
+            those of advantages; among themselves in the order given.
 
     Returns:
         (P, G) float64, without gradient; 0 for a completion that no reward function judged.
@@ -65,11 +81,12 @@ def estimate(
     if isinstance(estimator, str):
         estimator = ESTIMATORS[estimator]
     _check_rewards(rewards)
+    rewards = apply_to_rewards(rewards, modifiers or {})
     advantages = estimator.function(rewards, **(keywords or {}))
     _check_shape(estimator.name, advantages, rewards)
     advantages = torch.where(rewards.judged, advantages.detach().cpu().double(), 0.0)
     _check_finite(estimator.name, advantages, rewards)
-    return advantages
+    return apply_to_advantages(rewards, advantages, modifiers or {})
 
 
 def _check_rewards(rewards: Rewards) -> None:
