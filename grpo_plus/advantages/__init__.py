@@ -9,7 +9,7 @@
 | `batch.py` | batch_std, rloo_norm, gpg, reinforce_pp, reinforce_pp_baseline | a statistic of the batch |
 | `multi_reward.py` | gdpo, mo_grpo, dvao, sa_mrpo | each reward function's own spread |
 
-`modifiers.py` holds what composes with any of them.
+`modifiers.py` holds what composes with any of them, `process.py` advantages per token.
 
 To add an estimator, write one function in the file of its family, register it with what it promises, and add a
 hand-computed row to `tests/advantages/cases.py`; the property tests then run by themselves. In your own script,
@@ -42,6 +42,7 @@ from grpo_plus.advantages.modifiers import (
     apply_to_rewards,
     check_modifiers,
 )
+from grpo_plus.advantages.process import process_advantages
 from grpo_plus.advantages.rewards import Rewards, UnknownRewardError
 
 __all__ = [
@@ -53,6 +54,7 @@ __all__ = [
     "UnknownRewardError",
     "check_modifiers",
     "estimate",
+    "process_advantages",
     "register",
 ]
 
