@@ -27,7 +27,7 @@ without touching this package:
 or, without registering, `--advantage_estimator my_package.my_module.best_of_group`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,7 +43,8 @@ from grpo_plus.advantages.modifiers import (
     check_modifiers,
 )
 from grpo_plus.advantages.process import process_advantages
-from grpo_plus.advantages.rewards import Rewards, UnknownRewardError
+from grpo_plus.advantages.rewards import Rewards, UnknownRewardError, sample_rewards
+from grpo_plus.registry import suggestion
 
 __all__ = [
     "ESTIMATORS",
@@ -52,6 +53,7 @@ __all__ = [
     "Modifiers",
     "Rewards",
     "UnknownRewardError",
+    "check_keywords",
     "check_modifiers",
     "estimate",
     "process_advantages",
@@ -89,6 +91,35 @@ def estimate(
     advantages = torch.where(rewards.judged, advantages.detach().cpu().double(), 0.0)
     _check_finite(estimator.name, advantages, rewards)
     return apply_to_advantages(rewards, advantages, modifiers or {})
+
+
+def check_keywords(
+    estimator: Estimator, keywords: Mapping[str, Any], *, num_generations: int = 2, names: Sequence[str] | None = None
+) -> None:
+    """Refuse hyper-parameters that cannot work before the run, by trying them on a small made-up batch.
+
+    Args:
+        num_generations: the run's own, in training or evaluation: k of `passk` must not exceed it.
+        names: the run's reward functions. Where None, `bounds` of `sa_mrpo` may name anything.
+
+    Raises:
+        ValueError: an unknown keyword or a value out of range; UnknownRewardError, a subclass, for a reward's name.
+    """
+    for keyword in keywords:
+        if keyword not in estimator.keywords:
+            raise ValueError(
+                f"The advantage estimator {estimator.name!r} takes no keyword {keyword!r}."
+                f"{suggestion(keyword, estimator.keywords)}"
+            )
+    if not estimator.function.__module__.startswith("grpo_plus."):
+        return  # a user's own function may need more than a made-up batch holds
+    names = names or list(keywords.get("bounds") or {}) or ["sample"]
+    try:
+        # Rewards at the bounds that the keywords give: others would be refused for the wrong reason.
+        sample = sample_rewards(num_generations, names, keywords.get("low", 0.0), keywords.get("high", 1.0))
+        estimate(estimator, sample, keywords)
+    except TypeError as error:
+        raise ValueError(str(error)) from error
 
 
 def _check_rewards(rewards: Rewards) -> None:
