@@ -1,15 +1,19 @@
 """Estimators that look at the reward functions one by one before they sum.
 
-A sum forgets where it came from: (correct, malformed) and (wrong, well-formed) may add up to the same number. These
-keep the difference, and keep a reward with a large spread from drowning one with a small spread.
+A sum forgets where it came from: (correct, malformed) and (wrong, well-formed) may add up to the same number. `gdpo`,
+`mo_grpo` and `sa_mrpo` keep the difference, and keep a reward with a large spread from drowning one with a small
+spread. `dvao` only rescales the sum, by the spreads of its parts.
 """
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from grpo_plus.advantages.estimator import check_choice, register
 from grpo_plus.advantages.rewards import Rewards
-from grpo_plus.reductions import divide, has_spread, std, zscore
+from grpo_plus.reductions import centre, divide, has_spread, mean, std, zscore
 
 
 @register("gdpo", shift_invariant=True, scale_invariant=True, sums_to_zero=True, multi_reward=True)
@@ -30,6 +34,70 @@ def gdpo(rewards: Rewards, *, ddof: int = 1, eps: float = 1e-4, batch_over: str 
     return _over_batch(_normalize_then_sum(rewards, ddof=ddof, eps=eps), ddof=ddof, eps=eps, batch_over=batch_over)
 
 
+@register("mo_grpo", scope="group", shift_invariant=True, scale_invariant=True, sums_to_zero=True, multi_reward=True)
+def mo_grpo(rewards: Rewards, *, ddof: int = 1, eps: float = 1e-4) -> Tensor:
+    """Normalize each reward in its group and sum: `gdpo` without its batch step.
+
+    Aᵢ = Σₖ wₖ (rᵢₖ − mean(rₖ)) / (std(rₖ) + eps)        over the group
+
+    Every reward function has the same say whatever its scale, and no prompt depends on another. The advantages grow
+    with the number of reward functions, so the weights should sum to about 1.
+    Ichihara et al., "MO-GRPO" (https://huggingface.co/papers/2509.22047), whose weights are 1. We know the formula
+    from reviews, which leave open the kind of std and eps: the defaults are TRL's. A reward without spread adds 0.
+    """
+    return _normalize_then_sum(rewards, ddof=ddof, eps=eps)
+
+
+@register("dvao", scope="group", shift_invariant=True, scale_invariant=True, sums_to_zero=True, multi_reward=True)
+def dvao(rewards: Rewards, *, ddof: int = 1, eps: float = 1e-4) -> Tensor:
+    """Weight each reward's z-score by that reward's share of the spread in the group.
+
+    Aᵢ = Σₖ w̃ₖ (rᵢₖ − mean(rₖ)) / std(rₖ),   w̃ₖ = wₖ std(rₖ) / Σₗ wₗ std(rₗ)
+       = Σₖ wₖ (rᵢₖ − mean(rₖ)) / (Σₗ |wₗ| std(rₗ) + eps)
+
+    The z-score of the weighted sum, divided by more where the rewards disagree: never larger than `grpo`'s, and
+    smaller the more the parts cancel. Sums that `grpo` cannot tell apart stay alike.
+    Jiang et al., "DVAO" (https://huggingface.co/papers/2605.25604), known to us from a review, which leaves open the
+    kind of std, eps, and groups without spread: here TRL's std and eps, and 0. |w|, so that a penalty, a reward of
+    negative weight, counts by its size.
+    """
+    by_function = rewards.values.transpose(1, 2)
+    spread = std(by_function, ddof=ddof).squeeze(-1) * rewards.weights.abs()
+    return divide(rewards.weighted_sum(centre(by_function).transpose(1, 2)), spread.sum(-1, keepdim=True), eps=eps)
+
+
+@register("sa_mrpo", sums_to_zero=True, multi_reward=True)
+def sa_mrpo(
+    rewards: Rewards,
+    *,
+    gamma: float = 0.5,
+    bounds: Mapping[str, Sequence[float]] | None = None,
+    ddof: int = 1,
+    eps: float = 1e-4,
+    batch_over: str = "all",
+) -> Tensor:
+    """`gdpo` with less weight on rewards that the batch has almost maxed out.
+
+    w̃ₖ = wₖ (1 − sₖ)^gamma,   sₖ = (mean_batch(rₖ) − lowₖ) / (highₖ − lowₖ)        then `gdpo` with the weights w̃
+
+    A format reward that is nearly always earned stops outvoting correctness. gamma = 0 is exactly `gdpo`.
+    Wang et al., "Learn What's Left, Not What's Mastered" (https://huggingface.co/papers/2608.16072), known to us from
+    reviews, which leave the std open: it is TRL's, like `gdpo`'s. A mean outside the bounds counts as at the bound.
+
+    Args:
+        gamma: from 0; larger moves the weight faster.
+        bounds: reward name -> [low, high], what that reward can be; [0, 1] for those not named.
+        batch_over: as in `gdpo`.
+    """
+    if not gamma >= 0:
+        raise ValueError(f"gamma={gamma!r} is negative. Use 0 or more; 0.5 is the paper's choice.")
+    low, high = _bounds(rewards, bounds or {})
+    average = mean(rewards.values.flatten(0, 1).T).squeeze(-1)
+    saturation = ((average - low) / (high - low)).clamp(0, 1)
+    weighted = replace(rewards, weights=rewards.weights * (1 - saturation) ** gamma)
+    return _over_batch(_normalize_then_sum(weighted, ddof=ddof, eps=eps), ddof=ddof, eps=eps, batch_over=batch_over)
+
+
 def _normalize_then_sum(rewards: Rewards, *, ddof: int, eps: float) -> Tensor:
     """(P, G) weighted sum of each reward's z-score in its group."""
     return rewards.weighted_sum(zscore(rewards.values.transpose(1, 2), ddof=ddof, eps=eps).transpose(1, 2))
@@ -40,3 +108,14 @@ def _over_batch(summed: Tensor, *, ddof: int, eps: float, batch_over: str) -> Te
     check_choice("batch_over", batch_over, ("all", "live"))
     counted = summed if batch_over == "all" else summed.where(has_spread(summed), torch.nan)
     return divide(summed, std(counted.flatten(), ddof=ddof), eps=eps)
+
+
+def _bounds(rewards: Rewards, bounds: Mapping[str, Sequence[float]]) -> tuple[Tensor, Tensor]:
+    """(K,) least and greatest value of each reward."""
+    table = torch.tensor([[0.0, 1.0]] * len(rewards.names), dtype=torch.float64)
+    for name, pair in bounds.items():
+        column = rewards.index(name)
+        if len(pair) != 2 or not pair[0] < pair[1]:
+            raise ValueError(f"bounds[{name!r}]={pair!r} bounds nothing. Write [low, high] with low < high.")
+        table[column] = torch.tensor(pair, dtype=torch.float64)
+    return table[:, 0], table[:, 1]

@@ -1,5 +1,6 @@
 """What an estimator sees: the rewards of one generation batch, grouped by prompt."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -103,3 +104,13 @@ class Rewards:
             raise ValueError("The lengths of the completions are needed, but these rewards come without: set lengths.")
         # An empty completion counts as one token: a group of empty ones would have no token-weighted mean.
         return self.lengths.double().clamp(min=1)
+
+
+def sample_rewards(
+    num_generations: int = 2, names: Sequence[str] = ("sample",), low: float = 0.0, high: float = 1.0
+) -> Rewards:
+    """A made-up batch to try hyper-parameters on: one completion gets `low`, the others and a second group `high`."""
+    values = torch.full((2, num_generations, len(names)), high, dtype=torch.float64)
+    values[0, 0] = low
+    weights = torch.full((len(names),), 1 / len(names), dtype=torch.float64)
+    return Rewards(values, weights, tuple(names), torch.ones(2, num_generations))

@@ -1,5 +1,6 @@
 """Estimators that subtract a baseline and do not divide: the reward's own scale reaches the gradient.
 
+`dr_grpo` subtracts the group's mean, `rloo` the mean of the others, `opo` a length-weighted mean.
 Take one when rewards of several tasks or magnitudes share a run and their size means something: a group whose rewards
 are five times larger gets advantages five times larger. The learning rate then has to suit the rewards' scale.
 """
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from grpo_plus.advantages.estimator import register
 from grpo_plus.advantages.rewards import Rewards
-from grpo_plus.reductions import centre, count
+from grpo_plus.reductions import centre, centre_on_others
 
 
 @register("dr_grpo", scope="group", shift_invariant=True, sums_to_zero=True)
@@ -33,6 +34,17 @@ def rloo(rewards: Rewards) -> Tensor:
     Ahmadian et al., "Back to Basics" (https://huggingface.co/papers/2402.14740), section 3.3; the
     baseline of LOOP: Chen et al. (https://huggingface.co/papers/2502.01600).
     """
-    total = rewards.total()
-    others = (count(total) - 1).clamp(min=1)
-    return centre(total) * count(total) / others
+    return centre_on_others(rewards.total())
+
+
+@register("opo", scope="group", shift_invariant=True, needs_lengths=True)
+def opo(rewards: Rewards) -> Tensor:
+    """Centre on the group's length-weighted mean, where a long completion counts more in the baseline.
+
+    Aᵢ = rᵢ − Σⱼ lⱼ rⱼ / Σⱼ lⱼ        l: completion lengths in tokens
+
+    The baseline of least gradient variance, if a completion's squared gradient norm grows with its length. The
+    advantages of a group then do not sum to zero: long completions pull the baseline to their own reward.
+    Hao et al., "On-Policy RL with Optimal Reward Baseline" (https://huggingface.co/papers/2505.23585).
+    """
+    return centre(rewards.total(), rewards.tokens())

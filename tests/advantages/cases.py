@@ -84,6 +84,26 @@ CASES = [
     Case("grpo_pop", ARTICLE, [[1.1355499479, 0.1622214211, -1.2977713690]]),
     Case("grpo_pop", ARTICLE, [[1.1355498927, 0.1622214132, -1.2977713059]], {"eps": 1e-8}),
     Case("grpo_pop", [SIGNED, SIGNED_X5], [_thrice(-1.0801234497, 1.0801234497)] * 2),
+    # Of the others of .9 the mean is .55 and the sample std .2121; of .7: .65, .3536; of .4: .8, .1414.
+    Case("loo_std", ARTICLE, [[1.6499080450, 0.1414209562, -2.8284071249]]),
+    Case("loo_std", [SIGNED, SIGNED_X5], [_thrice(-1.1866099244, 1.1866099244), _thrice(-1.1866108900, 1.1866108900)]),
+    # The one success has three equal others: nothing is divided.
+    Case("loo_std", [ONE, TWO, THREE], _binary(
+        (1, -0.5773492692), (1.1546985384, -1.1546985384), (0.5773492692, -1)
+    )),
+    # totals 1, 0, NaN, 2: others' means 1, 1.5, .5 and stds √2, √.5, √.5
+    Case("loo_std", ABSTAINING, [[0, -2.1213203436, 0, 2.1213203436]], {"eps": 0.0}),
+    # With the virtual 1 the mean is .75 and the sample std .2646.
+    Case("ngrpo", ARTICLE, [[0.5669445667, -0.1889815222, -1.3228706556]]),
+    Case("ngrpo", [SIGNED, SIGNED_X5], [
+        _thrice(-1.1351800575, 0.8829178225, -0.1261311175), _thrice(-1.1039112382, 1.0500619095, -0.0269246643)
+    ]),
+    Case("ngrpo", [ONE, TWO, THREE], _binary(
+        (1.0954431150, -0.7302954100), (0.7302954100, -1.0954431150), (0.4472125955, -1.7888503820)
+    )),
+    # 0, 0, 0, 0 and the virtual 1: mean .2, sample std √.2. A group of r_max has no spread.
+    Case("ngrpo", [NONE, [1, 1, 1, 1]], [[-0.4472125955] * 4, [0] * 4]),
+    Case("ngrpo", [NONE], [[-0.4472135055] * 4], {"r_max": 5.0}),
     Case("dr_grpo", ARTICLE, [[7 / 30, 1 / 30, -8 / 30]]),
     Case("dr_grpo", [SIGNED, SIGNED_X5], [_thrice(-1, 1), _thrice(-5, 5)]),
     Case("dr_grpo", [ONE, TWO, THREE], _binary((0.75, -0.25), (0.5, -0.5), (0.25, -0.75))),
@@ -94,10 +114,94 @@ CASES = [
     Case("rloo", [ONE, TWO, THREE], _binary((1, -1 / 3), (2 / 3, -2 / 3), (1 / 3, -1))),
     # three judged completions, totals 1, 0, 2: others' means 1, 1.5, .5
     Case("rloo", ABSTAINING, [[0, -1.5, 0, 1.5]]),
+    # baseline (9 + 14 + 12)/60 = 7/12
+    Case("opo", ARTICLE, [[0.9 - 7 / 12, 0.7 - 7 / 12, 0.4 - 7 / 12]], lengths=SHORT_FIRST),
+    # baseline (180 - 60)/280 = 3/7
+    Case("opo", [SIGNED, SIGNED_X5], [_thrice(-10 / 7, 4 / 7, -3 / 7), _thrice(-50 / 7, 20 / 7, -15 / 7)],
+         lengths=SHORTER_FIRST),
+    # totals 1, 0, NaN, 2; lengths 10, 20, -, 40: baseline 90/70
+    Case("opo", ABSTAINING, [[-2 / 7, -9 / 7, 0, 5 / 7]], lengths=[10, 20, 30, 40]),
+    Case("rank", ARTICLE, [[2, 0, -2]]),
+    # Three of seven are worse than 1, none is better, but the other two are its equals: 2 * 4/6.
+    Case("rank", [SIGNED, SIGNED_X5, [0.7] * 7], [_thrice(-4 / 3, 4 / 3), _thrice(-4 / 3, 4 / 3), [0] * 7]),
+    Case("rank", ABSTAINING, [[0, -2, 0, 2]]),
+    # median .7, deviations .2, 0, .3
+    Case("median_mad", ARTICLE, [[0.2 / 0.201, 0, -0.3 / 0.201]]),
+    Case("median_mad", [SIGNED, SIGNED_X5], [
+        _thrice(-0.9990009990, 0.9990009990), _thrice(-0.9998000400, 0.9998000400)
+    ]),
+    # MAD 0: divided by the sample std .5, .57735, .5. The lower median of 1, 1, 0, 0 is 0.
+    Case("median_mad", [ONE, TWO, THREE], _binary((1 / 0.501, 0), (1 / 0.5783502692, 0), (0, -1 / 0.501))),
+    # The .4-quantile is the second of four, so 0, 0 and 1; population stds .4330, .5, .4330.
+    Case("quantile", [ONE, TWO, THREE], _binary((2.3094010234, 0), (2, 0), (0, -2.3094010234))),
+    # the .4-quantile of three is the second, 0.7
+    Case("quantile", ARTICLE, [[0.2 / 0.2054804668, 0, -0.3 / 0.2054804668]]),
+    # .28 * 25 is the seventh, although it is more than 7 in floating point; population std √52
+    Case("quantile", [list(range(25))], [[(r - 6) / 52**0.5 for r in range(25)]], {"level": 0.28}),
+    # level .75 takes the third of four
+    Case("quantile", [ONE, TWO], [[2.3094010234, 0, 0, 0], [0, 0, -2, -2]], {"level": 0.75}),
+    # Three totals of .3 that differ by float32 rounding: the MAD counts as 0, and the sample std is .35.
+    Case("median_mad", [[[0.05, 0.25], [0.1, 0.2], [0.3, 0], [1, 0]]], [[0, 0, 0, 0.7 / 0.351]]),
+    # lead .2, sample std .25166
+    Case("best_minus_second", ARTICLE, [[0.7947162564, 0, 0]]),
+    Case("best_minus_second", ARTICLE, [[0.2, 0, 0]], {"scale": False}),
+    Case("best_minus_second", [[1]], [[0]], {"scale": False}),
+    Case("best_minus_second", [SIGNED, SIGNED_X5], [[0] * 7] * 2),
+    Case("best_minus_second", [ONE, TWO, THREE], _binary((1.9999960000, 0), (0, 0), (0, 0))),
+    Case("maxrl", ARTICLE, [[0.35, 0.05, -0.4]]),
+    Case("maxrl", ARTICLE, [[0.3499994750, 0.0499999250, -0.3999994000]], {"eps": 1e-6}),
+    Case("maxrl", [ONE, TWO, THREE], _binary((3, -1), (1, -1), (1 / 3, -1))),
+    # No positive mean: -2, 0 and 0, the last one up to float32 rounding, which leaves 2e-9.
+    Case("maxrl", [[-3, -1, -2], [-1, 0, 1], [-0.1, -0.2, 0.3]], [[0] * 3] * 3),
+    Case("passk", [ONE, TWO, THREE], _binary((0.9999980000, -0.3333326667), (0.4472123955, -0.4472123955), (0, 0))),
+    # All four are drawn: one success is always among them.
+    Case("passk", [ONE, NONE], [[0] * 4] * 2, {"k": 4}),
+    # k = 3 of ONE: rho = 3/4, with a failure C(2,2)/C(3,2) of the draws fail, 2/3 hold the success
+    Case("passk", [ONE], [[3**-0.5, *[-(27**-0.5)] * 3]], {"k": 3, "eps": 0.0}),
+    Case("pkpo", [ONE, TWO, THREE], _binary((1, -1 / 3), (4 / 9, -4 / 9), (1 / 9, -1 / 3))),
+    Case("pkpo", [ONE, TWO], [[1, *[-1 / 3] * 3], [2 / 9, 2 / 9, -2 / 9, -2 / 9]], {"k": 3}),
+    # Two judged completions: both are drawn, and the success is alone with a failure.
+    Case("pkpo", [[1, 0, None, None]], [[1, -1, 0, 0]], {"k": 3}),
+    # p of 0 and 3/4: mean 3/8, variance 9/32, strength -1/6: alpha and beta of less than 1 become 1.
+    Case("bnpo_advantage", [NONE, THREE], [[0] * 4, [0.25, 0.25, 0.25, -0.75]]),
+    # p of 1/4 and 3/4: mean 1/2, variance 1/8, so alpha = beta = 7/6
+    Case("bnpo_advantage", [ONE, THREE], [[0.7166064315, *[-0.2388688105] * 3], [*[0.2388688105] * 3, -0.7166064315]]),
+    # alpha = beta = 3/2: Beta(p) = 8/pi * sqrt(p(1 - p)), so for p = 1/2 A = pi/4 * (r - p)
+    Case("bnpo_advantage", [ONE, TWO, THREE], _binary(
+        (0.6801747616, -0.2267249205), (0.3926990817, -0.3926990817), (0.2267249205, -0.6801747616)
+    )),
+    Case("bnpo_advantage", [SIGNED], [_thrice(-0.5, 0.5)], {"low": -1.0, "high": 1.0}),
     Case("batch_std", ARTICLE, [[0.9268043752, 0.1324006250, -1.0592050003]]),
     Case("batch_std", [SIGNED, SIGNED_X5], [
         _thrice(-0.2886668015, 0.2886668015), _thrice(-1.4433340075, 1.4433340075)
     ]),
+    Case("rloo_norm", ARTICLE, [[0.9269271010, 0.1324181573, -1.0593452582]]),
+    Case("rloo_norm", [SIGNED, SIGNED_X5], [
+        _thrice(-0.2886679919, 0.2886679919), _thrice(-1.4433399596, 1.4433399596)
+    ]),
+    Case("gpg", ARTICLE, [[7 / 30, 1 / 30, -8 / 30]]),
+    # Half of the batch trains nothing: alpha = 8/4.
+    Case("gpg", [ONE, NONE], [[1.5, -0.5, -0.5, -0.5], [0] * 4]),
+    # 7 judged completions, 3 of them in the live group: alpha = 7/3
+    Case("gpg", [[1, None, 0, 0], [1] * 4], [[14 / 9, 0, -7 / 9, -7 / 9], [0] * 4]),
+    # Over 60 tokens the mean is 35/60; OpenRLHF and NeMo RL use ddof 0.
+    Case("reinforce_pp", ARTICLE, [[1.6096951736, 0.5930455903, -0.9319287847]], lengths=SHORT_FIRST),
+    Case("reinforce_pp", ARTICLE, [[1.6232795497, 0.5980503604, -0.9397934235]], {"ddof": 0}, lengths=SHORT_FIRST),
+    Case("reinforce_pp", [SIGNED], [_thrice(-1.7376652367, 0.6950660947, -0.5212995710)], lengths=SHORTER_FIRST),
+    # Two groups without spread: mean 1/2, population std 1/2. Both train.
+    Case("reinforce_pp", [[0, 0], [1, 1]], [[-1, -1], [1, 1]], {"ddof": 0, "eps": 0.0}),
+    Case("reinforce_pp_baseline", ARTICLE, [[1.6096951736, 0.5930455903, -0.9319287847]], lengths=SHORT_FIRST),
+    Case("reinforce_pp_baseline", [SIGNED, SIGNED_X5], [
+        _thrice(-0.7413194527, -0.0926649316, -0.4169921921), _thrice(-2.0386284949, 1.2046441106, -0.4169921921)
+    ], lengths=SHORTER_FIRST),
+    Case("reinforce_pp_baseline", [SIGNED, SIGNED_X5], [
+        _thrice(-0.7419822332, -0.0927477792, -0.4173650062), _thrice(-2.0404511413, 1.2057211290, -0.4173650062)
+    ], {"ddof": 0}, lengths=SHORTER_FIRST),
+    # x is -.5, .5 and -1.5, 1.5; over 8 tokens its mean is (-.5 + 1.5 - 1.5 + 4.5)/8 = .5 and its variance 1.
+    Case("reinforce_pp_baseline", [[0, 1], [2, 5]], [[-1, 0], [-2, 1]], {"ddof": 0, "eps": 0.0}, lengths=[1, 3]),
+    Case("reinforce_pp_baseline", [SIGNED, SIGNED_X5], [
+        _thrice(-0.2886668015, 0.2886668015), _thrice(-1.4433340075, 1.4433340075)
+    ], {"weight": "sequence", "eps": 1e-4}, lengths=SHORTER_FIRST),
     Case("gdpo", SUMS, [[-0.5476801284, 0.5476801284], [-1.0953602568, 1.0953602568]]),
     Case("gdpo", MIXED, [
         [-0.2738403467, 1.5966589146, -0.6614092840, -0.6614092840], [1.3228185679, 0, 0, -1.3228185679]
@@ -119,4 +223,49 @@ CASES = [
     Case("gdpo", [LIVE, DEAD], [[1.8706266076, 0, 0, -1.8706266076], [0] * 4]),
     Case("gdpo", [LIVE] + [DEAD] * 7, [[3.9361090925, 0, 0, -3.9361090925]] + [[0] * 4] * 7),
     Case("gdpo", [LIVE] + [DEAD] * 7, [[1.2246582600, 0, 0, -1.2246582600]] + [[0] * 4] * 7, {"batch_over": "live"}),
+    Case("mo_grpo", SUMS, [[-0.7070067953, 0.7070067953], [-1.4140135907, 1.4140135907]]),
+    Case("mo_grpo", MIXED, [
+        [-0.3584945564, 2.0902454159, -0.8658754298, -0.8658754298], [1.7317508595, 0, 0, -1.7317508595]
+    ]),
+    Case("mo_grpo", MIXED, [
+        [0.2536904367, 1.4780604228, -0.8658754298, -0.8658754298],
+        [1.2988131446, -0.4329377149, 0.4329377149, -1.2988131446],
+    ], weights=[1.0, 0.5]),
+    Case("mo_grpo", EQUAL_SUMS_OF_THREE, [[0.1339246102, -0.1339246102, -0.1339246102, 0.1339246102]]),
+    # Stds 0 and .7071, then .7071 and .7071: twice the reward, twice the divisor.
+    Case("dvao", SUMS, [[-0.7070067953, 0.7070067953], [-0.7070567847, 0.7070567847]]),
+    Case("dvao", MIXED, [
+        [0.1106134854, 0.9955213689, -0.5530674271, -0.5530674271], [0.8659504103, 0, 0, -0.8659504103]
+    ]),
+    Case("dvao", MIXED, [
+        [0.4049951643, 0.9449887166, -0.6749919404, -0.6749919404],
+        [0.8659254153, -0.2886418051, 0.2886418051, -0.8659254153],
+    ], weights=[1.0, 0.5]),
+    Case("dvao", HALF_EQUAL_SUMS, [[-0.2320292705, -0.2320292705, -0.2320292705, 0.6960878116]]),
+    Case("dvao", EQUAL_SUMS_OF_THREE, [[0] * 4]),
+    # A penalty: totals 0, 2 are 1 above and below their mean, both stds √.5, so 1/(2√.5).
+    Case("dvao", [[[1, 1], [2, 0]]], [[-(0.5**0.5), 0.5**0.5]], {"eps": 0.0}, weights=[1.0, -1.0]),
+    # Correctness earned by 2 of 8, format by 7 of 8: weights (3/4)^.5 and (1/8)^.5
+    Case("sa_mrpo", SATURATED, [
+        [-0.3888998222, -0.3888998222, 1.1666994667, -0.3888998222],
+        [-0.6572010118, 1.9716030353, -0.6572010118, -0.6572010118],
+    ]),
+    Case("sa_mrpo", SATURATED, [[0] * 4, [-0.7636459437, 2.2909378310, -0.7636459437, -0.7636459437]], {"gamma": 0.0}),
+    # Format is earned more often than its bound allows, so only correctness counts, with weight √.75: x is √.75 * .75
+    # and -√.75 * .25 over .5001, its std over the batch √.75 * √(1.5/7)/.5001.
+    Case("sa_mrpo", SATURATED, [
+        [-0.5399943623, -0.5399943623, 1.6199830868, -0.5399943623],
+        [-0.5399943623, 1.6199830868, -0.5399943623, -0.5399943623],
+    ], {"bounds": {"reward_1": [0, 0.5]}}),
+    # Correctness is below its bounds: weights 1 and √(1/8).
+    Case("sa_mrpo", SATURATED, [
+        [-0.4145849900, -0.4145849900, 1.2437549800, -0.4145849900],
+        [-0.6413290500, 1.9239871600, -0.6413290500, -0.6413290500],
+    ], {"bounds": {"reward_0": [0.5, 1]}}),
+    # Both rewards 15/16 saturated, weights 1/4: x = 2/4 * .5/.57745, in the live group with a sample std of √(2/3) x.
+    Case("sa_mrpo", [LIVE] + [DEAD] * 7, [[1.2243984992, 0, 0, -1.2243984992]] + [[0] * 4] * 7,
+         {"batch_over": "live"}),
+    # With these bounds neither reward is at all saturated, and at gamma 0 the weights would be the same.
+    Case("sa_mrpo", SATURATED, [[0] * 4, [-0.7636459437, 2.2909378310, -0.7636459437, -0.7636459437]],
+         {"bounds": {"reward_0": [0.25, 9], "reward_1": [0.875, 9]}}),
 ]  # fmt: skip

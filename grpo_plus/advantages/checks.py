@@ -1,0 +1,95 @@
+"""What is refused: hyper-parameters that cannot work, rewards that are infinite, advantages that no loss could use."""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grpo_plus.advantages.estimator import Estimator
+from grpo_plus.advantages.rewards import Rewards, sample_rewards
+from grpo_plus.registry import suggestion
+
+
+def check_keywords(
+    estimator: Estimator, keywords: Mapping[str, Any], *, num_generations: int = 2, names: Sequence[str] | None = None
+) -> None:
+    """Refuse hyper-parameters that cannot work before the run, by trying them on a small made-up batch.
+
+    Args:
+        num_generations: the run's own, in training or evaluation: k of `passk` must not exceed it.
+        names: the run's reward functions. Where None, `bounds` of `sa_mrpo` may name anything.
+
+    Raises:
+        ValueError: an unknown keyword or a value out of range; UnknownRewardError, a subclass, for a reward's name.
+    """
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in estimator.parameters)
+    for keyword in keywords:
+        if keyword not in estimator.keywords and not takes_any:
+            raise ValueError(
+                f"The advantage estimator {estimator.name!r} takes no keyword {keyword!r}."
+                f"{suggestion(keyword, estimator.keywords)}"
+            )
+    names = names or list(keywords.get("bounds") or {}) or ["sample"]
+    try:
+        # Rewards at the bounds that the keywords give: others would be refused for the wrong reason.
+        sample = sample_rewards(num_generations, names, keywords.get("low", 0.0), keywords.get("high", 1.0))
+        inspect.signature(estimator.function).bind(sample, **keywords)
+        # A user's own function may need more than a made-up batch holds.
+        if estimator.function.__module__.startswith("grpo_plus."):
+            checked(f"advantage estimator {estimator.name!r}", estimator.function(sample, **keywords), sample)
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+
+
+def checked(source: str, advantages: Any, rewards: Rewards) -> Tensor:
+    """`advantages` as float64 without gradient, 0 where nothing was judged.
+
+    Args:
+        source: what made them, for the message.
+
+    Raises:
+        ValueError: they are no (P, G) tensor, or not finite, in float32, for a completion that was judged.
+    """
+    _check_shape(source, advantages, rewards)
+    advantages = torch.where(rewards.judged, advantages.detach().cpu().double(), 0.0)
+    _check_finite(source, advantages, rewards)
+    return advantages
+
+
+def check_rewards(rewards: Rewards) -> None:
+    """Raise ValueError if a reward is infinite, naming the function that returned it."""
+    infinite = rewards.values.isinf()
+    if infinite.any():
+        prompt, completion, k = (int(index) for index in infinite.nonzero()[0])
+        raise ValueError(
+            f"The reward function {rewards.names[k]!r} returned {rewards.values[prompt, completion, k].item()} for "
+            f"completion {completion} of group {prompt}. Return a finite number, or None where it cannot judge."
+        )
+
+
+def _check_shape(source: str, advantages: Any, rewards: Rewards) -> None:
+    expected = tuple(rewards.values.shape[:2])
+    found = tuple(advantages.shape) if isinstance(advantages, Tensor) else type(advantages).__name__
+    if found != expected:
+        raise ValueError(
+            f"The {source} returned {found} for rewards of {expected[0]} groups of {expected[1]} "
+            f"completions; a tensor of shape {expected} is needed. {_describe_group(rewards, 0)}"
+        )
+
+
+def _check_finite(source: str, advantages: Tensor, rewards: Rewards) -> None:
+    bad = ~advantages.float().isfinite()  # the loss computes in float32
+    if bad.any():
+        prompt, completion = (int(index) for index in bad.nonzero()[0])
+        raise ValueError(
+            f"The {source} returned {advantages[prompt, completion].item()} for completion "
+            f"{completion} of group {prompt} ({int(bad.sum())} such values in the batch). Look for a division by zero "
+            f"in it. {_describe_group(rewards, prompt)}"
+        )
+
+
+def _describe_group(rewards: Rewards, prompt: int) -> str:
+    columns = (f"{name}: {rewards.values[prompt, :, k].tolist()}" for k, name in enumerate(rewards.names))
+    return f"The rewards of group {prompt} were {'; '.join(columns)}."

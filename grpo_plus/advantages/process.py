@@ -1,0 +1,69 @@
+"""Advantages per token, from rewards for the steps of a completion.
+
+Not in the registry: an estimator sees one reward per completion and reward function (`Rewards`), and these need one
+per step, and where each step ends.
+"""
+
+import torch
+from torch import Tensor
+
+from grpo_plus.reductions import zscore
+
+
+def process_advantages(
+    step_rewards: Tensor, step_ends: Tensor, *, num_generations: int, num_tokens: int, ddof: int = 1, eps: float = 1e-4
+) -> Tensor:
+    """What a token's own step and the later ones are worth, against all steps of the group: process supervision.
+
+    r̃ᵢⱼ = (rᵢⱼ − mean(R)) / (std(R) + eps)        R: the rewards of all steps j of all completions i of the group
+    Aᵢₜ = Σⱼ r̃ᵢⱼ over the steps j of completion i that end at or after token t
+
+    A completion that errs late keeps credit for its good start. Completions of more steps weigh more in mean(R), and
+    collect larger sums. Tokens after the last step get 0.
+    Shao et al., "DeepSeekMath" (https://huggingface.co/papers/2402.03300), section 4.1.3. The paper does not say which
+    std; the defaults are those of `grpo`. A group whose steps are all alike gets exactly 0.
+
+    Args:
+        step_rewards: (B, S) the groups' completions in order, NaN where a completion has fewer steps.
+        step_ends: (B, S) index of each step's last token, from 0; not read where there is no reward.
+        num_generations: completions per group, which divides B.
+        num_tokens: T, tokens of the padded completions.
+
+    Returns:
+        (B, T) float64.
+
+    Raises:
+        ValueError: shapes that do not match, an infinite reward, or a step that ends outside of the completion.
+    """
+    judged = ~step_rewards.isnan()
+    _check_steps(step_rewards, step_ends, judged, num_generations=num_generations, num_tokens=num_tokens)
+    rows, steps = step_rewards.shape
+    groups = step_rewards.detach().cpu().double().view(-1, num_generations * steps)
+    scores = zscore(groups, ddof=ddof, eps=eps).view(rows, steps).nan_to_num()
+    ends = step_ends.cpu().where(judged.cpu(), 0).long()
+    at_end = torch.zeros(rows, num_tokens, dtype=torch.float64).scatter_add(1, ends, scores)
+    return at_end.flip(1).cumsum(1).flip(1)
+
+
+def _check_steps(
+    step_rewards: Tensor, step_ends: Tensor, judged: Tensor, *, num_generations: int, num_tokens: int
+) -> None:
+    if step_rewards.dim() != 2 or step_ends.shape != step_rewards.shape:
+        raise ValueError(
+            f"step_rewards has shape {tuple(step_rewards.shape)} and step_ends {tuple(step_ends.shape)}; both need "
+            "the shape (B, S)."
+        )
+    if step_rewards.shape[0] % num_generations:
+        raise ValueError(
+            f"step_rewards has {step_rewards.shape[0]} rows, which is not a multiple of num_generations="
+            f"{num_generations}."
+        )
+    if step_rewards.isinf().any():
+        raise ValueError("step_rewards holds an infinite reward. Use a finite number, or NaN where there is no step.")
+    outside = judged & ((step_ends < 0) | (step_ends >= num_tokens))
+    if outside.any():
+        row, step = (int(index) for index in outside.nonzero()[0])
+        raise ValueError(
+            f"Step {step} of completion {row} ends at token {int(step_ends[row, step])}, but the completions have "
+            f"{num_tokens} tokens, 0 to {num_tokens - 1}."
+        )
