@@ -167,6 +167,10 @@ CASES = [
     Case("clip_cov", -0.2458445411571205, [
         [0, -0.18096748360719195, 0], [0, 0, 0.09512294245007141]
     ], {"clip_cov_lb": 0.1, "clip_cov_ub": 0.11}),
+    # This band holds .222 alone, which is not drawn: its value stays in the loss.
+    Case("clip_cov", -0.11085866039952022, [
+        [0, -0.18096748360719195, 0], [0, 0.1349858807576003, 0.09512294245007141]
+    ], {"clip_cov_lb": 0.2, "clip_cov_ub": 0.25}),
     # No covariance reaches the default band of 1 to 5.
     Case("clip_cov", -0.11085866039952022, [
         [0, -0.18096748360719195, 0], [0, 0.1349858807576003, 0.09512294245007141]

@@ -46,6 +46,14 @@ def test_vespo_takes_the_sampling_ratio_into_its_weight():
     assert_close("phi", policy_loss("vespo", given, num_items=1).metrics["vespo/phi_seq_mean"][:, 0], phi, rtol=1e-5)
 
 
+def test_vespo_bounds_the_sampling_ratio_of_each_token():
+    # The first row's 0 counts as 1e-8, which 1e8 makes up for: w = e^.2, k = 2, lambda = 3.
+    given = inputs(importance_sampling_ratio=torch.tensor([[0.0, 1e8], [1.0, 1.0]]))
+    phi = policy_loss("vespo", given, num_items=1).metrics["vespo/phi_seq_mean"]
+    w = torch.tensor(0.2).exp()
+    assert_close("phi", phi[0, 0], w**2 * (3 * (1 - w)).exp(), rtol=1e-5)
+
+
 def test_metrics_carry_no_gradient():
     logps = torch.full((2, 2), -1.0, requires_grad=True)
     metrics = policy_loss("kl_to_old", inputs(logps=logps)).metrics
