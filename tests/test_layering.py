@@ -12,8 +12,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 HUGGING_FACE = {"trl", "transformers", "accelerate", "datasets", "peft"}
 PURE = ("registry.py", "described.py", "reductions.py", "advantages/", "losses/")
 FAMILIES = {
-    "advantages": {"group", "unnormalized", "batch", "multi_reward"},
-    "losses": {"clipped", "covariance", "reweighted", "sequence", "smooth"},
+    "advantages": ("batch", "group", "multi_reward", "unnormalized"),
+    "losses": ("clipped", "covariance", "reweighted", "sequence", "smooth"),
 }
 KNOWS_TRL = ("_trl.py", "config.py", "contract.py", "cli/train.py")
 PUBLIC_TRL_MODULES = {"trl", "trl.scripts.grpo", "trl.rewards"}

@@ -82,13 +82,13 @@ def register(
         entry = Loss(
             name,
             function,
-            reduction,
-            origin,
-            scope,
-            zero_without_advantage,
-            reinforce_on_policy,
-            reads_sampling_ratio,
-            variant,
+            reduction=reduction,
+            origin=origin,
+            scope=scope,
+            zero_without_advantage=zero_without_advantage,
+            reinforce_on_policy=reinforce_on_policy,
+            reads_sampling_ratio=reads_sampling_ratio,
+            variant=variant,
         )
         LOSSES.add(name, entry)
         return function
