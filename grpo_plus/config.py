@@ -1,15 +1,13 @@
 """GRPOPlusConfig: TRL's GRPOConfig with a handful of fields more, checked at construction."""
 
-import inspect
 import json
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-import torch
 from trl import GRPOConfig
 
 from grpo_plus import __version__
-from grpo_plus.advantages import ESTIMATORS, Estimator, Rewards, estimate
+from grpo_plus.advantages import ESTIMATORS, check_keywords, check_modifiers
 from grpo_plus.losses import TRL_LOSSES
 from grpo_plus.registry import suggestion
 
@@ -23,6 +21,8 @@ class GRPOPlusConfig(GRPOConfig):
             `grpo_plus.advantages.register`, or a dotted path to a function. None leaves TRL's `scale_rewards` and
             `multi_objective_aggregation` in charge; a name excludes other than default values for those two.
         advantage_kwargs: the estimator's hyper-parameters, such as {"ddof": 0}; as JSON on the command line.
+        advantage_modifiers: what else happens to the rewards and advantages, in order: name -> keywords, such as
+            {"filter_zero_std": {"by": "correctness"}, "clip": {"max": 5.0}}; see `grpo_plus.advantages.modifiers`.
 
     Raises:
         ValueError: an unknown estimator or keyword, a keyword's value out of range, an unknown `loss_type`, or a
@@ -40,6 +40,13 @@ class GRPOPlusConfig(GRPOConfig):
         default=None,
         metadata={"help": "Keyword arguments of the advantage estimator, as JSON: '{\"ddof\": 0}'."},
     )
+    advantage_modifiers: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": 'What else happens to rewards and advantages, in order, as JSON: \'{"clip": {"max": 5.0}}\'. '
+            "Known: gate, difficulty, filter_zero_std, clip."
+        },
+    )
 
     def __post_init__(self) -> None:
         """Check the fields of ours and those of TRL's that they meet."""
@@ -47,13 +54,21 @@ class GRPOPlusConfig(GRPOConfig):
         if self.loss_type not in TRL_LOSSES:
             raise ValueError(f"Unknown loss_type {self.loss_type!r}.{suggestion(str(self.loss_type), TRL_LOSSES)}")
         self.advantage_kwargs = _as_dictionary("advantage_kwargs", self.advantage_kwargs)
+        self.advantage_modifiers = _as_dictionary("advantage_modifiers", self.advantage_modifiers)
         if self.advantage_estimator is not None:
+            if not isinstance(self.advantage_estimator, str):
+                raise ValueError(
+                    f"advantage_estimator={self.advantage_estimator!r} is not a name. Register the function, then write "
+                    "its name."
+                )
             _check_conflicts(self)
-            _check_estimator(ESTIMATORS[self.advantage_estimator], self.advantage_kwargs)
-        elif self.advantage_kwargs:
-            raise ValueError(
-                f"advantage_kwargs={self.advantage_kwargs} has no estimator to go to. Set advantage_estimator too."
-            )
+            _check_estimator(self)
+            return
+        for name in ("advantage_kwargs", "advantage_modifiers"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"{name}={getattr(self, name)} has no estimator to go to. Set advantage_estimator too."
+                )
 
     def describe(self) -> str:
         """What is active, in one line."""
@@ -62,7 +77,7 @@ class GRPOPlusConfig(GRPOConfig):
         else:
             given = _as_dictionary("advantage_kwargs", self.advantage_kwargs)
             keywords = ", ".join(f"{name}={value}" for name, value in given.items())
-            advantages = f"{self.advantage_estimator}({keywords})"
+            advantages = " + ".join((f"{self.advantage_estimator}({keywords})", *(self.advantage_modifiers or {})))
         return f"grpo_plus {__version__}: advantages {advantages}; loss {self.loss_type}"
 
 
@@ -88,20 +103,13 @@ def _check_conflicts(config: GRPOPlusConfig) -> None:
             )
 
 
-def _check_estimator(estimator: Estimator, keywords: dict[str, Any]) -> None:
-    """Refuse a wrong keyword by its name, and a wrong value by trying the estimator on a small batch."""
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in estimator.parameters)
-    for keyword in keywords:
-        if keyword not in estimator.keywords and not takes_any:
-            raise ValueError(
-                f"The advantage estimator {estimator.name!r} takes no keyword {keyword!r}."
-                f"{suggestion(keyword, estimator.keywords)}"
-            )
-    sample = Rewards(torch.tensor([[[0.0], [1.0]], [[1.0], [1.0]]]).double(), torch.ones(1).double(), ("sample",))
+def _check_estimator(config: GRPOPlusConfig) -> None:
+    """Refuse keywords and modifiers that cannot work with the run's group sizes."""
+    estimator = ESTIMATORS[str(config.advantage_estimator)]
+    keywords = _as_dictionary("advantage_kwargs", config.advantage_kwargs)
     try:
-        inspect.signature(estimator.function).bind(sample, **keywords)
-        # A user's own function may need more than a made-up batch holds.
-        if estimator.function.__module__.startswith("grpo_plus."):
-            estimate(estimator, sample, keywords)
-    except (TypeError, ValueError) as error:
+        for num_generations in {config.num_generations, config.num_generations_eval or config.num_generations}:
+            check_keywords(estimator, keywords, num_generations=num_generations)
+    except ValueError as error:
         raise ValueError(f"advantage_kwargs={keywords} does not fit {estimator.name!r}: {error}") from error
+    check_modifiers(_as_dictionary("advantage_modifiers", config.advantage_modifiers))

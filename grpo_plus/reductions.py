@@ -76,7 +76,7 @@ def std(values: Tensor, *, ddof: int = 1, weights: Tensor | None = None) -> Tens
 def divide(values: Tensor, scale: Tensor, *, eps: float) -> Tensor:
     """values / (scale + eps), and exactly 0 where the scale is 0; NaN stays NaN."""
     if not 0 <= eps < torch.inf:
-        raise ValueError(f"eps={eps!r} is not a small addition to a scale. Use 0 or a positive number such as 1e-4.")
+        raise ValueError(f"eps={eps!r} is negative or infinite. Use 0 or a small positive number such as 1e-4.")
     return (values / (scale + eps)).where((scale > 0) | values.isnan(), 0.0)
 
 

@@ -23,4 +23,9 @@ class GRPOPlusTrainer(TRLSeam):
         config = self.args
         if not isinstance(config, GRPOPlusConfig) or config.advantage_estimator is None:
             return None
-        return estimate(config.advantage_estimator, rewards, config.advantage_kwargs)  # type: ignore[arg-type]  # a dictionary by now
+        return estimate(
+            config.advantage_estimator,
+            rewards,
+            config.advantage_kwargs,  # type: ignore[arg-type]  # a dictionary after the configuration's checks
+            modifiers=config.advantage_modifiers,  # type: ignore[arg-type]  # likewise
+        )

@@ -3,6 +3,7 @@ import sys
 import pytest
 
 from grpo_plus import GRPOPlusConfig
+from grpo_plus.advantages import ESTIMATORS
 
 
 def config(**fields) -> GRPOPlusConfig:
@@ -19,15 +20,18 @@ def config(**fields) -> GRPOPlusConfig:
             "'grpo' takes no keyword 'dof'. Did you m.*ddof",
         ),
         ({"advantage_estimator": "grpo", "advantage_kwargs": {"ddof": 2}}, "does not fit 'grpo': ddof=2"),
-        ({"advantage_estimator": "grpo", "advantage_kwargs": {"eps": -1}}, "does not fit 'grpo': eps=-1 is not"),
+        ({"advantage_estimator": "grpo", "advantage_kwargs": {"eps": -1}}, "does not fit 'grpo': eps=-1 is negative"),
         ({"advantage_estimator": "grpo", "advantage_kwargs": {"eps": "x"}}, "does not fit 'grpo'"),
         ({"advantage_estimator": "grpo", "advantage_kwargs": "{ddof: 0}"}, "is not a JSON object"),
         ({"advantage_estimator": "grpo", "advantage_kwargs": "[0]"}, "is not a JSON object"),
         (
             {"advantage_estimator": "grpo", "advantage_kwargs": {"eps": float("inf")}},
-            "does not fit 'grpo': eps=inf is not",
+            "does not fit 'grpo': eps=inf is negative or infinite",
         ),
         ({"advantage_estimator": len}, "is not a name. Register the function"),
+        ({"advantage_estimator": "passk", "advantage_kwargs": {"k": 9}}, "does not fit 'passk': .*9"),
+        ({"advantage_estimator": "rloo", "advantage_modifiers": {"clipp": {"max": 1.0}}}, "clipp.*Did you mean 'clip'"),
+        ({"advantage_modifiers": {"clip": {"max": 1.0}}}, "Set advantage_estimator too"),
         ({"loss_type": None}, "Unknown loss_type None"),
         ({"advantage_kwargs": {"ddof": 0}}, "Set advantage_estimator too"),
         (
@@ -76,3 +80,8 @@ def test_the_summary_names_what_is_active():
         .endswith("advantages grpo(ddof=0); loss dapo")
     )
     assert "TRL's (scale_rewards=group" in config().describe()
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_every_estimator_passes_with_its_defaults(name):
+    assert name in config(advantage_estimator=name).describe()

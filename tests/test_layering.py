@@ -10,7 +10,11 @@ import grpo_plus
 PACKAGE = Path(grpo_plus.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 HUGGING_FACE = {"trl", "transformers", "accelerate", "datasets", "peft"}
-PURE = ("registry.py", "reductions.py", "advantages/", "losses/")
+PURE = ("registry.py", "described.py", "reductions.py", "advantages/", "losses/")
+FAMILIES = {
+    "advantages": ("batch", "group", "multi_reward", "unnormalized"),
+    "losses": ("clipped", "covariance", "reweighted", "sequence", "smooth"),
+}
 KNOWS_TRL = ("_trl.py", "config.py", "contract.py", "cli/train.py")
 PUBLIC_TRL_MODULES = {"trl", "trl.scripts.grpo", "trl.rewards"}
 
@@ -63,12 +67,16 @@ def test_only_the_seam_reads_private_attributes_of_a_trainer(path):
     assert not private
 
 
-@pytest.mark.parametrize("path", sorted((PACKAGE / "advantages").glob("*.py")), ids=relative)
-def test_a_family_does_not_import_another(path):
-    families = {"group", "unnormalized", "batch", "multi_reward"}
-    siblings = {f"grpo_plus.advantages.{family}" for family in families}
-    if path.stem in families:
-        assert not imported(path) & siblings
+@pytest.mark.parametrize(("package", "family"), [(package, name) for package in FAMILIES for name in FAMILIES[package]])
+def test_a_family_does_not_import_another(package, family):
+    siblings = {f"grpo_plus.{package}.{sibling}" for sibling in FAMILIES[package]}
+    assert not imported(PACKAGE / package / f"{family}.py") & siblings
+
+
+def test_losses_and_advantages_do_not_import_each_other():
+    for package, other in (("losses", "advantages"), ("advantages", "losses")):
+        for path in (PACKAGE / package).glob("*.py"):
+            assert not any(module.startswith(f"grpo_plus.{other}") for module in imported(path))
 
 
 def test_there_is_no_cycle():

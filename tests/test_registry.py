@@ -43,11 +43,6 @@ def test_half_a_path_is_refused(registry, name):
         registry[name]
 
 
-def test_a_function_instead_of_a_name_is_refused(registry):
-    with pytest.raises(UnknownNameError, match="is not a name. Register the function"):
-        registry[len]
-
-
 def test_a_missing_module_is_named(registry):
     with pytest.raises(UnknownNameError, match="no module 'nowhere'"):
         registry["nowhere.at.all"]

@@ -284,3 +284,21 @@ def test_the_model_card_names_the_package(tmp_path):
 def test_a_plain_config_keeps_trls_advantages(tmp_path):
     trainer = make_trainer(tmp_path, trainer_class=GRPOPlusTrainer, config_class=GRPOConfig, reward_funcs=[brevity])
     assert trainer.estimate_advantages(None) is None
+
+
+def test_modifiers_apply_to_the_estimators_values(tmp_path):
+    trainer = plus(
+        tmp_path,
+        advantage_estimator="dr_grpo",
+        advantage_modifiers='{"clip": {"max": 0.25}}',
+        log_completions=True,
+        reward_funcs=[vowels],
+    )
+    trainer.train()
+    table = completions_table(tmp_path)
+    rewards = torch.tensor(table["vowels"].to_numpy()).view(-1, 4)
+    centred = (rewards - rewards.mean(-1, keepdim=True)).flatten()
+    assert centred.abs().max() > 0.25
+    torch.testing.assert_close(
+        torch.tensor(table["advantage"].to_numpy()), centred.clamp(-0.25, 0.25), rtol=0, atol=1e-6
+    )

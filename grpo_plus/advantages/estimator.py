@@ -1,13 +1,12 @@
 """What an advantage estimator is, and the registry of all of them."""
 
-import inspect
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 from torch import Tensor
 
+from grpo_plus.described import Described
 from grpo_plus.registry import Registry, suggestion
 
 Scope = Literal["group", "batch"]
@@ -16,7 +15,7 @@ Function = TypeVar("Function", bound=Callable[..., Tensor])
 
 
 @dataclass(frozen=True)
-class Estimator:
+class Estimator(Described):
     """An advantage estimator and what it promises; the property tests hold it to these promises.
 
     Attributes:
@@ -42,27 +41,6 @@ class Estimator:
     domain: Domain = "real"
     needs_lengths: bool = False
     trains_without_spread: bool = False
-
-    @property
-    def summary(self) -> str:
-        """First line of the function's docstring."""
-        return (self.function.__doc__ or "").strip().partition("\n")[0]
-
-    @property
-    def paper(self) -> str:
-        """First link in the function's docstring."""
-        link = re.search(r"https://[^\s)]+", self.function.__doc__ or "")
-        return link.group() if link else ""
-
-    @property
-    def keywords(self) -> dict[str, Any]:
-        """The function's hyper-parameters and their defaults."""
-        return {parameter.name: parameter.default for parameter in self.parameters}
-
-    @property
-    def parameters(self) -> list[inspect.Parameter]:
-        """The function's parameters after the rewards."""
-        return list(inspect.signature(self.function).parameters.values())[1:]
 
 
 ESTIMATORS: Registry[Estimator] = Registry("advantage estimator", Estimator)

@@ -13,9 +13,9 @@ HELP = "Train a tiny model with GRPO on the CPU in about a minute; downloads not
 NEXT = """Written to {output_dir}: the model and its tokenizer, log.jsonl, learning_curve.png, summary.json.
 
 Try next:
-  grpo-plus demo --advantage_estimator {other}   the same run with other advantages
-  grpo-plus ls advantages                      all of them, with their papers
-  grpo-plus train --help                       your own model, data and rewards"""
+  grpo-plus demo --advantage_estimator {other:<9}the same run with other advantages
+  grpo-plus ls advantages                       all of them, with their papers
+  grpo-plus train --help                        your own model, data and rewards"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

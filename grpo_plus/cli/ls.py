@@ -41,10 +41,10 @@ def advantage_rows() -> list[tuple[str, ...]]:
 
 def loss_rows() -> list[tuple[str, ...]]:
     """A header, then one row per loss."""
-    from grpo_plus.losses import TRL_LOSSES
+    from grpo_plus.losses import LOSSES, TRL_LOSSES
 
     rows: list[tuple[str, ...]] = [("loss_type", "what it does", "paper")]
-    return rows + [(name, summary, paper) for name, (summary, paper) in TRL_LOSSES.items()]
+    return rows + [(name, LOSSES[name].summary, LOSSES[name].paper) for name in TRL_LOSSES]
 
 
 def _defaults(keywords: dict[str, Any]) -> str:

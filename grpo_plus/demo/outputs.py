@@ -72,7 +72,7 @@ def draw_learning_curve(
     steps, accuracies = _points(log_history, ACCURACY)
     steps, accuracies = [0, *steps], [accuracy_before, *accuracies]
     axes.plot(steps, accuracies, "o-", label="held-out accuracy (greedy)", color=ACCURACY_COLOR, linewidth=2)
-    for index, place in ((0, (8, 6)), (-1, (-16, 8))):
+    for index, place in ((0, (12, -5)), (-1, (-16, 8))):
         point = (steps[index], accuracies[index])
         axes.annotate(f"{point[1]:.1%}", point, place, textcoords="offset points", color=ACCURACY_COLOR, weight="bold")
     axes.set(xlabel="GRPO step", ylabel="mean reward, accuracy", ylim=(-0.03, 1.12))

@@ -1,15 +1,116 @@
-"""Losses that `loss_type` accepts: (log-probabilities, advantages) to one number.
+"""Log-probabilities and advantages to one number to minimise. Pure functions: no trainer, no model, no processes.
 
-The eight are TRL's own; grpo_plus feeds them other advantages and leaves their formulas alone.
+`LOSSES` has TRL's eight, which TRL goes on computing in training and which are stated here for comparison and
+reading, and the ones that TRL lacks. Where each batch of completions is used for one step only (old_logps = logps),
+nearly all have the gradient of `reinforce` and differ in the reduction alone; a comparison of losses says something
+with `num_iterations` above 1 or several optimizer steps per generation.
+
+To add a loss, write one function in the file of its family (`clipped.py`, `reweighted.py`, `smooth.py`, `sequence.py`,
+`covariance.py`), register it, and add a hand-computed row to `tests/losses/cases.py`; the property tests then run by
+themselves. In your own script, without touching this package:
+
+    from grpo_plus.losses import LossInputs, TokenLoss, register
+
+    @register("squared", reduction="token-mean")
+    def squared(inputs: LossInputs, *, strength: float = 0.1) -> TokenLoss:
+        penalty = strength / 2 * inputs.log_ratio.square()        # (B, T)
+        return TokenLoss(penalty - inputs.advantages * inputs.logps)
+
+or, without registering, the dotted path my_package.my_module.squared.
 """
 
-TRL_LOSSES = {
-    "bnpo": ("PPO clip; mean over the tokens of the micro-batch.", "https://github.com/huggingface/trl/pull/3256"),
-    "cispo": ("Clipped, detached ratio times log-probability.", "https://huggingface.co/papers/2506.13585"),
-    "dapo": ("PPO clip; mean over the tokens of the accumulated batch.", "https://huggingface.co/papers/2503.14476"),
-    "dr_grpo": ("PPO clip; sum over tokens by max_completion_length.", "https://huggingface.co/papers/2503.20783"),
-    "grpo": ("PPO clip; mean over tokens, then over sequences.", "https://huggingface.co/papers/2402.03300"),
-    "luspo": ("PPO clip; sum over tokens, mean over sequences.", "https://huggingface.co/papers/2602.05261"),
-    "sapo": ("Soft, sigmoid gate on the ratio instead of a clip.", "https://huggingface.co/papers/2511.20347"),
-    "vespo": ("Detached gamma weight of the sequence ratio.", "https://huggingface.co/papers/2602.10693"),
-}
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from grpo_plus.losses import clipped, covariance, reweighted, sequence, smooth  # noqa: F401  (they register themselves)
+from grpo_plus.losses.inputs import LossInputs, TokenLoss
+from grpo_plus.losses.kl import KL_ESTIMATORS, AdaptiveBeta, KLEstimator, kl_to_reference
+from grpo_plus.losses.loss import LOSSES, Loss, register
+from grpo_plus.losses.ratios import ImportanceSamplingLevel
+from grpo_plus.losses.reduce import REDUCTIONS, Reduction, average, reduce
+
+__all__ = [
+    "KL_ESTIMATORS",
+    "LOSSES",
+    "REDUCTIONS",
+    "TRL_LOSSES",
+    "AdaptiveBeta",
+    "Loss",
+    "LossInputs",
+    "PolicyLoss",
+    "TokenLoss",
+    "average",
+    "policy_loss",
+    "reduce",
+    "register",
+]
+
+TRL_LOSSES = tuple(name for name in LOSSES if LOSSES[name].origin == "trl")
+
+
+class PolicyLoss(NamedTuple):
+    """A loss ready for `backward`, and what to log beside it.
+
+    Attributes:
+        loss: scalar.
+        metrics: name -> (B, T) or (B, 1) without gradient; `average` over the mask turns each into one number.
+    """
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+
+
+def policy_loss(
+    loss: Loss | str,
+    inputs: LossInputs,
+    keywords: Mapping[str, Any] | None = None,
+    *,
+    beta: float = 0.0,
+    kl_estimator: KLEstimator = "k3",
+    kl_ratio: ImportanceSamplingLevel | None = "token",
+    loss_reduction: Reduction | None = None,
+    num_items: Tensor | float | None = None,
+    max_length: int | None = None,
+) -> PolicyLoss:
+    """Loss of `inputs` in TRL's order: per token, times the sampler's ratio, plus beta times the KL, reduced.
+
+    Args:
+        loss: an entry of `LOSSES`, its name, or a dotted path to a function.
+        keywords: the loss's hyper-parameters; its own defaults where absent.
+        beta: weight of the KL to the reference policy; 0 for no KL term.
+        kl_ratio: the importance ratio that the KL estimate is multiplied with, see `kl_to_reference`.
+        loss_reduction: another reduction than the loss's own.
+        num_items: see `reduce`, which also says what remains to be divided under gradient accumulation.
+        max_length: see `reduce`.
+
+    Raises:
+        ValueError: a hyper-parameter is out of range, something that the loss or reduction needs is None, or the
+            function returned something else than a `TokenLoss` of fitting shapes.
+    """
+    if isinstance(loss, str):
+        loss = LOSSES[loss]
+    result = loss.function(inputs, **(keywords or {}))
+    _check_result(loss.name, result, inputs)
+    per_token, metrics = result.loss, dict(result.metrics)
+    if inputs.importance_sampling_ratio is not None and not loss.reads_sampling_ratio:
+        per_token = per_token * inputs.importance_sampling_ratio
+    if beta:
+        metrics["kl"] = kl_to_reference(inputs, kl_estimator, kl_ratio)
+        per_token = per_token + beta * metrics["kl"]
+    reduction = loss_reduction or loss.reduction
+    scalar = reduce(per_token, inputs.mask, reduction, num_items=num_items, max_length=max_length)
+    return PolicyLoss(scalar, {name: values.detach() for name, values in metrics.items()})
+
+
+def _check_result(name: str, result: Any, inputs: LossInputs) -> None:
+    if not isinstance(result, TokenLoss):
+        raise ValueError(f"The loss {name!r} returned {type(result).__name__}. Return TokenLoss(loss), unreduced.")
+    rows, tokens = inputs.logps.shape
+    for what, values in {"loss": result.loss, **result.metrics}.items():
+        if tuple(values.shape) not in {(rows, tokens), (rows, 1)}:
+            raise ValueError(
+                f"The loss {name!r} returned {what!r} of shape {tuple(values.shape)} for log-probabilities of shape "
+                f"{(rows, tokens)}; {(rows, tokens)} or {(rows, 1)} is needed. Masking and summing come afterwards."
+            )
