@@ -58,8 +58,8 @@ class GRPOPlusConfig(GRPOConfig):
         if self.advantage_estimator is not None:
             if not isinstance(self.advantage_estimator, str):
                 raise ValueError(
-                    f"advantage_estimator={self.advantage_estimator!r} is not a name. Register the function, then write "
-                    "its name."
+                    f"advantage_estimator={self.advantage_estimator!r} is not a name. Register the function, then "
+                    "write its name."
                 )
             _check_conflicts(self)
             _check_estimator(self)

@@ -42,3 +42,7 @@ def test_the_readmes_tables_are_those_of_the_registries(kind):
 
 def test_rendering_repairs_a_stale_table():
     assert block("losses") in rendered("a\n<!-- losses -->\nstale\n<!-- /losses -->\nb")
+
+
+def test_the_readme_has_no_blanks_left():
+    assert "@@" not in README.read_text()
