@@ -4,6 +4,7 @@
 copied or patched. When TRL moves, this file and `trl_fingerprints.json` change, and nothing else should have to.
 """
 
+import inspect
 import warnings
 from importlib.metadata import version
 from typing import Any
@@ -15,12 +16,23 @@ from torch import Tensor
 from trl import GRPOTrainer
 
 from grpo_plus.advantages import Rewards, checked
+from grpo_plus.losses import TRL_LOSSES, LossInputs, PolicyLoss
 
 TESTED_TRL = SpecifierSet(">=1.15,<1.17")
 
-# Fingerprinted for each tested version. The first two are overridden. Of the others the seam assumes what they do with
-# the advantages: `_prepare_inputs` carries them to the loss, `_compute_loss` uses them, `log` writes them out.
-RELIED_ON = ("_calculate_rewards", "_generate_and_score_completions", "_prepare_inputs", "_compute_loss", "log")
+# Fingerprinted for each tested version. The first three are overridden and the next is called. Of the others the seam
+# assumes what they do with the advantages: `_prepare_inputs` carries them to the loss, `log` writes them out.
+RELIED_ON = (
+    "_calculate_rewards",
+    "_generate_and_score_completions",
+    "_compute_loss",
+    "_get_per_token_logps_and_entropies",
+    "_prepare_inputs",
+    "log",
+)
+
+# Images and what belongs to them, under the names that TRL's dictionaries and its forward share.
+MULTIMODAL = tuple(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)[8:]
 
 
 def untested_version(installed: str) -> str | None:
@@ -38,7 +50,7 @@ if message := untested_version(version("trl")):
 
 
 class TRLSeam(GRPOTrainer):
-    """GRPOTrainer with its decision about advantages as a public hook, for subclasses to override."""
+    """GRPOTrainer with its decisions about advantages and loss as public hooks, for subclasses to override."""
 
     _tag_names = [*GRPOTrainer._tag_names, "grpo_plus"]  # noqa: RUF012  (TRL declares it so)
     _rewards: Rewards
@@ -54,6 +66,15 @@ class TRLSeam(GRPOTrainer):
             that is not finite is an error.
         """
         return None
+
+    def policy_loss(self, inputs: LossInputs, *, num_items: Tensor, accumulation_steps: int) -> PolicyLoss:
+        """Loss of one micro-batch, for a `loss_type` that TRL does not know.
+
+        Args:
+            num_items: tokens that share the optimizer step, per process.
+            accumulation_steps: micro-batches that share it.
+        """
+        raise NotImplementedError(f"loss_type={self.loss_type!r} is none of TRL's. Override policy_loss.")
 
     def _calculate_rewards(
         self, inputs: list[dict[str, Any]], prompts: list, completions: list, completion_ids_list: list[list[int]]
@@ -76,6 +97,56 @@ class TRLSeam(GRPOTrainer):
             advantages = checked("hook estimate_advantages", advantages, self._rewards)
             self._replace_advantages(output, advantages.flatten().to(output["advantages"]))
         return output
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        if self.loss_type in TRL_LOSSES:
+            return super()._compute_loss(model, inputs)
+        training = self.model.training
+        # TRL counts the tokens of a generation batch; an optimizer step may take a part of it.
+        num_items = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
+        accumulation_steps = self.current_gradient_accumulation_steps if training else 1
+        if training:
+            num_items = num_items * accumulation_steps / self.args.steps_per_generation
+        loss_inputs, entropies = self._loss_inputs(model, inputs)
+        result = self.policy_loss(loss_inputs, num_items=num_items, accumulation_steps=accumulation_steps)
+        for name, values in {**result.metrics, "entropy": entropies}.items():
+            self._log_average(name, values, loss_inputs.mask)
+        return result.loss
+
+    def _loss_inputs(self, model: Any, inputs: dict[str, Any]) -> tuple[LossInputs, Tensor]:
+        """The policy's forward on one micro-batch, with TRL's names translated; and the entropies (B, T)."""
+        if self.aux_loss_enabled:
+            raise ValueError(
+                f"loss_type={self.loss_type!r} does not add the router's auxiliary loss of a mixture-of-experts model. "
+                "Set router_aux_loss_coef=0 in the model's config, or take one of TRL's losses."
+            )
+        completion_mask = inputs["completion_mask"]
+        logps, entropies, _ = self._get_per_token_logps_and_entropies(
+            model,
+            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
+            torch.cat([inputs["prompt_mask"], completion_mask], dim=1),
+            completion_mask.shape[1],
+            compute_entropy=True,
+            **{name: inputs[name] for name in MULTIMODAL if name in inputs},
+        )
+        advantages = inputs["advantages"]
+        old_logps = inputs.get("old_per_token_logps")
+        loss_inputs = LossInputs(
+            logps=logps,
+            old_logps=logps.detach() if old_logps is None else old_logps,
+            advantages=advantages.unsqueeze(1) if advantages.dim() == 1 else advantages,
+            mask=completion_mask * inputs.get("tool_mask", 1),
+            ref_logps=inputs.get("ref_per_token_logps"),
+            importance_sampling_ratio=inputs.get("importance_sampling_ratio"),
+        )
+        return loss_inputs, entropies
+
+    def _log_average(self, name: str, values: Tensor, mask: Tensor) -> None:
+        """Log the mean of (B, T) values over the tokens of all processes, or of (B, 1) values over the rows."""
+        weights = mask if values.shape == mask.shape else torch.ones_like(values)
+        sums = torch.stack([(values * weights).sum(), weights.sum()]).float()
+        total, count = self.accelerator.reduce(sums, reduction="sum").tolist()
+        self._metrics["train" if self.model.training else "eval"][name].append(total / max(count, 1.0))
 
     def _replace_advantages(self, output: dict[str, Any], advantages: Tensor) -> None:
         """Put all processes' advantages (P*G,) in the place of TRL's: this rank's for the loss, all in the log."""

@@ -8,8 +8,7 @@ from trl import GRPOConfig
 
 from grpo_plus import __version__
 from grpo_plus.advantages import ESTIMATORS, check_keywords, check_modifiers
-from grpo_plus.losses import TRL_LOSSES
-from grpo_plus.registry import suggestion
+from grpo_plus.config_loss import check_loss
 
 
 @dataclass
@@ -24,9 +23,14 @@ class GRPOPlusConfig(GRPOConfig):
         advantage_modifiers: what else happens to the rewards and advantages, in order: name -> keywords, such as
             {"filter_zero_std": {"by": "correctness"}, "clip": {"max": 5.0}}; see `grpo_plus.advantages.modifiers`.
 
+        loss_kwargs: hyper-parameters of a `loss_type` that TRL lacks; as JSON on the command line. TRL's losses have
+            fields of TRL's own (`epsilon`, `delta`, ...), which such a loss does not read.
+        loss_reduction: how such a loss is summed, in the words of `grpo_plus.losses.reduce`; None: as its authors do.
+        kl_estimator: "k1", "k2" or "k3", of the KL to the reference under such a loss.
+
     Raises:
-        ValueError: an unknown estimator or keyword, a keyword's value out of range, an unknown `loss_type`, or a
-            setting of TRL's that the estimator would silently override.
+        ValueError: an unknown estimator, loss or keyword, a keyword's value out of range, or a setting of TRL's that
+            would have no effect.
     """
 
     advantage_estimator: str | None = field(
@@ -48,11 +52,29 @@ class GRPOPlusConfig(GRPOConfig):
         },
     )
 
+    loss_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Keyword arguments of a loss that TRL lacks (`grpo-plus ls losses`), as JSON: '{\"c\": 3.0}'."
+        },
+    )
+    loss_reduction: str | None = field(
+        default=None,
+        metadata={
+            "help": "How a loss that TRL lacks is summed; unset: as its authors do. Known: token-mean, "
+            "global-token-mean, seq-mean-token-mean, seq-mean-token-sum, seq-mean-token-sum-norm."
+        },
+    )
+    kl_estimator: str = field(
+        default="k3",
+        metadata={"help": "KL estimator k1, k2 or k3 of a loss that TRL lacks, where beta is not 0. TRL's use k3."},
+    )
+
     def __post_init__(self) -> None:
         """Check the fields of ours and those of TRL's that they meet."""
         super().__post_init__()
-        if self.loss_type not in TRL_LOSSES:
-            raise ValueError(f"Unknown loss_type {self.loss_type!r}.{suggestion(str(self.loss_type), TRL_LOSSES)}")
+        self.loss_kwargs = _as_dictionary("loss_kwargs", self.loss_kwargs)
+        check_loss(self)
         self.advantage_kwargs = _as_dictionary("advantage_kwargs", self.advantage_kwargs)
         self.advantage_modifiers = _as_dictionary("advantage_modifiers", self.advantage_modifiers)
         if self.advantage_estimator is not None:

@@ -32,6 +32,36 @@ def config(**fields) -> GRPOPlusConfig:
         ({"advantage_estimator": "passk", "advantage_kwargs": {"k": 9}}, "does not fit 'passk': .*9"),
         ({"advantage_estimator": "rloo", "advantage_modifiers": {"clipp": {"max": 1.0}}}, "clipp.*Did you mean 'clip'"),
         ({"advantage_modifiers": {"clip": {"max": 1.0}}}, "Set advantage_estimator too"),
+        (
+            {"loss_type": "gmpo", "epsilon": 0.3},
+            "loss_type='gmpo': epsilon=0.3 is read by TRL's losses only.*loss_kwargs takes eps",
+        ),
+        ({"loss_type": "gmpo", "delta": 2.0}, "delta=2.0 is read by TRL's losses only"),
+        (
+            {"loss_type": "topr", "importance_sampling_level": "sequence"},
+            "importance_sampling_level='sequence' is read by",
+        ),
+        ({"loss_type": "gmpo", "top_entropy_quantile": 0.2}, "top_entropy_quantile=0.2 is read by TRL's losses only"),
+        ({"loss_type": "gmpo", "entropy_coef": 0.01}, "entropy_coef=0.01 is read by TRL's losses only"),
+        ({"loss_type": "gmpo", "off_policy_mask_threshold": 0.5}, "off_policy_mask_threshold=0.5 is read by"),
+        (
+            {"loss_type": "gmpo", "loss_kwargs": {"epsilonn": 0.3}},
+            "'gmpo' takes no keyword 'epsilonn'. Did you mean 'epsilon'",
+        ),
+        ({"loss_type": "gmpo", "loss_kwargs": {"epsilon": -0.3}}, "does not fit 'gmpo': epsilon=-0.3"),
+        (
+            {"loss_type": "gmpo", "loss_reduction": "token_mean"},
+            "Unknown loss_reduction 'token_mean'. Did you mean 'token-mean'",
+        ),
+        ({"loss_type": "gmpo", "kl_estimator": "k4"}, "Unknown kl_estimator 'k4'"),
+        (
+            {"loss_type": "dapo", "loss_kwargs": {"c": 3.0}},
+            "loss_type='dapo': loss_kwargs={'c': 3.0} is read by the losses that",
+        ),
+        (
+            {"loss_type": "dapo", "loss_reduction": "token-mean"},
+            "loss_reduction='token-mean' is read by the losses that TRL lacks",
+        ),
         ({"loss_type": None}, "Unknown loss_type None"),
         ({"advantage_kwargs": {"ddof": 0}}, "Set advantage_estimator too"),
         (
@@ -85,3 +115,29 @@ def test_the_summary_names_what_is_active():
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_every_estimator_passes_with_its_defaults(name):
     assert name in config(advantage_estimator=name).describe()
+
+
+def test_cispo_without_an_upper_bound_is_warned_about():
+    with pytest.warns(UserWarning, match="scales every token by 0.2"):
+        config(loss_type="cispo")
+
+
+def test_a_loss_that_cannot_differ_is_warned_about():
+    with pytest.warns(
+        UserWarning, match="'gmpo' with one update per batch of completions has the gradient of 'reinforce'"
+    ):
+        config(loss_type="gmpo")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"loss_type": "gmpo", "num_iterations": 2},
+        {"loss_type": "cispo", "epsilon_high": 5.0},
+        {"loss_type": "reinforce"},
+    ],
+)
+def test_other_settings_are_not_warned_about(fields, recwarn):
+    config(**fields)
+    assert not [warning for warning in recwarn if "loss_type" in str(warning.message)]

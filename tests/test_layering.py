@@ -15,7 +15,7 @@ FAMILIES = {
     "advantages": ("batch", "group", "multi_reward", "unnormalized"),
     "losses": ("clipped", "covariance", "reweighted", "sequence", "smooth"),
 }
-KNOWS_TRL = ("_trl.py", "config.py", "contract.py", "cli/train.py")
+KNOWS_TRL = ("_trl.py", "config.py", "config_loss.py", "contract.py", "cli/train.py")
 PUBLIC_TRL_MODULES = {"trl", "trl.scripts.grpo", "trl.rewards"}
 
 

@@ -43,8 +43,12 @@ def loss_rows() -> list[tuple[str, ...]]:
     """A header, then one row per loss."""
     from grpo_plus.losses import LOSSES, TRL_LOSSES
 
-    rows: list[tuple[str, ...]] = [("loss_type", "what it does", "paper")]
-    return rows + [(name, LOSSES[name].summary, LOSSES[name].paper) for name in TRL_LOSSES]
+    rows: list[tuple[str, ...]] = [("loss_type", "what it does", "loss_kwargs", "paper")]
+    for name in LOSSES:
+        loss = LOSSES[name]
+        keywords = "TRL's own fields" if name in TRL_LOSSES else _defaults(loss.keywords)
+        rows.append((name, loss.summary, keywords, loss.paper))
+    return rows
 
 
 def _defaults(keywords: dict[str, Any]) -> str:

@@ -22,6 +22,7 @@ or, without registering, the dotted path my_package.my_module.squared.
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from grpo_plus.losses import clipped, covariance, reweighted, sequence, smooth  # noqa: F401  (they register themselves)
@@ -30,6 +31,7 @@ from grpo_plus.losses.kl import KL_ESTIMATORS, AdaptiveBeta, KLEstimator, kl_to_
 from grpo_plus.losses.loss import LOSSES, Loss, register
 from grpo_plus.losses.ratios import ImportanceSamplingLevel
 from grpo_plus.losses.reduce import REDUCTIONS, Reduction, average, reduce
+from grpo_plus.registry import suggestion
 
 __all__ = [
     "KL_ESTIMATORS",
@@ -42,6 +44,7 @@ __all__ = [
     "PolicyLoss",
     "TokenLoss",
     "average",
+    "check_loss_keywords",
     "policy_loss",
     "reduce",
     "register",
@@ -73,6 +76,7 @@ def policy_loss(
     loss_reduction: Reduction | None = None,
     num_items: Tensor | float | None = None,
     max_length: int | None = None,
+    accumulation_steps: int = 1,
 ) -> PolicyLoss:
     """Loss of `inputs` in TRL's order: per token, times the sampler's ratio, plus beta times the KL, reduced.
 
@@ -82,8 +86,10 @@ def policy_loss(
         beta: weight of the KL to the reference policy; 0 for no KL term.
         kl_ratio: the importance ratio that the KL estimate is multiplied with, see `kl_to_reference`.
         loss_reduction: another reduction than the loss's own.
-        num_items: see `reduce`, which also says what remains to be divided under gradient accumulation.
+        num_items: see `reduce`.
         max_length: see `reduce`.
+        accumulation_steps: micro-batches that share an optimizer step. The loss is divided by it, except under
+            global-token-mean, where `num_items` counts their tokens already.
 
     Raises:
         ValueError: a hyper-parameter is out of range, something that the loss or reduction needs is None, or the
@@ -101,7 +107,25 @@ def policy_loss(
         per_token = per_token + beta * metrics["kl"]
     reduction = loss_reduction or loss.reduction
     scalar = reduce(per_token, inputs.mask, reduction, num_items=num_items, max_length=max_length)
+    if reduction != "global-token-mean":
+        scalar = scalar / accumulation_steps
     return PolicyLoss(scalar, {name: values.detach() for name, values in metrics.items()})
+
+
+def check_loss_keywords(loss: Loss, keywords: Mapping[str, Any]) -> None:
+    """Raise ValueError for a keyword that the loss does not take, or a value that it refuses on a small batch."""
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in loss.parameters)
+    for keyword in keywords:
+        if keyword not in loss.keywords and not takes_any:
+            raise ValueError(
+                f"The loss {loss.name!r} takes no keyword {keyword!r}.{suggestion(keyword, loss.keywords)}"
+            )
+    two = torch.tensor([[-1.0, -2.0], [-0.5, -1.0]])
+    sample = LossInputs(two, two, torch.tensor([[1.0], [-1.0]]), torch.ones(2, 2), two)
+    try:
+        policy_loss(loss, sample, keywords, num_items=4.0, max_length=2)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"loss_kwargs={dict(keywords)} does not fit {loss.name!r}: {error}") from error
 
 
 def _check_result(name: str, result: Any, inputs: LossInputs) -> None:

@@ -55,7 +55,7 @@ class Loss(Described):
         return "\n\n".join(filter(None, (self.variant, super().documentation)))
 
 
-LOSSES: Registry[Loss] = Registry("loss", Loss)
+LOSSES: Registry[Loss] = Registry("loss_type", Loss)
 
 
 def register(

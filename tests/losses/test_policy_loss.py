@@ -124,7 +124,7 @@ def test_a_hyper_parameter_out_of_range_is_named(name: str, keywords, message: s
 
 
 def test_an_unknown_loss_suggests_the_nearest():
-    with pytest.raises(ValueError, match=r"Unknown loss 'gmpoo'\. Did you mean 'gmpo'"):
+    with pytest.raises(ValueError, match=r"Unknown loss_type 'gmpoo'\. Did you mean 'gmpo'"):
         policy_loss("gmpoo", inputs())
 
 

@@ -1,0 +1,79 @@
+"""Which settings a loss reads: TRL's fields for TRL's losses, `loss_kwargs` for the ones that TRL lacks."""
+
+import warnings
+from dataclasses import fields
+from typing import Any
+
+from trl import GRPOConfig
+
+from grpo_plus.losses import KL_ESTIMATORS, LOSSES, REDUCTIONS, TRL_LOSSES, check_loss_keywords
+from grpo_plus.registry import suggestion
+
+# Read by TRL's losses only. A loss of ours takes its hyper-parameters from loss_kwargs and has no part of the rest.
+TRL_ONLY = (
+    "epsilon",
+    "epsilon_high",
+    "delta",
+    "importance_sampling_level",
+    "sapo_temperature_pos",
+    "sapo_temperature_neg",
+    "vespo_k_pos",
+    "vespo_lambda_pos",
+    "vespo_k_neg",
+    "vespo_lambda_neg",
+    "off_policy_mask_threshold",
+    "top_entropy_quantile",
+    "entropy_coef",
+    "use_adaptive_entropy",
+)
+OURS_ONLY: dict[str, Any] = {"loss_kwargs": {}, "loss_reduction": None, "kl_estimator": "k3"}
+
+
+def check_loss(config: GRPOConfig) -> None:
+    """Refuse an unknown loss, and every setting that the chosen loss would not read."""
+    if not isinstance(config.loss_type, str):
+        raise ValueError(f"Unknown loss_type {config.loss_type!r}.{suggestion(str(config.loss_type), LOSSES)}")
+    _warn_of_traps(config)
+    if config.loss_type in TRL_LOSSES:
+        _refuse(config, OURS_ONLY, "is read by the losses that TRL lacks only; this one has fields of its own in TRL")
+        return
+    loss = LOSSES[config.loss_type]
+    defaults = {entry.name: entry.default for entry in fields(GRPOConfig)}
+    read_by_trl = {name: defaults[name] for name in TRL_ONLY if name in defaults}
+    hint = f"loss_kwargs takes {', '.join(loss.keywords) or 'nothing'}"
+    _refuse(config, read_by_trl, f"is read by TRL's losses only and would have no effect; {hint}")
+    if config.loss_reduction is not None and config.loss_reduction not in REDUCTIONS:
+        raise ValueError(
+            f"Unknown loss_reduction {config.loss_reduction!r}.{suggestion(config.loss_reduction, REDUCTIONS)}"
+        )
+    if config.kl_estimator not in KL_ESTIMATORS:
+        raise ValueError(
+            f"Unknown kl_estimator {config.kl_estimator!r}.{suggestion(config.kl_estimator, KL_ESTIMATORS)}"
+        )
+    check_loss_keywords(loss, config.loss_kwargs)
+
+
+def _warn_of_traps(config: GRPOConfig) -> None:
+    """Two settings that run without complaint and do not do what their reader expects."""
+    if config.loss_type == "cispo" and config.epsilon_high is None:
+        warnings.warn(
+            f"loss_type='cispo' with epsilon_high unset clips the ratio at epsilon={config.epsilon}, and so scales "
+            f"every token by {config.epsilon}. Set epsilon_high, to 5.0 for example.",
+            stacklevel=2,
+        )
+    on_policy = config.gradient_accumulation_steps % (config.steps_per_generation * config.num_iterations) == 0
+    loss = LOSSES[config.loss_type]
+    if on_policy and loss.origin != "trl" and loss.reinforce_on_policy and loss.name != "reinforce":
+        warnings.warn(
+            f"loss_type={loss.name!r} with one update per batch of completions has the gradient of 'reinforce': every "
+            "ratio is 1. To see it differ, set num_iterations above 1 or steps_per_generation above "
+            "gradient_accumulation_steps.",
+            stacklevel=2,
+        )
+
+
+def _refuse(config: GRPOConfig, defaults: dict[str, Any], why: str) -> None:
+    for name, default in defaults.items():
+        value = getattr(config, name)
+        if value != default:
+            raise ValueError(f"loss_type={config.loss_type!r}: {name}={value!r} {why}.")

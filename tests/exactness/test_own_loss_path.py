@@ -1,0 +1,85 @@
+"""The path of losses that TRL lacks, held to TRL's: its own formulas, registered under other names, train alike."""
+
+import pytest
+import torch
+from peft import LoraConfig
+
+from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
+from grpo_plus.losses import LOSSES, register
+from tests.training import logs_of, make_trainer, weights_of
+
+LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+@pytest.fixture
+def twin():
+    """TRL's loss of that name under another, so that it takes our path."""
+    before = dict(LOSSES._entries)
+
+    def make(name: str) -> str:
+        loss = LOSSES[name]
+        register(f"our_{name}", reduction=loss.reduction)(loss.function)
+        return f"our_{name}"
+
+    yield make
+    LOSSES._entries.clear()
+    LOSSES._entries.update(before)
+
+
+CASES = [
+    pytest.param("grpo", {"gradient_accumulation_steps": 2}, None, id="grpo-accumulation"),
+    pytest.param("bnpo", {"num_iterations": 2}, None, id="bnpo-2iterations"),
+    pytest.param("dapo", {"gradient_accumulation_steps": 2, "steps_per_generation": 4}, None, id="dapo-4steps"),
+    pytest.param("dr_grpo", {"num_iterations": 2, "mask_truncated_completions": True}, None, id="dr_grpo-truncated"),
+    pytest.param("luspo", {"beta": 0.2, "num_iterations": 2}, LORA, id="luspo-lora-kl"),
+    pytest.param("grpo", {"beta": 0.2, "use_bias_correction_kl": False, "num_iterations": 2}, LORA, id="grpo-plain-kl"),
+    pytest.param("sapo", {"num_iterations": 2}, None, id="sapo-2iterations"),
+]
+
+
+@pytest.mark.parametrize(("loss", "config", "peft_config"), CASES)
+def test_three_steps_follow_trls(tmp_path, twin, loss, config, peft_config):
+    arguments = {"peft_config": peft_config}
+    # Plain SGD: Adam divides near-zero gradients by their own size, and rounding would look like a difference.
+    common = {"optim": "sgd", "learning_rate": 0.5, "max_completion_length": 16, "trainer_arguments": arguments}
+    stock = make_trainer(tmp_path / "stock", loss_type=loss, **common, **config)
+    stock.train()
+    ours = make_trainer(
+        tmp_path / "ours",
+        trainer_class=GRPOPlusTrainer,
+        config_class=GRPOPlusConfig,
+        loss_type=twin(loss),
+        **common,
+        **config,
+    )
+    start = weights_of(ours)
+    ours.train()
+    trained = weights_of(ours)
+    for name, weight in weights_of(stock).items():
+        torch.testing.assert_close(trained[name], weight, rtol=1e-5, atol=1e-6, msg=name)
+    assert any((start[name] - weight).abs().max() > 1e-4 for name, weight in trained.items()), "nothing was trained"
+    for mine, theirs in zip(logs_of(ours), logs_of(stock), strict=True):
+        shared = mine.keys() & theirs.keys()
+        assert {"loss", "grad_norm", "entropy"} <= shared or "train_loss" in shared
+        assert {key: mine[key] for key in shared} == pytest.approx(
+            {key: theirs[key] for key in shared}, rel=1e-3, abs=1e-6
+        )
+        assert theirs.keys() - mine.keys() <= {"clip_ratio/low_min", "clip_ratio/high_max"}
+
+
+@pytest.mark.parametrize("loss", [name for name in LOSSES if LOSSES[name].origin == "grpo_plus"])
+def test_every_loss_that_trl_lacks_trains(tmp_path, loss):
+    trainer = make_trainer(
+        tmp_path,
+        trainer_class=GRPOPlusTrainer,
+        config_class=GRPOPlusConfig,
+        loss_type=loss,
+        advantage_estimator="rloo",
+        num_iterations=2,
+        log_completions=True,
+        trainer_arguments={"eval_dataset": None},
+    )
+    start = weights_of(trainer)
+    trainer.train()
+    assert any(not torch.equal(start[name], weight) for name, weight in weights_of(trainer).items())
+    assert all(torch.tensor(entry["loss"]).isfinite() for entry in trainer.state.log_history if "loss" in entry)
