@@ -5,14 +5,17 @@ copied or patched. When TRL moves, this file and `trl_fingerprints.json` change,
 """
 
 import inspect
+import json
 import warnings
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather
+from accelerate.utils import gather, gather_object
 from packaging.specifiers import SpecifierSet
 from torch import Tensor
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 
 from grpo_plus.advantages import Rewards, checked
@@ -20,16 +23,20 @@ from grpo_plus.losses import TRL_LOSSES, LossInputs, PolicyLoss
 
 TESTED_TRL = SpecifierSet(">=1.15,<1.17")
 
-# Fingerprinted for each tested version. The first three are overridden and the next is called. Of the others the seam
+# Fingerprinted for each tested version. The first five are overridden and the next is called. Of the others the seam
 # assumes what they do with the advantages: `_prepare_inputs` carries them to the loss, `log` writes them out.
 RELIED_ON = (
     "_calculate_rewards",
     "_generate_and_score_completions",
     "_compute_loss",
+    "_save_checkpoint",
+    "_load_optimizer_and_scheduler",
     "_get_per_token_logps_and_entropies",
     "_prepare_inputs",
     "log",
 )
+
+STATE_FILE = "grpo_plus_state.json"
 
 # Images and what belongs to them, under the names that TRL's dictionaries and its forward share.
 MULTIMODAL = tuple(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)[8:]
@@ -49,6 +56,13 @@ if message := untested_version(version("trl")):
     warnings.warn(message, stacklevel=2)
 
 
+def _gather_labels(labels: list[str | None]) -> list[str] | None:
+    """The rows' labels of all processes, in the order of the reward table; None where they have none."""
+    if None in labels:
+        return None
+    return gather_object(labels)
+
+
 class TRLSeam(GRPOTrainer):
     """GRPOTrainer with its decisions about advantages and loss as public hooks, for subclasses to override."""
 
@@ -66,6 +80,29 @@ class TRLSeam(GRPOTrainer):
             that is not finite is an error.
         """
         return None
+
+    def task_of(self, example: dict[str, Any]) -> str | None:
+        """Task of a row of the dataset, for estimators and metrics that keep tasks apart; None where there are none."""
+        return None
+
+    def prompt_key(self, prompt: Any) -> str | None:
+        """What tells prompts apart across batches; None where nobody asks."""
+        return None
+
+    def advantage_metrics(self, rewards: Rewards, advantages: Tensor) -> dict[str, float]:
+        """Numbers to log under `advantages/`.
+
+        Args:
+            advantages: (P, G) of all processes, as they reach the loss.
+        """
+        return {}
+
+    def running_state(self) -> dict[str, Any]:
+        """What must survive a checkpoint, as JSON; empty where nothing must."""
+        return {}
+
+    def load_running_state(self, state: dict[str, Any]) -> None:
+        """Take up what `running_state` returned before the checkpoint."""
 
     def policy_loss(self, inputs: LossInputs, *, num_items: Tensor, accumulation_steps: int) -> PolicyLoss:
         """Loss of one micro-batch, for a `loss_type` that TRL does not know.
@@ -87,6 +124,8 @@ class TRLSeam(GRPOTrainer):
             weights=self.reward_weights,
             names=tuple(self.reward_func_names),
             lengths=gather(lengths),
+            tasks=_gather_labels([self.task_of(example) for example in inputs]),
+            prompts=_gather_labels([self.prompt_key(prompt) for prompt in prompts]),
         )
         return rewards_per_func
 
@@ -96,6 +135,7 @@ class TRLSeam(GRPOTrainer):
         if advantages is not None:
             advantages = checked("hook estimate_advantages", advantages, self._rewards)
             self._replace_advantages(output, advantages.flatten().to(output["advantages"]))
+        self._log_advantage_metrics()
         return output
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
@@ -147,6 +187,29 @@ class TRLSeam(GRPOTrainer):
         sums = torch.stack([(values * weights).sum(), weights.sum()]).float()
         total, count = self.accelerator.reduce(sums, reduction="sum").tolist()
         self._metrics["train" if self.model.training else "eval"][name].append(total / max(count, 1.0))
+
+    def _log_advantage_metrics(self) -> None:
+        rows = self._rewards.judged.numel()
+        logged = list(self._logs["advantages"])[-rows:]
+        if len(logged) < rows:
+            return  # an evaluation batch that is larger than TRL's log
+        advantages = torch.tensor(logged, dtype=torch.float64).view_as(self._rewards.judged)
+        for name, value in self.advantage_metrics(self._rewards, advantages).items():
+            self._metrics["train" if self.model.training else "eval"][f"advantages/{name}"].append(value)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        state = self.running_state()
+        if state and self.args.should_save:
+            folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            unfinished = folder / f"{STATE_FILE}.tmp"
+            unfinished.write_text(json.dumps(state))
+            unfinished.replace(folder / STATE_FILE)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and (path := Path(checkpoint) / STATE_FILE).exists():
+            self.load_running_state(json.loads(path.read_text()))
 
     def _replace_advantages(self, output: dict[str, Any], advantages: Tensor) -> None:
         """Put all processes' advantages (P*G,) in the place of TRL's: this rank's for the loss, all in the log."""

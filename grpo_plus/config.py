@@ -23,6 +23,8 @@ class GRPOPlusConfig(GRPOConfig):
         advantage_modifiers: what else happens to the rewards and advantages, in order: name -> keywords, such as
             {"filter_zero_std": {"by": "correctness"}, "clip": {"max": 5.0}}; see `grpo_plus.advantages.modifiers`.
 
+        task_column: the dataset column that names each prompt's task: `ema_task` and `popart` keep one scale per task,
+            and the log shows each task's share of the advantages. None: the whole run is one task.
         loss_kwargs: hyper-parameters of a `loss_type` that TRL lacks; as JSON on the command line. TRL's losses have
             fields of TRL's own (`epsilon`, `delta`, ...), which such a loss does not read.
         loss_reduction: how such a loss is summed, in the words of `grpo_plus.losses.reduce`; None: as its authors do.
@@ -52,6 +54,10 @@ class GRPOPlusConfig(GRPOConfig):
         },
     )
 
+    task_column: str | None = field(
+        default=None,
+        metadata={"help": "Dataset column with each prompt's task, for estimators and metrics that keep tasks apart."},
+    )
     loss_kwargs: dict[str, Any] | str | None = field(
         default=None,
         metadata={

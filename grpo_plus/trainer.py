@@ -1,14 +1,22 @@
 """GRPOPlusTrainer: TRL's GRPOTrainer with the advantages and the loss you choose.
 
 One step: TRL generates the completions and calls the reward functions; `estimate_advantages` turns the rewards of all
-processes into advantages; TRL computes its loss with them, or `policy_loss` one that TRL lacks; TRL logs and steps.
+processes into advantages, and `advantage_metrics` says what they are like; TRL computes its loss with them, or
+`policy_loss` one that TRL lacks; TRL logs and steps.
 """
+
+import copy
+import hashlib
+import json
+from functools import cached_property
+from typing import Any
 
 from torch import Tensor
 
 from grpo_plus._trl import TRLSeam
-from grpo_plus.advantages import Rewards, estimate
+from grpo_plus.advantages import ESTIMATORS, Rewards, State, estimate
 from grpo_plus.config import GRPOPlusConfig
+from grpo_plus.diagnostics.metrics import advantage_metrics
 from grpo_plus.losses import LossInputs, PolicyLoss, policy_loss
 
 
@@ -19,17 +27,57 @@ class GRPOPlusTrainer(TRLSeam):
     last bit. Override `estimate_advantages` for advantages that need more than the rewards.
     """
 
+    @cached_property
+    def plus(self) -> GRPOPlusConfig | None:
+        """`args` where they are ours; None for a plain GRPOConfig."""
+        return self.args if isinstance(self.args, GRPOPlusConfig) else None
+
+    @cached_property
+    def estimator_state(self) -> State:
+        """What a stateful estimator remembers; saved with every checkpoint."""
+        return {}
+
     def estimate_advantages(self, rewards: Rewards) -> Tensor | None:
         """Advantages (P, G) of all processes' rewards; None keeps TRL's own."""
-        config = self.args
-        if not isinstance(config, GRPOPlusConfig) or config.advantage_estimator is None:
+        if self.plus is None or self.plus.advantage_estimator is None:
             return None
+        # Evaluation must leave no trace in the state that training goes on with.
+        state = self.estimator_state if self.model.training else copy.deepcopy(self.estimator_state)
         return estimate(
-            config.advantage_estimator,
+            self.plus.advantage_estimator,
             rewards,
-            config.advantage_kwargs,  # type: ignore[arg-type]  # a dictionary after the configuration's checks
-            modifiers=config.advantage_modifiers,  # type: ignore[arg-type]  # likewise
+            self.plus.advantage_kwargs,  # type: ignore[arg-type]  # a dictionary after the configuration's checks
+            modifiers=self.plus.advantage_modifiers,  # type: ignore[arg-type]  # likewise
+            state=state,
         )
+
+    def advantage_metrics(self, rewards: Rewards, advantages: Tensor) -> dict[str, float]:
+        """Which rewards and tasks drive the update, and how much of the batch takes part in it."""
+        return advantage_metrics(rewards, advantages)
+
+    def task_of(self, example: dict[str, Any]) -> str | None:
+        """The row's value in `task_column`."""
+        column = self.plus.task_column if self.plus is not None else None
+        if column is None:
+            return None
+        if column not in example:
+            raise ValueError(f"task_column={column!r} is no column of the dataset. Known: {', '.join(example)}.")
+        return str(example[column])
+
+    def prompt_key(self, prompt: Any) -> str | None:
+        """A digest of the prompt, for the estimators that remember prompts."""
+        name = self.plus.advantage_estimator if self.plus is not None else None
+        if name is None or not ESTIMATORS[name].needs_prompts:
+            return None
+        return hashlib.sha256(json.dumps(prompt, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+    def running_state(self) -> dict[str, Any]:
+        """What the estimator remembers."""
+        return self.estimator_state
+
+    def load_running_state(self, state: dict[str, Any]) -> None:
+        """Remember it again."""
+        self.estimator_state.update(state)
 
     def policy_loss(self, inputs: LossInputs, *, num_items: Tensor, accumulation_steps: int) -> PolicyLoss:
         """Loss of one micro-batch under `loss_type`, plus beta times the KL to the reference."""

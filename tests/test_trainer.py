@@ -275,6 +275,64 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
         assert torch.equal(weights_of(resumed)[name], weight), name
 
 
+TASKS = Dataset.from_list([{**row, "task": "even" if i % 2 else "odd"} for i, row in enumerate(PROMPTS)])
+
+
+@pytest.mark.parametrize("estimator", ["ema_task", "popart", "spo"])
+def test_a_stateful_estimator_resumes_to_the_same_numbers(tmp_path, estimator):
+    settings = {
+        "advantage_estimator": estimator,
+        "task_column": "task",
+        "train_dataset": TASKS,
+        "reward_funcs": [has_vowel],
+        "max_steps": 4,
+        "save_strategy": "steps",
+        "save_steps": 2,
+    }
+    whole = plus(tmp_path / "whole", **settings)
+    whole.train()
+    assert whole.estimator_state
+    resumed = plus(tmp_path / "resumed", **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert resumed.estimator_state == whole.estimator_state
+    assert logs_of(resumed)[:4] == logs_of(whole)[:4]
+    for name, weight in weights_of(whole).items():
+        assert torch.equal(weights_of(resumed)[name], weight), name
+
+
+def has_vowel(completions, **_):
+    return [float(any(letter in "aeiou" for letter in text)) for text in completions]
+
+
+def test_evaluation_leaves_no_trace_in_the_state(tmp_path):
+    evaluated = {"eval_dataset": TASKS.select(range(4))}
+    trainer = plus(
+        tmp_path, advantage_estimator="ema_task", task_column="task", train_dataset=TASKS, trainer_arguments=evaluated
+    )
+    trainer.train()
+    before = dict(trainer.estimator_state)
+    assert set(before) == {"even", "odd"}
+    trainer.evaluate()
+    assert trainer.estimator_state == before
+
+
+def test_a_task_column_that_is_not_there_is_named(tmp_path):
+    trainer = plus(tmp_path, advantage_estimator="ema_task", task_column="tusk", train_dataset=TASKS)
+    with pytest.raises(ValueError, match="task_column='tusk' is no column of the dataset. Known: prompt, answer, task"):
+        trainer.train()
+
+
+def test_what_the_advantages_are_like_is_logged(tmp_path):
+    trainer = plus(tmp_path, task_column="task", train_dataset=TASKS, reward_funcs=[vowels, has_vowel])
+    trainer.train()
+    entry = trainer.state.log_history[0]
+    ours = {name for name in entry if name.startswith("advantages/")}
+    assert ours >= {f"advantages/{name}" for name in ("frac_zero", "conflict", "effective_samples", "max_abs")}
+    assert entry["advantages/reward_share/vowels"] + entry["advantages/reward_share/has_vowel"] == pytest.approx(1.0)
+    tasks = [entry[name] for name in ours if name.startswith("advantages/task_share/")]
+    assert sum(tasks) == pytest.approx(1.0)
+
+
 def test_the_model_card_names_the_package(tmp_path):
     trainer = plus(tmp_path)
     trainer.create_model_card(model_name="tiny")

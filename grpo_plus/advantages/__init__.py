@@ -32,9 +32,17 @@ from typing import Any
 
 from torch import Tensor
 
-from grpo_plus.advantages import batch, binary, group, multi_reward, ranking, unnormalized  # noqa: F401  (they register)
+from grpo_plus.advantages import (  # noqa: F401  (they register themselves)
+    batch,
+    binary,
+    group,
+    multi_reward,
+    ranking,
+    running,
+    unnormalized,
+)
 from grpo_plus.advantages.checks import check_keywords, check_rewards, checked
-from grpo_plus.advantages.estimator import ESTIMATORS, Estimator, register
+from grpo_plus.advantages.estimator import ESTIMATORS, Estimator, State, register
 from grpo_plus.advantages.modifiers import (
     MODIFIERS,
     Modifiers,
@@ -51,6 +59,7 @@ __all__ = [
     "Estimator",
     "Modifiers",
     "Rewards",
+    "State",
     "UnknownRewardError",
     "check_keywords",
     "check_modifiers",
@@ -67,6 +76,7 @@ def estimate(
     keywords: Mapping[str, Any] | None = None,
     *,
     modifiers: Modifiers | None = None,
+    state: State | None = None,
 ) -> Tensor:
     """Advantages of `rewards`, checked.
 
@@ -75,6 +85,8 @@ def estimate(
         keywords: the estimator's hyper-parameters; its own defaults where absent.
         modifiers: entries of `MODIFIERS` and their keywords. Those of rewards run first, then the estimator, then
             those of advantages; among themselves in the order given.
+
+        state: what a stateful estimator remembers; updated in place. None: nothing is remembered.
 
     Returns:
         (P, G) float64, without gradient; 0 for a completion that no reward function judged.
@@ -86,6 +98,6 @@ def estimate(
         estimator = ESTIMATORS[estimator]
     check_rewards(rewards)
     rewards = apply_to_rewards(rewards, modifiers or {})
-    advantages = estimator.function(rewards, **(keywords or {}))
+    advantages = estimator(rewards, keywords or {}, {} if state is None else state)
     advantages = checked(f"advantage estimator {estimator.name!r}", advantages, rewards)
     return apply_to_advantages(rewards, advantages, modifiers or {})

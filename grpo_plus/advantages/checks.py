@@ -35,10 +35,11 @@ def check_keywords(
     try:
         # Rewards at the bounds that the keywords give: others would be refused for the wrong reason.
         sample = sample_rewards(num_generations, names, keywords.get("low", 0.0), keywords.get("high", 1.0))
-        inspect.signature(estimator.function).bind(sample, **keywords)
+        data: tuple[Any, ...] = (sample, {}) if estimator.stateful else (sample,)
+        inspect.signature(estimator.function).bind(*data, **keywords)
         # A user's own function may need more than a made-up batch holds.
         if estimator.function.__module__.startswith("grpo_plus."):
-            checked(f"advantage estimator {estimator.name!r}", estimator.function(sample, **keywords), sample)
+            checked(f"advantage estimator {estimator.name!r}", estimator(sample, keywords, {}), sample)
     except TypeError as error:
         raise ValueError(str(error)) from error
 

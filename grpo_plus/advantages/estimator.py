@@ -1,15 +1,18 @@
 """What an advantage estimator is, and the registry of all of them."""
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from torch import Tensor
 
+from grpo_plus.advantages.rewards import Rewards
 from grpo_plus.described import Described
 from grpo_plus.registry import Registry, suggestion
 
 Scope = Literal["group", "batch"]
+State = dict[str, Any]
 Domain = Literal["real", "unit", "binary"]
 Function = TypeVar("Function", bound=Callable[..., Tensor])
 
@@ -29,6 +32,8 @@ class Estimator(Described):
         domain: the weighted sums it takes: "real" for any, "unit" for 0 to 1, "binary" for 0 and 1 only.
         needs_lengths: it needs the completions' lengths.
         trains_without_spread: a group of equal rewards may get advantages other than 0.
+        stateful: the function takes, after the rewards, a dictionary of numbers that it reads and updates.
+        needs_prompts: it tells prompts apart across batches.
     """
 
     name: str
@@ -41,6 +46,18 @@ class Estimator(Described):
     domain: Domain = "real"
     needs_lengths: bool = False
     trains_without_spread: bool = False
+    stateful: bool = False
+    needs_prompts: bool = False
+
+    def __call__(self, rewards: Rewards, keywords: Mapping[str, Any], state: State) -> Tensor:
+        """The function's advantages; `state` is updated where it is stateful."""
+        data = (rewards, state) if self.stateful else (rewards,)
+        return self.function(*data, **keywords)
+
+    @property
+    def parameters(self) -> list[inspect.Parameter]:
+        """The function's parameters after the rewards and the state."""
+        return super().parameters[1:] if self.stateful else super().parameters
 
 
 ESTIMATORS: Registry[Estimator] = Registry("advantage estimator", Estimator)
@@ -57,6 +74,8 @@ def register(
     domain: Domain = "real",
     needs_lengths: bool = False,
     trains_without_spread: bool = False,
+    stateful: bool = False,
+    needs_prompts: bool = False,
 ) -> Callable[[Function], Function]:
     """Make a function available as `advantage_estimator=name`.
 
@@ -79,6 +98,8 @@ def register(
             domain=domain,
             needs_lengths=needs_lengths,
             trains_without_spread=trains_without_spread,
+            stateful=stateful,
+            needs_prompts=needs_prompts,
         )
         ESTIMATORS.add(name, entry)
         return function

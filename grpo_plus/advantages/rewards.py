@@ -23,12 +23,16 @@ class Rewards:
         weights: (K,) reward weights.
         names: the K reward functions' names, as TRL logs them.
         lengths: (P, G) completion lengths in tokens, or None where they are unknown.
+        tasks: (P,) the task of each prompt, from the column that `task_column` names, or None.
+        prompts: (P,) something that identifies each prompt, or None where no estimator asks for it.
     """
 
     values: Tensor
     weights: Tensor
     names: tuple[str, ...]
     lengths: Tensor | None = None
+    tasks: tuple[str, ...] | None = None
+    prompts: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.values.dim() != 3:
@@ -43,6 +47,10 @@ class Rewards:
             raise ValueError(
                 f"Rewards.lengths has shape {tuple(self.lengths.shape)}; {tuple(self.values.shape[:2])} is needed."
             )
+        for name in ("tasks", "prompts"):
+            labels = getattr(self, name)
+            if labels is not None and len(labels) != len(self.values):
+                raise ValueError(f"Rewards.{name} has {len(labels)} entries; {len(self.values)} are needed.")
 
     @classmethod
     def from_table(
@@ -53,8 +61,10 @@ class Rewards:
         weights: Tensor,
         names: tuple[str, ...],
         lengths: Tensor | None = None,
+        tasks: Sequence[str] | None = None,
+        prompts: Sequence[str] | None = None,
     ) -> "Rewards":
-        """Group a (P*G, K) table whose groups are contiguous blocks of `num_generations` rows.
+        """Group a (P*G, K) table whose groups are contiguous blocks of `num_generations` rows; labels come per row.
 
         The values become float64 on the CPU: a few thousand numbers, where exact sums matter more than speed, and
         where every process must compute the same advantages to the last bit.
@@ -73,6 +83,8 @@ class Rewards:
             weights=weights.detach().cpu().double(),
             names=names,
             lengths=None if lengths is None else lengths.detach().cpu().view(groups, num_generations),
+            tasks=None if tasks is None else tuple(tasks[::num_generations]),
+            prompts=None if prompts is None else tuple(prompts[::num_generations]),
         )
 
     @property

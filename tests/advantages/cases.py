@@ -268,4 +268,10 @@ CASES = [
     # With these bounds neither reward is at all saturated, and at gamma 0 the weights would be the same.
     Case("sa_mrpo", SATURATED, [[0] * 4, [-0.7636459437, 2.2909378310, -0.7636459437, -0.7636459437]],
          {"bounds": {"reward_0": [0.25, 9], "reward_1": [0.875, 9]}}),
+    # The first batch sets the running moments: mean 2/3, variance .0422222 as in grpo_pop, eps 1e-6.
+    Case("ema_task", ARTICLE, [[7 / 30 / 0.2054814668, 1 / 30 / 0.2054814668, -8 / 30 / 0.2054814668]]),
+    # mean .75, mean of squares .75: std sqrt(.1875) = .4330127; the group that is all right stays above the task's mean
+    Case("popart", [[0, 1], [1, 1]], [[-0.75 / 0.4330137, 0.25 / 0.4330137], [0.25 / 0.4330137, 0.25 / 0.4330137]]),
+    # every prompt starts at .5: differences .5 -.5 .5 .5, mean .25, sample std .5
+    Case("spo", [[1, 0], [1, 1]], [[0.5, -1.5], [0.5, 0.5]]),
 ]  # fmt: skip

@@ -40,7 +40,8 @@ def test_three_steps_are_bit_identical(tmp_path, config, peft_config, config_cla
     )
     start = weights_of(ours)
     ours.train()
-    assert logs_of(ours) == logs_of(stock)
+    without_ours = [{k: v for k, v in entry.items() if not k.startswith("advantages/")} for entry in logs_of(ours)]
+    assert without_ours == logs_of(stock)
     trained = weights_of(ours)
     for name, weight in weights_of(stock).items():
         assert torch.equal(trained[name], weight), name

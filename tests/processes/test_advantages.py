@@ -51,3 +51,21 @@ def test_two_ranks_train_the_rows_that_the_whole_table_gives(tmp_path, estimator
             logged = sorted(zip(table["prompt"][mine], expected[mine].tolist(), strict=True))
             assert [prompt for prompt, _ in trained] == [prompt for prompt, _ in logged]
             assert [advantage for _, advantage in trained] == pytest.approx([a for _, a in logged], abs=1e-5)
+
+
+def test_two_ranks_keep_one_state_by_task(tmp_path):
+    ranks = run(
+        tmp_path,
+        processes=2,
+        advantage_estimator="ema_task",
+        task_column="answer",
+        num_generations=4,
+        per_device_train_batch_size=6,
+        max_steps=2,
+    )
+    states = [json.loads((tmp_path / f"state_{rank}.json").read_text()) for rank in range(len(ranks))]
+    assert states[0] == states[1]
+    tables = [pd.read_parquet(path) for path in sorted((tmp_path / "completions").glob("*.parquet"))]
+    prompts = {prompt for table in tables for prompt in table["prompt"]}
+    # The answer is the task: "1+2=" belongs to "3".
+    assert set(states[0]) == {str(sum(map(int, prompt.rstrip("=").split("+")))) for prompt in prompts}

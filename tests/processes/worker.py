@@ -36,6 +36,7 @@ def main() -> None:
     trainer.train()
     rank = PartialState().process_index
     (args.output_dir / f"rows_{rank}.json").write_text(json.dumps(trainer.rows))
+    (args.output_dir / f"state_{rank}.json").write_text(json.dumps(trainer.estimator_state))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,94 @@
+"""Estimators with state over several batches; the numbers are worked out beside them."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from grpo_plus.advantages import ESTIMATORS, State, estimate
+from tests.advantages.cases import SIGNED, SIGNED_X5, rewards_of
+from tests.close import assert_close
+
+STATEFUL = [name for name in ESTIMATORS if ESTIMATORS[name].stateful]
+
+
+def run(name: str, batches: list, state: State, keywords=None, **labels) -> torch.Tensor:
+    """Advantages of the last batch."""
+    for batch in batches:
+        rewards = replace(rewards_of(batch), **labels)
+        advantages = estimate(name, rewards, keywords, state=state)
+    return advantages
+
+
+@pytest.mark.parametrize(
+    ("keywords", "last"),
+    [({}, 4.849893), ({"decay": 0.5}, 1.497861)],
+)
+def test_ema_task_keeps_a_fivefold_step_that_group_normalization_erases(keywords, last):
+    # "GRPO's Main Flaw": the second batch is five times the first. sigma: .925820, then 1.030950 (decay .99).
+    advantages = run("ema_task", [[SIGNED], [SIGNED_X5]], {}, keywords)
+    assert advantages[0, -1].item() == pytest.approx(last, abs=1e-6)
+    assert run("ema_task", [[SIGNED]], {}, keywords)[0, -1].item() == pytest.approx(1.080122, abs=1e-6)
+
+
+def test_ema_task_falls_back_to_the_group_beyond_its_bound():
+    # A sixfold step would give 5.8 > 5: the group's own population std gives 1.0801.
+    sixfold = [[6 * reward for reward in SIGNED]]
+    assert run("ema_task", [[SIGNED], sixfold], {})[0, -1].item() == pytest.approx(1.080123, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["ema_task", "popart"])
+def test_tasks_do_not_share_their_moments(name):
+    both = [[0, 1], [0, 100]]
+    apart = run(name, [both], {}, tasks=("small", "large"))
+    for row, group in enumerate(both):
+        assert_close(f"group {row}", apart[row], run(name, [[group]], {}, tasks=("alone",))[0], rtol=1e-12)
+    together = run(name, [both], {})
+    assert (together[0] - apart[0]).abs().max() > 0.1
+
+
+def test_popart_judges_by_the_tasks_history():
+    # First batch: mean .5, squares .5. Second, all right, decay .9: mean .55, squares .55, std sqrt(.2475).
+    advantages = run("popart", [[[0, 1]], [[1, 1]]], {}, {"decay": 0.9})
+    assert advantages[0].tolist() == pytest.approx([0.45 / (0.2475**0.5 + 1e-6)] * 2)
+
+
+def test_spo_tracks_each_prompt():
+    # Prompt a: alpha = beta = 4 -> .9 * 4 + 2 = 5.6 and .9 * 4 + 0 = 3.6, so p = 5.6 / 9.2. Prompt b the other way round.
+    state: State = {}
+    run("spo", [[[1, 1], [0, 0]]], state, prompts=("a", "b"))
+    assert state == {"a": pytest.approx([5.6, 3.6]), "b": pytest.approx([3.6, 5.6])}
+    advantages = run("spo", [[[1, 0], [1, 0]]], state, prompts=("a", "b"))
+    p = 5.6 / 9.2
+    centred = torch.tensor([[1 - p, -p], [p, p - 1]], dtype=torch.float64)
+    assert_close("advantages", advantages, centred / (centred.std() + 1e-8), rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_a_batch_that_nobody_judged_leaves_no_trace(name):
+    state: State = {}
+    run(name, [[[0, 1]], [[1, 0]]], state, prompts=("a",))
+    before = {key: list(value) for key, value in state.items()}
+    advantages = run(name, [[[None, None]]], state, {"rho": 1.0} if name == "spo" else {}, prompts=("a",))
+    assert state == before
+    assert (advantages == 0).all()
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_without_a_state_nothing_is_remembered(name):
+    first = estimate(name, rewards_of([[0, 1, 0]]))
+    estimate(name, rewards_of([[1, 1, 0]]))
+    assert torch.equal(estimate(name, rewards_of([[0, 1, 0]])), first)
+
+
+@pytest.mark.parametrize(
+    ("name", "keyword"), [("ema_task", "decay"), ("popart", "decay"), ("spo", "rho"), ("spo", "prior")]
+)
+def test_a_share_out_of_range_is_refused(name, keyword):
+    with pytest.raises(ValueError, match=f"{keyword}=1.5 is not a share"):
+        estimate(name, rewards_of([[0, 1]]), {keyword: 1.5})
+
+
+def test_as_many_labels_as_prompts_are_needed():
+    with pytest.raises(ValueError, match=r"Rewards.tasks has 2 entries; 1 are needed"):
+        replace(rewards_of([[0, 1]]), tasks=("a", "b"))
