@@ -68,6 +68,7 @@ class TRLSeam(GRPOTrainer):
 
     _tag_names = [*GRPOTrainer._tag_names, "grpo_plus"]  # noqa: RUF012  (TRL declares it so)
     _rewards: Rewards
+    beta: float
 
     def estimate_advantages(self, rewards: Rewards) -> Tensor | None:
         """Advantages of one generation batch.
@@ -96,6 +97,15 @@ class TRLSeam(GRPOTrainer):
             advantages: (P, G) of all processes, as they reach the loss.
         """
         return {}
+
+    def next_beta(self, kl: float, completions: int) -> float:
+        """Weight of the KL term after an optimizer step.
+
+        Args:
+            kl: the mean KL per token that the step's last micro-batch logged, over all processes.
+            completions: completions that the step trained on, over all processes.
+        """
+        return self.beta
 
     def running_state(self) -> dict[str, Any]:
         """What must survive a checkpoint, as JSON; empty where nothing must."""
@@ -139,8 +149,14 @@ class TRLSeam(GRPOTrainer):
         return output
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        if self.loss_type in TRL_LOSSES:
-            return super()._compute_loss(model, inputs)
+        trls = self.loss_type in TRL_LOSSES
+        loss = super()._compute_loss(model, inputs) if trls else self._compute_our_loss(model, inputs)
+        if self.beta != 0.0 and self.model.training and self.accelerator.sync_gradients:
+            rows = inputs["completion_ids"].shape[0] * self.current_gradient_accumulation_steps
+            self.beta = self.next_beta(self._metrics["train"]["kl"][-1], rows * self.accelerator.num_processes)
+        return loss
+
+    def _compute_our_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         training = self.model.training
         # TRL counts the tokens of a generation batch; an optimizer step may take a part of it.
         num_items = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes

@@ -9,6 +9,7 @@ from trl import GRPOConfig
 from grpo_plus import __version__
 from grpo_plus.advantages import ESTIMATORS, check_keywords, check_modifiers
 from grpo_plus.config_loss import check_loss
+from grpo_plus.losses import AdaptiveBeta
 
 
 @dataclass
@@ -29,6 +30,9 @@ class GRPOPlusConfig(GRPOConfig):
             fields of TRL's own (`epsilon`, `delta`, ...), which such a loss does not read.
         loss_reduction: how such a loss is summed, in the words of `grpo_plus.losses.reduce`; None: as its authors do.
         kl_estimator: "k1", "k2" or "k3", of the KL to the reference under such a loss.
+        kl_target: where set, `beta` is only the start and moves after each optimizer step to bring the logged KL per
+            token near this value (Ziegler et al.'s controller); under any loss.
+        kl_horizon: completions after which a KL off by 20 % or more has changed beta by about a fifth.
 
     Raises:
         ValueError: an unknown estimator, loss or keyword, a keyword's value out of range, or a setting of TRL's that
@@ -50,7 +54,7 @@ class GRPOPlusConfig(GRPOConfig):
         default=None,
         metadata={
             "help": 'What else happens to rewards and advantages, in order, as JSON: \'{"clip": {"max": 5.0}}\'. '
-            "Known: gate, difficulty, filter_zero_std, clip."
+            "Known: gate, pods, difficulty, filter_zero_std, clip."
         },
     )
 
@@ -76,11 +80,25 @@ class GRPOPlusConfig(GRPOConfig):
         metadata={"help": "KL estimator k1, k2 or k3 of a loss that TRL lacks, where beta is not 0. TRL's use k3."},
     )
 
+    kl_target: float | None = field(
+        default=None, metadata={"help": "KL per token that beta adapts to; unset: beta stays as it is."}
+    )
+    kl_horizon: int = field(
+        default=10_000,
+        metadata={"help": "Completions after which a KL far from kl_target has changed beta by a fifth."},
+    )
+
     def __post_init__(self) -> None:
         """Check the fields of ours and those of TRL's that they meet."""
         super().__post_init__()
         self.loss_kwargs = _as_dictionary("loss_kwargs", self.loss_kwargs)
         check_loss(self)
+        if self.kl_target is not None:
+            if self.beta == 0:
+                raise ValueError(
+                    f"kl_target={self.kl_target} moves beta, which is 0. Set beta to where it should start."
+                )
+            AdaptiveBeta(self.beta, self.kl_target, self.kl_horizon)
         self.advantage_kwargs = _as_dictionary("advantage_kwargs", self.advantage_kwargs)
         self.advantage_modifiers = _as_dictionary("advantage_modifiers", self.advantage_modifiers)
         if self.advantage_estimator is not None:

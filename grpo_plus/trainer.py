@@ -17,7 +17,7 @@ from grpo_plus._trl import TRLSeam
 from grpo_plus.advantages import ESTIMATORS, Rewards, State, estimate
 from grpo_plus.config import GRPOPlusConfig
 from grpo_plus.diagnostics.metrics import advantage_metrics
-from grpo_plus.losses import LossInputs, PolicyLoss, policy_loss
+from grpo_plus.losses import AdaptiveBeta, LossInputs, PolicyLoss, policy_loss
 
 
 class GRPOPlusTrainer(TRLSeam):
@@ -72,12 +72,22 @@ class GRPOPlusTrainer(TRLSeam):
         return hashlib.sha256(json.dumps(prompt, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     def running_state(self) -> dict[str, Any]:
-        """What the estimator remembers."""
-        return self.estimator_state
+        """What the estimator remembers, and where beta has moved to."""
+        state: dict[str, Any] = {"estimator": self.estimator_state} if self.estimator_state else {}
+        if self.plus is not None and self.plus.kl_target is not None:
+            state["beta"] = self.beta
+        return state
 
     def load_running_state(self, state: dict[str, Any]) -> None:
-        """Remember it again."""
-        self.estimator_state.update(state)
+        """Take both up again."""
+        self.estimator_state.update(state.get("estimator", {}))
+        self.beta = state.get("beta", self.beta)
+
+    def next_beta(self, kl: float, completions: int) -> float:
+        """Beta, moved towards `kl_target` where one is set."""
+        if self.plus is None or self.plus.kl_target is None:
+            return self.beta
+        return AdaptiveBeta(self.beta, self.plus.kl_target, self.plus.kl_horizon).update(kl, completions).beta
 
     def policy_loss(self, inputs: LossInputs, *, num_items: Tensor, accumulation_steps: int) -> PolicyLoss:
         """Loss of one micro-batch under `loss_type`, plus beta times the KL to the reference."""

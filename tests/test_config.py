@@ -62,6 +62,9 @@ def config(**fields) -> GRPOPlusConfig:
             {"loss_type": "dapo", "loss_reduction": "token-mean"},
             "loss_reduction='token-mean' is read by the losses that TRL lacks",
         ),
+        ({"kl_target": 0.1}, "kl_target=0.1 moves beta, which is 0"),
+        ({"kl_target": -0.1, "beta": 0.1}, "target_kl"),
+        ({"advantage_estimator": "rloo", "advantage_modifiers": {"pods": {"keep": 1}}}, "keep=1 does not fit"),
         ({"loss_type": None}, "Unknown loss_type None"),
         ({"advantage_kwargs": {"ddof": 0}}, "Set advantage_estimator too"),
         (

@@ -333,6 +333,39 @@ def test_what_the_advantages_are_like_is_logged(tmp_path):
     assert sum(tasks) == pytest.approx(1.0)
 
 
+def with_kl(tmp_path, **settings):
+    lora = LoraConfig(r=4, target_modules="all-linear")
+    return plus(tmp_path, num_iterations=2, beta=0.5, trainer_arguments={"peft_config": lora}, **settings)
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "gmpo"])
+def test_beta_moves_towards_the_kl_that_is_wanted(tmp_path, loss_type):
+    trainer = with_kl(tmp_path, loss_type=loss_type, kl_target=1e-9, kl_horizon=100)
+    trainer.train()
+    kls = [entry["kl"] for entry in trainer.state.log_history if "kl" in entry]
+    assert kls[0] == pytest.approx(0, abs=1e-9)
+    assert kls[1] > 1e-8
+    # The first step measures no KL and lowers beta by 8 completions' worth, the others raise it.
+    factors = [1 - 0.2 * 8 / 100 if kl < 1e-9 else 1 + 0.2 * 8 / 100 for kl in kls]
+    assert trainer.beta == pytest.approx(0.5 * torch.tensor(factors, dtype=torch.float64).prod().item())
+
+
+def test_an_adapted_beta_survives_a_checkpoint(tmp_path):
+    settings = {"kl_target": 1e-9, "kl_horizon": 100, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    whole = with_kl(tmp_path / "whole", **settings)
+    whole.train()
+    assert whole.beta != 0.5
+    resumed = with_kl(tmp_path / "resumed", **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert resumed.beta == whole.beta
+
+
+def test_without_a_target_beta_stays(tmp_path):
+    trainer = with_kl(tmp_path)
+    trainer.train()
+    assert trainer.beta == 0.5
+
+
 def test_the_model_card_names_the_package(tmp_path):
     trainer = plus(tmp_path)
     trainer.create_model_card(model_name="tiny")

@@ -2,9 +2,9 @@
 
     modifiers = {"gate": {"by": "correctness"}, "difficulty": {"gamma": 0.5}, "clip": {"max": 5.0}}
 
-A reward modifier (`gate`) changes what the estimator sees; an advantage modifier (`difficulty`, `filter_zero_std`,
-`clip`) changes what it returned, and sees the rewards as the estimator saw them. `apply_to_rewards` and
-`apply_to_advantages` run them in the order given.
+A reward modifier (`gate`, `pods`) changes what the estimator sees; an advantage modifier (`difficulty`,
+`filter_zero_std`, `clip`) changes what it returned, and sees the rewards as the estimator saw them. `apply_to_rewards`
+and `apply_to_advantages` run them in the order given.
 
 To add one, write a function of (Rewards, *, keywords) -> Rewards or (Rewards, advantages, *, keywords) -> advantages
 that refuses wrong values by itself, and name it in one of the two tables at the end.
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from grpo_plus.advantages.rewards import Rewards, sample_rewards
+from grpo_plus.advantages.selection import pods
 from grpo_plus.reductions import RESOLUTION, has_spread, mean
 from grpo_plus.registry import suggestion
 
@@ -111,7 +112,7 @@ def clip(rewards: Rewards, advantages: Tensor, *, max: float) -> Tensor:
     return advantages.clamp(-max, max)
 
 
-REWARD_MODIFIERS: dict[str, Callable[..., Rewards]] = {"gate": gate}
+REWARD_MODIFIERS: dict[str, Callable[..., Rewards]] = {"gate": gate, "pods": pods}
 ADVANTAGE_MODIFIERS: dict[str, Callable[..., Tensor]] = {
     "difficulty": difficulty,
     "filter_zero_std": filter_zero_std,

@@ -122,7 +122,7 @@ def test_modifiers_that_change_nothing_compose_with_every_estimator(name: str, r
 @pytest.mark.parametrize(
     ("modifiers", "message"),
     [
-        ({"clipp": {}}, "Unknown advantage modifier 'clipp'. Did you mean 'clip'.* Known: gate, difficulty"),
+        ({"clipp": {}}, "Unknown advantage modifier 'clipp'. Did you mean 'clip'.* Known: gate, pods, difficulty"),
         ({"clip": 5.0}, "'clip' takes a table of keywords, not 5.0"),
         ({"clip": {"maxx": 5.0}}, "'clip' takes no keyword 'maxx'. Did you mean 'max'"),
         ({"clip": {"rewards": 5.0}}, "'clip' takes no keyword 'rewards'"),
@@ -154,7 +154,13 @@ def test_names_of_rewards_are_checked_where_they_are_known():
 
 
 def test_every_modifier_passes_the_check_with_what_it_needs():
-    needed = {"gate": {"by": "a"}, "difficulty": {}, "filter_zero_std": {"by": "a"}, "clip": {"max": 1}}
+    needed = {
+        "gate": {"by": "a"},
+        "difficulty": {},
+        "filter_zero_std": {"by": "a"},
+        "clip": {"max": 1},
+        "pods": {"keep": 2},
+    }
     assert set(needed) == set(MODIFIERS)
     check_modifiers(needed)
     check_modifiers({"gate": {"by": "a", "gated": ["b", "c"]}, "difficulty": {"by": "b"}}, ["a", "b", "c"])
