@@ -53,11 +53,11 @@ def _device() -> str:
 
 def _active() -> list[str]:
     from grpo_plus.advantages import ESTIMATORS
-    from grpo_plus.losses import TRL_LOSSES
+    from grpo_plus.losses import LOSSES, TRL_LOSSES
 
     return [
         f"advantages: TRL's by default; {len(ESTIMATORS)} more by name (grpo-plus ls advantages)",
-        f"losses: TRL's {len(TRL_LOSSES)}",
+        f"losses: TRL's {len(TRL_LOSSES)}, and {len(LOSSES) - len(TRL_LOSSES)} that it lacks (grpo-plus ls losses)",
         "forward and backward: TRL's own; this version has no fast path of its own to switch on",
     ]
 

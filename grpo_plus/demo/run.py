@@ -2,10 +2,13 @@
 
 import inspect
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback
 
@@ -47,13 +50,29 @@ def run_demo(
         ValueError: a value that the configuration refuses; raised before any work is done.
     """
     config = demo_config(output_dir, seed, max_steps, advantage_estimator, loss_type)
-    directory = discard_summary(Path(output_dir))
+    with _one_thread():
+        return _run(config, Path(output_dir), warm_up_steps)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """A model this small gains little from a second thread, and waits for it whenever the machine does other work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _run(config: GRPOPlusConfig, output_dir: Path, warm_up_steps: int) -> DemoResult:
+    directory = discard_summary(output_dir)
     started = time.perf_counter()
     tokenizer = tiny_tokenizer()
-    model = tiny_model(tokenizer, hidden_size=128, intermediate_size=256, num_heads=8, seed=seed)
-    warm_up(model, tokenizer, task.format_examples(NUM_EXAMPLES, seed), steps=warm_up_steps, seed=seed)
+    model = tiny_model(tokenizer, hidden_size=128, intermediate_size=256, num_heads=8, seed=config.seed)
+    warm_up(model, tokenizer, task.format_examples(NUM_EXAMPLES, config.seed), steps=warm_up_steps, seed=config.seed)
 
-    held_out = task.dataset("held_out", NUM_HELD_OUT, seed)
+    held_out = task.dataset("held_out", NUM_HELD_OUT, config.seed)
     before = _examine(model, tokenizer, held_out)
     trainer = _demo_trainer(config, model, tokenizer, held_out)
     trainer.train()
