@@ -11,16 +11,26 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AdvantageTableCallback": "grpo_plus.diagnostics.callbacks",
     "GRPOPlusConfig": "grpo_plus.config",
     "GRPOPlusTrainer": "grpo_plus.trainer",
+    "RewardHealthCallback": "grpo_plus.diagnostics.callbacks",
     "Rewards": "grpo_plus.advantages",
 }
 
-__all__ = ["GRPOPlusConfig", "GRPOPlusTrainer", "Rewards", "__version__"]
+__all__ = [
+    "AdvantageTableCallback",
+    "GRPOPlusConfig",
+    "GRPOPlusTrainer",
+    "RewardHealthCallback",
+    "Rewards",
+    "__version__",
+]
 
 if TYPE_CHECKING:
     from grpo_plus.advantages import Rewards
     from grpo_plus.config import GRPOPlusConfig
+    from grpo_plus.diagnostics.callbacks import AdvantageTableCallback, RewardHealthCallback
     from grpo_plus.trainer import GRPOPlusTrainer
 
 
