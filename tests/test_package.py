@@ -33,7 +33,7 @@ def test_the_sdist_holds_the_tests_and_examples(dist):
     (sdist,) = dist.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"README.md", "CHANGELOG.md", "LICENSE", "constraints.txt", "tests/conftest.py"} <= names
+    assert {"README.md", "CHANGELOG.md", "LICENSE", "constraints.txt", "tests/conftest.py", "docs/choosing.md"} <= names
 
 
 def test_the_wheel_installs_into_an_empty_environment(dist, tmp_path):

@@ -1,0 +1,58 @@
+"""The pages under docs/: their examples run, and what they name exists."""
+
+import doctest
+import re
+from pathlib import Path
+
+import pytest
+
+from grpo_plus.advantages import ESTIMATORS
+
+DOCS = Path(__file__).parents[1] / "docs"
+README = DOCS.parent / "README.md"
+PAGES = sorted(DOCS.glob("*.md"))
+
+
+class Markdown(doctest.DocTestParser):
+    """Doctest takes what follows an example for its output, up to an empty line: a closing fence has to be one."""
+
+    def parse(self, string, name="<string>"):
+        return super().parse(re.sub(r"^```.*$", "", string, flags=re.MULTILINE), name)
+
+
+def run(page: Path) -> doctest.TestResults:
+    return doctest.testfile(str(page), module_relative=False, parser=Markdown(), encoding="utf-8")
+
+
+def estimators_of_the_table(text: str) -> set[str]:
+    """The names in the column headed "take"."""
+    table = text.split("| situation | take |")[1].split("\n\n")[0]
+    cells = [line.split("|")[2] for line in table.splitlines()[2:]]
+    return {name for cell in cells for name in re.findall(r"`(\w+)`", cell)}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_pages_examples_print_what_it_says(page):
+    failed, attempted = run(page)
+    assert attempted > 0
+    assert failed == 0
+
+
+def test_a_wrong_figure_is_noticed(tmp_path, capsys):
+    text = (DOCS / "choosing.md").read_text(encoding="utf-8")
+    page = tmp_path / "wrong.md"
+    page.write_text(text.replace("(0.1564, 0.1514)\n```", "(0.1564, 0.1515)\n```"), encoding="utf-8")
+    assert run(page).failed == 1
+    assert "0.1515" in capsys.readouterr().out
+
+
+def test_the_table_names_estimators_that_exist():
+    named = estimators_of_the_table((DOCS / "choosing.md").read_text(encoding="utf-8"))
+    assert len(named) > 10
+    assert named <= set(ESTIMATORS)
+
+
+def test_the_readme_links_every_page():
+    text = README.read_text(encoding="utf-8")
+    assert PAGES
+    assert [page.name for page in PAGES if f"(docs/{page.name})" not in text] == []
