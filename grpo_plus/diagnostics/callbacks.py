@@ -39,7 +39,7 @@ class RewardHealthCallback(TrainerCallback):
         reward_share: share of the centred reward above which one function drives the update alone.
         length_ratio: factor by which the mean length may grow or shrink.
         length_correlation: largest harmless |correlation| of advantage and length.
-        entropy_ratio: share of its first value below which the entropy counts as collapsed.
+        entropy_ratio: share of its mean over the first `patience` logs below which the entropy counts as collapsed.
     """
 
     def __init__(
