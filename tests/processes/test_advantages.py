@@ -69,3 +69,20 @@ def test_two_ranks_keep_one_state_by_task(tmp_path):
     prompts = {prompt for table in tables for prompt in table["prompt"]}
     # The answer is the task: "1+2=" belongs to "3".
     assert set(states[0]) == {str(sum(map(int, prompt.rstrip("=").split("+")))) for prompt in prompts}
+
+
+def test_a_stateful_run_of_two_ranks_resumes_to_the_same_weights(tmp_path):
+    config = {
+        "advantage_estimator": "ema_task",
+        "per_device_train_batch_size": 6,
+        "max_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 1,
+    }
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    run(whole, processes=2, **config)
+    run(resumed, processes=2, **config, resume_from=str(whole / "checkpoint-1"))
+    for name in ("state_0", "state_1", "weights_0", "weights_1"):
+        assert json.loads((resumed / f"{name}.json").read_text()) == json.loads((whole / f"{name}.json").read_text()), (
+            name
+        )

@@ -7,7 +7,7 @@ from pathlib import Path
 from accelerate import PartialState
 
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
-from tests.training import make_trainer
+from tests.training import make_trainer, weights_of
 
 
 class Recorder(GRPOPlusTrainer):
@@ -30,13 +30,17 @@ def main() -> None:
     parser.add_argument("output_dir", type=Path)
     parser.add_argument("config", type=json.loads)
     args = parser.parse_args()
+    resume_from = args.config.pop("resume_from", None)
     trainer = make_trainer(
         args.output_dir, trainer_class=Recorder, config_class=GRPOPlusConfig, log_completions=True, **args.config
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume_from)
     rank = PartialState().process_index
     (args.output_dir / f"rows_{rank}.json").write_text(json.dumps(trainer.rows))
     (args.output_dir / f"state_{rank}.json").write_text(json.dumps(trainer.estimator_state))
+    (args.output_dir / f"weights_{rank}.json").write_text(
+        json.dumps({k: v.tolist() for k, v in weights_of(trainer).items()})
+    )
 
 
 if __name__ == "__main__":
