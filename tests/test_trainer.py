@@ -338,15 +338,17 @@ def with_kl(tmp_path, **settings):
     return plus(tmp_path, num_iterations=2, beta=0.5, trainer_arguments={"peft_config": lora}, **settings)
 
 
-@pytest.mark.parametrize("loss_type", ["grpo", "gmpo"])
-def test_beta_moves_towards_the_kl_that_is_wanted(tmp_path, loss_type):
-    trainer = with_kl(tmp_path, loss_type=loss_type, kl_target=1e-9, kl_horizon=100)
+@pytest.mark.parametrize(("loss_type", "accumulation"), [("grpo", 1), ("gmpo", 1), ("dapo", 2)])
+def test_beta_moves_once_a_step_towards_the_kl_that_is_wanted(tmp_path, loss_type, accumulation):
+    settings = {"loss_type": loss_type, "gradient_accumulation_steps": accumulation}
+    trainer = with_kl(tmp_path, kl_target=1e-9, kl_horizon=100, **settings)
     trainer.train()
     kls = [entry["kl"] for entry in trainer.state.log_history if "kl" in entry]
     assert kls[0] == pytest.approx(0, abs=1e-9)
     assert kls[1] > 1e-8
-    # The first step measures no KL and lowers beta by 8 completions' worth, the others raise it.
-    factors = [1 - 0.2 * 8 / 100 if kl < 1e-9 else 1 + 0.2 * 8 / 100 for kl in kls]
+    # The first step measures no KL and lowers beta by its completions' worth, the others raise it.
+    change = 0.2 * 8 * accumulation / 100
+    factors = [1 - change if kl < 1e-9 else 1 + change for kl in kls]
     assert trainer.beta == pytest.approx(0.5 * torch.tensor(factors, dtype=torch.float64).prod().item())
 
 
