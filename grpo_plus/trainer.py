@@ -53,7 +53,8 @@ class GRPOPlusTrainer(TRLSeam):
 
     def advantage_metrics(self, rewards: Rewards, advantages: Tensor) -> dict[str, float]:
         """Which rewards and tasks drive the update, and how much of the batch takes part in it."""
-        return advantage_metrics(rewards, advantages)
+        modifiers: Any = self.plus.advantage_modifiers if self.plus is not None else {}
+        return advantage_metrics(rewards, advantages, limit=modifiers.get("clip", {}).get("max"))
 
     def task_of(self, example: dict[str, Any]) -> str | None:
         """The row's value in `task_column`."""

@@ -392,6 +392,8 @@ def test_modifiers_apply_to_the_estimators_values(tmp_path):
     rewards = torch.tensor(table["vowels"].to_numpy()).view(-1, 4)
     centred = (rewards - rewards.mean(-1, keepdim=True)).flatten()
     assert centred.abs().max() > 0.25
+    clipped = [entry["advantages/frac_clipped"] for entry in trainer.state.log_history[:3]]
+    assert sum(clipped) / 3 == pytest.approx((centred.abs() >= 0.25).double().mean().item())
     torch.testing.assert_close(
         torch.tensor(table["advantage"].to_numpy()), centred.clamp(-0.25, 0.25), rtol=0, atol=1e-6
     )

@@ -4,14 +4,15 @@ import torch
 from torch import Tensor
 
 from grpo_plus.advantages.rewards import Rewards
-from grpo_plus.reductions import centre, has_spread
+from grpo_plus.reductions import RESOLUTION, centre, has_spread
 
 
-def advantage_metrics(rewards: Rewards, advantages: Tensor) -> dict[str, float]:
+def advantage_metrics(rewards: Rewards, advantages: Tensor, *, limit: float | None = None) -> dict[str, float]:
     """Everything below for one batch; a number that the batch cannot give (one reward, no lengths) is left out.
 
     Args:
         advantages: (P, G) as they reach the loss.
+        limit: what the `clip` modifier limits |A| to, if it is on.
     """
     size = advantages.abs()
     metrics = {
@@ -19,6 +20,9 @@ def advantage_metrics(rewards: Rewards, advantages: Tensor) -> dict[str, float]:
         "max_abs": size.max().item(),
         "effective_samples": effective_samples(advantages),
     }
+    if limit is not None:
+        # In float32, as they reach the loss, a clipped value is the limit to rounding.
+        metrics["frac_clipped"] = (size >= limit * (1 - RESOLUTION)).double().mean().item()
     metrics |= {f"zero_spread/{name}": share for name, share in zero_spread(rewards).items()}
     if len(rewards.names) > 1:
         metrics |= {f"reward_share/{name}": share for name, share in reward_shares(rewards).items()}

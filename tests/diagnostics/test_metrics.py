@@ -65,6 +65,12 @@ def test_length_correlation_has_a_sign_and_skips_the_unjudged():
     assert metrics.correlation(advantages, torch.tensor([[10, 10, 10, 999]]), judged) == 0.0
 
 
+def test_clipped_advantages_are_counted_in_float32():
+    advantages = torch.tensor([[0.7, -0.7, 0.69, 0.0]]).double()  # 0.7 in float32 is 0.699999988
+    metric = metrics.advantage_metrics(rewards_of([[1, 0, 0, 0]]), advantages, limit=0.7)
+    assert metric["frac_clipped"] == 0.5
+
+
 def test_what_a_batch_cannot_tell_is_left_out():
     single = metrics.advantage_metrics(rewards_of([[1, 0]]), torch.tensor([[0.5, -0.5]]))
     assert set(single) == {"frac_zero", "max_abs", "effective_samples", "zero_spread/correct", "zero_spread/total"}
