@@ -70,6 +70,15 @@ class TRLSeam(GRPOTrainer):
     _rewards: Rewards
     beta: float
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.aux_loss_enabled and self.loss_type not in TRL_LOSSES:
+            raise ValueError(
+                f"loss_type={self.loss_type!r} does not add the router's auxiliary loss of a mixture-of-experts model, "
+                f"but router_aux_loss_coef={self.router_aux_loss_coef}, from the arguments or the model's config. Set "
+                "router_aux_loss_coef=0.0 in the arguments to train without it, or take one of TRL's losses."
+            )
+
     def estimate_advantages(self, rewards: Rewards) -> Tensor | None:
         """Advantages of one generation batch.
 
@@ -116,6 +125,8 @@ class TRLSeam(GRPOTrainer):
 
     def policy_loss(self, inputs: LossInputs, *, num_items: Tensor, accumulation_steps: int) -> PolicyLoss:
         """Loss of one micro-batch, for a `loss_type` that TRL does not know.
+
+        It is the whole loss: TRL adds no entropy bonus, and neither its entropy quantile nor its off-policy mask acts.
 
         Args:
             num_items: tokens that share the optimizer step, per process.
@@ -171,11 +182,6 @@ class TRLSeam(GRPOTrainer):
 
     def _loss_inputs(self, model: Any, inputs: dict[str, Any]) -> tuple[LossInputs, Tensor]:
         """The policy's forward on one micro-batch, with TRL's names translated; and the entropies (B, T)."""
-        if self.aux_loss_enabled:
-            raise ValueError(
-                f"loss_type={self.loss_type!r} does not add the router's auxiliary loss of a mixture-of-experts model. "
-                "Set router_aux_loss_coef=0 in the model's config, or take one of TRL's losses."
-            )
         completion_mask = inputs["completion_mask"]
         logps, entropies, _ = self._get_per_token_logps_and_entropies(
             model,

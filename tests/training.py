@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from transformers import PreTrainedModel
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import GRPOConfig, GRPOTrainer
 
@@ -32,6 +33,7 @@ def make_trainer(
     reward_funcs: Any = (vowels, brevity),
     train_dataset: Dataset = PROMPTS,
     trainer_arguments: dict[str, Any] | None = None,
+    model: PreTrainedModel | None = None,
     **config: Any,
 ) -> GRPOTrainer:
     tokenizer = tiny_tokenizer()
@@ -51,7 +53,7 @@ def make_trainer(
         "seed": 7,
     }
     trainer = trainer_class(
-        model=tiny_model(tokenizer, hidden_size=32, num_heads=2),
+        model=model or tiny_model(tokenizer, hidden_size=32, num_heads=2),
         reward_funcs=list(reward_funcs),
         args=config_class(**(defaults | config)),
         train_dataset=train_dataset,

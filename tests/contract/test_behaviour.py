@@ -43,3 +43,4 @@ def test_the_attributes_that_the_seam_reads_are_there(tmp_path):
     assert trainer.reward_weights.tolist() == [1.0, 2.0]
     assert trainer.reward_func_names == ["vowels", "brevity"]
     assert list(trainer._logs["advantages"]) == []
+    assert (trainer.aux_loss_enabled, trainer.router_aux_loss_coef) == (False, 0.0)
