@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from accelerate.utils import gather, gather_object
 from packaging.specifiers import SpecifierSet
 from torch import Tensor
@@ -24,7 +25,8 @@ from grpo_plus.losses import TRL_LOSSES, LossInputs, PolicyLoss
 TESTED_TRL = SpecifierSet(">=1.15,<1.17")
 
 # Fingerprinted for each tested version. The first five are overridden and the next is called. Of the others the seam
-# assumes what they do with the advantages: `_prepare_inputs` carries them to the loss, `log` writes them out.
+# assumes what they do with the advantages, `_prepare_inputs` carries them to the loss, `log` writes them out, and where
+# `_log_completion_extra` keeps the columns of a reward function.
 RELIED_ON = (
     "_calculate_rewards",
     "_generate_and_score_completions",
@@ -34,9 +36,13 @@ RELIED_ON = (
     "_get_per_token_logps_and_entropies",
     "_prepare_inputs",
     "log",
+    "_log_completion_extra",
 )
 
 STATE_FILE = "grpo_plus_state.json"
+
+# Columns of TRL's completions table that a reward function may fill through `log_extra` with lists, one per completion.
+STEP_COLUMNS = ("step_rewards", "step_ends")
 
 # Images and what belongs to them, under the names that TRL's dictionaries and its forward share.
 MULTIMODAL = tuple(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)[8:]
@@ -86,8 +92,9 @@ class TRLSeam(GRPOTrainer):
             rewards: of all processes, alike on each of them.
 
         Returns:
-            (P, G) advantages, or None to keep the ones that TRL computed. They are checked: another shape or a value
-            that is not finite is an error.
+            (P, G) advantages; (P, G, T) for one per token, T at least the longest of `rewards.lengths`; or None to
+            keep the ones that TRL computed. They are checked: another shape or a value that is not finite is an
+            error. The completions table shows one number per completion: of advantages per token, their mean.
         """
         return None
 
@@ -103,7 +110,7 @@ class TRLSeam(GRPOTrainer):
         """Numbers to log under `advantages/`.
 
         Args:
-            advantages: (P, G) of all processes, as they reach the loss.
+            advantages: (P, G) of all processes, as they reach the loss; of advantages per token, their mean.
         """
         return {}
 
@@ -147,6 +154,7 @@ class TRLSeam(GRPOTrainer):
             lengths=gather(lengths),
             tasks=_gather_labels([self.task_of(example) for example in inputs]),
             prompts=_gather_labels([self.prompt_key(prompt) for prompt in prompts]),
+            steps=self._gather_steps(len(prompts)),
         )
         return rewards_per_func
 
@@ -155,9 +163,25 @@ class TRLSeam(GRPOTrainer):
         advantages = self.estimate_advantages(self._rewards)
         if advantages is not None:
             advantages = checked("hook estimate_advantages", advantages, self._rewards)
-            self._replace_advantages(output, advantages.flatten().to(output["advantages"]))
+            self._replace_advantages(output, advantages)
         self._log_advantage_metrics()
         return output
+
+    def _gather_steps(self, rows: int) -> tuple[list, list] | None:
+        """What the reward functions of all processes passed to `log_extra` as step rewards and ends; None for none."""
+        columns = [self._pending_extra_logs.get(name) for name in STEP_COLUMNS]
+        present = None not in columns
+        for name, column in zip(STEP_COLUMNS, columns, strict=True):
+            if present and len(column) != rows:
+                raise ValueError(
+                    f"log_extra({name!r}, ...) got {len(column)} lists for {rows} completions. Give one for each "
+                    "completion, from one reward function, and an empty one where there are no steps."
+                )
+        # Every process takes part, whether its own completions have steps or not: a gather waits for all.
+        pairs = gather_object(list(zip(*columns, strict=True)) if present else [None] * rows)
+        if not any(pairs):
+            return None
+        return [pair and pair[0] for pair in pairs], [pair and pair[1] for pair in pairs]
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         trls = self.loss_type in TRL_LOSSES
@@ -234,11 +258,18 @@ class TRLSeam(GRPOTrainer):
             self.load_running_state(json.loads(path.read_text()))
 
     def _replace_advantages(self, output: dict[str, Any], advantages: Tensor) -> None:
-        """Put all processes' advantages (P*G,) in the place of TRL's: this rank's for the loss, all in the log."""
+        """Put all processes' advantages, (P, G) or (P, G, T), in the place of TRL's: this rank's rows for the loss, as
+        wide as its completions are padded, and one number for each completion of all ranks in the log.
+        """
         local_rows = output["advantages"].shape[0]
         first = self.accelerator.process_index * local_rows
-        output["advantages"] = advantages[first : first + local_rows]
+        local = advantages.flatten(0, 1)[first : first + local_rows]
+        if local.dim() == 2:
+            # Other ranks' longest completion may be longer or shorter: a negative padding cuts.
+            local = F.pad(local, (0, output["completion_ids"].shape[1] - local.shape[1]))
         logged = self._logs["advantages"]
-        for _ in range(min(advantages.shape[0], len(logged))):
+        in_log = self._rewards.per_completion(advantages).flatten().to(output["advantages"]).tolist()
+        for _ in range(min(len(in_log), len(logged))):
             logged.pop()
-        logged.extend(advantages.tolist())
+        logged.extend(in_log)
+        output["advantages"] = local.to(output["advantages"])

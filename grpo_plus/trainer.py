@@ -38,7 +38,7 @@ class GRPOPlusTrainer(TRLSeam):
         return {}
 
     def estimate_advantages(self, rewards: Rewards) -> Tensor | None:
-        """Advantages (P, G) of all processes' rewards; None keeps TRL's own."""
+        """Advantages (P, G), or (P, G, T) per token, of all processes' rewards; None keeps TRL's own."""
         if self.plus is None or self.plus.advantage_estimator is None:
             return None
         # Evaluation must leave no trace in the state that training goes on with.

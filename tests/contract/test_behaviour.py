@@ -44,3 +44,5 @@ def test_the_attributes_that_the_seam_reads_are_there(tmp_path):
     assert trainer.reward_func_names == ["vowels", "brevity"]
     assert list(trainer._logs["advantages"]) == []
     assert (trainer.aux_loss_enabled, trainer.router_aux_loss_coef) == (False, 0.0)
+    trainer._log_completion_extra("step_ends", [[1], [2]])
+    assert trainer._pending_extra_logs == {"step_ends": [[1], [2]]}

@@ -7,11 +7,11 @@ from pathlib import Path
 from accelerate import PartialState
 
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
-from tests.training import make_trainer, weights_of
+from tests.training import brevity, make_trainer, stepwise, vowels, weights_of
 
 
 class Recorder(GRPOPlusTrainer):
-    """Keeps every row that reaches the loss: prompt, completion and advantage."""
+    """Keeps every row that reaches the loss: prompt, completion and advantage, or one advantage per token."""
 
     def __init__(self, *arguments, **keywords):
         super().__init__(*arguments, **keywords)
@@ -32,7 +32,12 @@ def main() -> None:
     args = parser.parse_args()
     resume_from = args.config.pop("resume_from", None)
     trainer = make_trainer(
-        args.output_dir, trainer_class=Recorder, config_class=GRPOPlusConfig, log_completions=True, **args.config
+        args.output_dir,
+        trainer_class=Recorder,
+        config_class=GRPOPlusConfig,
+        reward_funcs=[stepwise] if args.config.get("advantage_estimator") == "process" else [vowels, brevity],
+        log_completions=True,
+        **args.config,
     )
     trainer.train(resume_from_checkpoint=resume_from)
     rank = PartialState().process_index
