@@ -7,6 +7,7 @@ copied or patched. When TRL moves, this file and `trl_fingerprints.json` change,
 import inspect
 import json
 import warnings
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,13 @@ import torch.nn.functional as F
 from accelerate.utils import gather, gather_object
 from packaging.specifiers import SpecifierSet
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 
 from grpo_plus.advantages import Rewards, checked
 from grpo_plus.losses import TRL_LOSSES, LossInputs, PolicyLoss
+from grpo_plus.packing import Packed, PaddedRows, base_model, forward_live, regroup, reorder
 
 TESTED_TRL = SpecifierSet(">=1.15,<1.17")
 
@@ -40,6 +43,7 @@ RELIED_ON = (
 )
 
 STATE_FILE = "grpo_plus_state.json"
+DIVISOR = "grpo_plus_divisor"
 
 # Columns of TRL's completions table that a reward function may fill through `log_extra` with lists, one per completion.
 STEP_COLUMNS = ("step_rewards", "step_ends")
@@ -74,6 +78,8 @@ class TRLSeam(GRPOTrainer):
 
     _tag_names = [*GRPOTrainer._tag_names, "grpo_plus"]  # noqa: RUF012  (TRL declares it so)
     _rewards: Rewards
+    _live: tuple[tuple[int, ...], Tensor | None] | None = None
+    _buffered_inputs: list[dict[str, Any]] | None
     beta: float
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -130,6 +136,36 @@ class TRLSeam(GRPOTrainer):
     def load_running_state(self, state: dict[str, Any]) -> None:
         """Take up what `running_state` returned before the checkpoint."""
 
+    def live_rows(self, advantages: Tensor) -> Tensor | None:
+        """(B,) booleans: which rows of a micro-batch can have a gradient; None: all.
+
+        Args:
+            advantages: (B,) or (B, T).
+        """
+        return None
+
+    def logps(
+        self,
+        model: Any,
+        base: PreTrainedModel,
+        rows: PaddedRows,
+        padded_logps: Callable[[Tensor, Tensor, int], Tensor],
+        *,
+        max_tokens: int | None,
+    ) -> Packed | None:
+        """Log-probabilities and entropies of padded rows, where there is a better way than TRL's; None: TRL's.
+
+        Args:
+            model: what to call; `base` is the model inside, without wrappers.
+            padded_logps: TRL's forward of `base`: input_ids, attention_mask, completion length -> (B, T).
+            max_tokens: of one forward, as TRL chunks a scoring pass; None: all in one.
+        """
+        return None
+
+    def keeps_prompts_together(self) -> bool:
+        """Whether completions of one prompt should share a micro-batch."""
+        return False
+
     def policy_loss(self, inputs: LossInputs, *, num_items: Tensor, accumulation_steps: int) -> PolicyLoss:
         """Loss of one micro-batch, for a `loss_type` that TRL does not know.
 
@@ -183,9 +219,103 @@ class TRLSeam(GRPOTrainer):
             return None
         return [pair and pair[0] for pair in pairs], [pair and pair[1] for pair in pairs]
 
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        before = self._buffered_inputs
+        inputs: dict[str, Any] = super()._prepare_inputs(generation_batch)
+        fresh = self._buffered_inputs
+        if fresh is None or fresh is before or not self.keeps_prompts_together():
+            return inputs
+        self._buffered_inputs = regrouped = self._regrouped(fresh)
+        return regrouped[self._step % self.args.steps_per_generation]
+
+    def _regrouped(self, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The generation batch's micro-batches with prompts together, each row in its own optimizer step."""
+        accumulation = self.args.gradient_accumulation_steps
+        window = min(accumulation, len(batches))
+        if any(name in batches[0] for name in MULTIMODAL) or max(accumulation, len(batches)) % window:
+            return batches
+        windows = [batches[start : start + window] for start in range(0, len(batches), window)]
+        return [batch for part in windows for batch in self._regrouped_window(part)]
+
+    def _regrouped_window(self, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        masks = [batch["completion_mask"] * batch.get("tool_mask", 1) for batch in batches]
+        for batch, mask in zip(batches, masks, strict=True):
+            # Only bnpo reads it: the tokens that a row's loss is divided by, wherever the row goes.
+            batch[DIVISOR] = mask.sum().clamp(min=1.0).expand(len(mask))
+        prompts = torch.cat([batch["prompt_ids"] * batch["prompt_mask"] for batch in batches]).tolist()
+        tokens = [
+            int(length) if live else 0
+            for batch, mask in zip(batches, masks, strict=True)
+            for length, live in zip(mask.sum(1).tolist(), self._alive(batch), strict=True)
+        ]
+        regrouped = reorder(batches, regroup([tuple(prompt) for prompt in prompts], tokens, len(batches)))
+        for batch in regrouped:
+            divisor = batch.pop(DIVISOR)
+            if self.loss_type == "bnpo":
+                mask = batch["completion_mask"] * batch.get("tool_mask", 1)
+                scale = mask.sum().clamp(min=1.0) / divisor
+                advantages = batch["advantages"]
+                batch["advantages"] = advantages * scale.view(-1, *[1] * (advantages.dim() - 1))
+        return regrouped
+
+    def _alive(self, inputs: dict[str, Any]) -> list[bool]:
+        alive = self.live_rows(inputs["advantages"]) if self.model.training else None
+        return [True] * len(inputs["advantages"]) if alive is None else alive.tolist()
+
+    def _live_rows(self, inputs: dict[str, Any]) -> tuple[tuple[int, ...], Tensor | None] | None:
+        """Rows to forward, and the log-probs of the others, at which their ratio is 1; None where all are forwarded."""
+        alive = self._alive(inputs)
+        if all(alive):
+            return None
+        rows = tuple(row for row, live in enumerate(alive) if live)
+        if not rows:  # every process needs a backward: the shortest row gives gradients of 0, not None
+            lengths = inputs["completion_mask"].sum(1)
+            rows = (int(torch.where(lengths > 0, lengths, lengths.max() + 1).argmin()),)
+        return rows, inputs.get("old_per_token_logps")
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        compute_aux_loss: bool = False,
+        **multimodal: Any,
+    ) -> tuple[Tensor, Any, Tensor | None]:
+        forward = super()._get_per_token_logps_and_entropies
+        rows = PaddedRows(input_ids, attention_mask, logits_to_keep, *(self._live or ()))
+        packed = None
+        if not compute_aux_loss and all(value is None for value in multimodal.values()):
+            packed = self._packed_logps(model, rows, batch_size)
+            if packed is None and rows.live is not None:
+                packed = forward_live(rows, lambda ids, mask: forward(model, ids, mask, logits_to_keep, None, True)[:2])
+        if packed is None:
+            arguments = (logits_to_keep, batch_size, compute_entropy, compute_aux_loss)
+            return forward(model, input_ids, attention_mask, *arguments, **multimodal)
+        if self.model.training and torch.is_grad_enabled():
+            self._metrics["train"]["packing/token_ratio"].append(input_ids.numel() / packed.tokens)
+            self._metrics["train"]["packing/live_fraction"].append(len(rows.live or input_ids) / len(input_ids))
+        return packed.logps, packed.entropies, None
+
+    def _packed_logps(self, model: Any, rows: PaddedRows, batch_size: int | None) -> Packed | None:
+        forward = super()._get_per_token_logps_and_entropies
+        base = base_model(self.accelerator.unwrap_model(model))
+        max_tokens = None if batch_size is None else batch_size * rows.input_ids.shape[1]
+        with self.accelerator.autocast():
+            return self.logps(
+                model, base, rows, lambda ids, mask, length: forward(base, ids, mask, length)[0], max_tokens=max_tokens
+            )
+
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         trls = self.loss_type in TRL_LOSSES
-        loss = super()._compute_loss(model, inputs) if trls else self._compute_our_loss(model, inputs)
+        # TRL's loss calls our forward without the advantages, so this is how it learns which rows to skip.
+        self._live = self._live_rows(inputs)
+        try:
+            loss = super()._compute_loss(model, inputs) if trls else self._compute_our_loss(model, inputs)
+        finally:
+            self._live = None
         if self.beta != 0.0 and self.model.training and self.accelerator.sync_gradients:
             rows = inputs["completion_ids"].shape[0] * self.current_gradient_accumulation_steps
             self.beta = self.next_beta(self._metrics["train"]["kl"][-1], rows * self.accelerator.num_processes)

@@ -9,6 +9,7 @@ from trl import GRPOConfig
 from grpo_plus import __version__
 from grpo_plus.advantages import ESTIMATORS, check_keywords, check_modifiers
 from grpo_plus.config_loss import check_loss
+from grpo_plus.config_speed import check_speed
 from grpo_plus.losses import AdaptiveBeta
 
 
@@ -33,6 +34,13 @@ class GRPOPlusConfig(GRPOConfig):
         kl_target: where set, `beta` is only the start and moves after each optimizer step to bring the logged KL per
             token near this value (Ziegler et al.'s controller); under any loss.
         kl_horizon: completions after which a KL off by 20 % or more has changed beta by about a fifth.
+
+        packing: how rows go through the model. "shared_prompt": without padding, each prompt once for all of its
+            completions; "padding_free": without padding; "none": as TRL does; "auto": the first of these that a check
+            on the run's first rows finds exact. An explicit form that is not exact on the model is an error.
+        skip_zero_advantage: whether completions whose advantages are 0 stay out of the training forward. None: where
+            they have no gradient. In the log, their entropy counts as the mean of the others' and their ratio as 1,
+            which only vespo/phi_seq_mean shows.
 
     Raises:
         ValueError: an unknown estimator, loss or keyword, a keyword's value out of range, or a setting of TRL's that
@@ -88,11 +96,24 @@ class GRPOPlusConfig(GRPOConfig):
         metadata={"help": "Completions after which a KL far from kl_target has changed beta by a fifth."},
     )
 
+    packing: str = field(
+        default="auto",
+        metadata={
+            "help": "How rows go through the model: shared_prompt, padding_free, none (as TRL), or auto: the first of "
+            "these that is exact."
+        },
+    )
+    skip_zero_advantage: bool | None = field(
+        default=None,
+        metadata={"help": "Skip completions whose advantages are 0; unset: where they have no gradient."},
+    )
+
     def __post_init__(self) -> None:
         """Check the fields of ours and those of TRL's that they meet."""
         super().__post_init__()
         self.loss_kwargs = _as_dictionary("loss_kwargs", self.loss_kwargs)
         check_loss(self)
+        check_speed(self)
         if self.kl_target is not None:
             if self.beta == 0:
                 raise ValueError(

@@ -8,16 +8,21 @@ processes into advantages, and `advantage_metrics` says what they are like; TRL 
 import copy
 import hashlib
 import json
+import warnings
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from grpo_plus._trl import TRLSeam
 from grpo_plus.advantages import ESTIMATORS, Rewards, State, estimate
 from grpo_plus.config import GRPOPlusConfig
+from grpo_plus.config_speed import why_not_regroup, why_not_skip
 from grpo_plus.diagnostics.metrics import advantage_metrics
 from grpo_plus.losses import AdaptiveBeta, LossInputs, PolicyLoss, policy_loss
+from grpo_plus.packing import Packed, Packer, PaddedRows, dropout_of, why_not_packed
 
 
 class GRPOPlusTrainer(TRLSeam):
@@ -55,6 +60,59 @@ class GRPOPlusTrainer(TRLSeam):
         """Which rewards and tasks drive the update, and how much of the batch takes part in it."""
         modifiers: Any = self.plus.advantage_modifiers if self.plus is not None else {}
         return advantage_metrics(rewards, advantages, limit=modifiers.get("clip", {}).get("max"))
+
+    @cached_property
+    def packer(self) -> Packer | None:
+        """What forwards the rows without padding and shared prompts once; None where TRL's forward does it."""
+        if self.plus is None or self.plus.packing == "none":
+            return None
+        reason = why_not_packed(self.accelerator.unwrap_model(self.model))
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            reason = "the weights are spread over the processes by FSDP or DeepSpeed, and packing was not tested there"
+        if reason is None:
+            reentrant = self.args.gradient_checkpointing and (self.args.gradient_checkpointing_kwargs or {}).get(
+                "use_reentrant", False
+            )
+            return Packer(self.plus.packing, gradient_check=not reentrant)
+        if self.plus.packing != "auto":
+            raise ValueError(f"packing={self.plus.packing!r} is not possible: {reason}. Set packing='none'.")
+        warnings.warn(f"packing: none, rows stay padded. {reason}.", stacklevel=2)
+        return None
+
+    def logps(
+        self,
+        model: Any,
+        base: PreTrainedModel,
+        rows: PaddedRows,
+        padded_logps: Callable[[Tensor, Tensor, int], Tensor],
+        *,
+        max_tokens: int | None,
+    ) -> Packed | None:
+        """Log-probabilities through packed rows where `packing` allows, checked against TRL's forward once."""
+        if self.packer is None:
+            return None
+        return self.packer.logps(model, base, rows, padded_logps, max_tokens=max_tokens)
+
+    @cached_property
+    def skips(self) -> bool:
+        """Whether completions with zero advantage stay out of the forward."""
+        if self.plus is None or self.plus.skip_zero_advantage is False:
+            return False
+        reason = why_not_skip(self.plus) or ("the model has a router loss" if self.aux_loss_enabled else None)
+        reason = reason or dropout_of(self.model)
+        if reason is not None and self.plus.skip_zero_advantage:
+            raise ValueError(f"skip_zero_advantage=True would change the gradients: {reason}. Leave it unset.")
+        return reason is None
+
+    def live_rows(self, advantages: Tensor) -> Tensor | None:
+        """(B,) booleans: rows with an advantage other than 0, where the others have no gradient."""
+        return advantages.reshape(len(advantages), -1).ne(0).any(1) if self.skips else None
+
+    def keeps_prompts_together(self) -> bool:
+        """Whether a shared prompt needs its completions in one micro-batch."""
+        if self.plus is None or self.packer is None or self.plus.packing == "padding_free":
+            return False
+        return why_not_regroup(self.plus) is None
 
     def task_of(self, example: dict[str, Any]) -> str | None:
         """The row's value in `task_column`."""

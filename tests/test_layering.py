@@ -10,12 +10,21 @@ import grpo_plus
 PACKAGE = Path(grpo_plus.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 HUGGING_FACE = {"trl", "transformers", "accelerate", "datasets", "peft"}
-PURE = ("registry.py", "described.py", "reductions.py", "advantages/", "losses/", "diagnostics/metrics.py")
+PURE = (
+    "registry.py",
+    "described.py",
+    "reductions.py",
+    "advantages/",
+    "losses/",
+    "diagnostics/metrics.py",
+    "packing/layout.py",
+    "packing/regroup.py",
+)
 FAMILIES = {
     "advantages": ("batch", "group", "multi_reward", "unnormalized"),
     "losses": ("clipped", "covariance", "reweighted", "sequence", "smooth"),
 }
-KNOWS_TRL = ("_trl.py", "config.py", "config_loss.py", "contract.py", "cli/train.py")
+KNOWS_TRL = ("_trl.py", "config.py", "config_loss.py", "config_speed.py", "contract.py", "cli/train.py")
 PUBLIC_TRL_MODULES = {"trl", "trl.scripts.grpo", "trl.rewards"}
 
 

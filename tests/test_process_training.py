@@ -81,7 +81,8 @@ def test_trls_losses_have_the_gradient_that_trl_gives_them(tmp_path, loss, level
     config = {**SETTINGS, "loss_type": loss, "importance_sampling_level": level}
     config |= {"epsilon_high": 2.0} if loss == "cispo" else {}
     stock = trained(make_trainer(tmp_path / "stock", trainer_class=Stock, **config))
-    ours = trained(make_trainer(tmp_path / "ours", trainer_class=Ours, config_class=GRPOPlusConfig, **config))
+    padded = {"packing": "none", "skip_zero_advantage": False}
+    ours = trained(make_trainer(tmp_path / "ours", trainer_class=Ours, config_class=GRPOPlusConfig, **padded, **config))
     assert len(ours.gradients) == len(stock.gradients) == 2
     for mine, theirs in zip(ours.gradients, stock.gradients, strict=True):
         assert sum(gradient.abs().sum() for gradient in theirs.values()) > 1e-3

@@ -1,0 +1,56 @@
+"""When a speed-up is exact: which settings of a run it can be combined with."""
+
+from trl import GRPOConfig
+
+from grpo_plus.losses import LOSSES
+from grpo_plus.packing import PACKING
+from grpo_plus.registry import suggestion
+
+
+def check_speed(config: GRPOConfig) -> None:
+    """Refuse an unknown form, and an explicit request for a speed-up that would change the gradients."""
+    if config.packing not in PACKING:
+        raise ValueError(f"Unknown packing {config.packing!r}.{suggestion(str(config.packing), PACKING)}")
+    reason = why_not_skip(config)
+    if config.skip_zero_advantage and reason is not None:
+        raise ValueError(
+            f"skip_zero_advantage=True would change the gradients: {reason}. Change that, or leave "
+            "skip_zero_advantage unset, which skips whenever it is exact."
+        )
+
+
+def why_not_skip(config: GRPOConfig) -> str | None:
+    """Why a completion with zero advantage still has a gradient; None where it has none."""
+    if config.beta != 0.0:
+        return f"with beta={config.beta} every completion has a KL gradient"
+    reason = _why_not_rows_alone(config)
+    if reason is not None:
+        return reason
+    loss = LOSSES[config.loss_type]
+    if not loss.zero_without_advantage or loss.scope != "row":
+        return f"under loss_type={loss.name!r} a completion with zero advantage takes part in the update"
+    return None
+
+
+def why_not_regroup(config: GRPOConfig) -> str | None:
+    """Why the update depends on which rows meet in a micro-batch; None where only rounding does."""
+    reason = _why_not_rows_alone(config)
+    if reason is not None:
+        return reason
+    loss = LOSSES[config.loss_type]
+    if loss.scope != "row":
+        return f"loss_type={loss.name!r} looks at the whole micro-batch"
+    if loss.origin == "trl":
+        if loss.name == "bnpo" and config.beta != 0.0:
+            return f"loss_type='bnpo' with beta={config.beta} divides by the tokens of the micro-batch"
+    elif (config.loss_reduction or loss.reduction) == "token-mean":
+        return f"loss_type={loss.name!r} divides by the tokens of the micro-batch"
+    return None
+
+
+def _why_not_rows_alone(config: GRPOConfig) -> str | None:
+    if config.entropy_coef != 0.0 or config.use_adaptive_entropy:
+        return "the entropy bonus is a mean over the micro-batch"
+    if config.top_entropy_quantile < 1.0:
+        return f"top_entropy_quantile={config.top_entropy_quantile} compares the tokens of a micro-batch"
+    return None

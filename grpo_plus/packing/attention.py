@@ -1,0 +1,183 @@
+"""Segment attention: what a token of a packed row may attend to, without an N x N mask.
+
+A shared prompt attends causally to itself; a completion attends to its prompt and causally to itself. Both are ordinary
+calls of the attention that the model already uses, one for the prompt and one or several for its completions, so
+scaling, grouped queries, soft-capping and attention sinks stay the model's affair.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from grpo_plus.packing.layout import Span
+
+PREFIX = "grpo_plus_"
+SUPPORTED = ("sdpa", "eager")
+WINDOWED = "sliding_attention"
+LAYER_TYPES = frozenset({"full_attention", WINDOWED})
+
+Attention = Callable[..., tuple[Tensor, Any]]
+
+
+@dataclass(frozen=True)
+class Segments:
+    """What the attention layers get to know of a packed row.
+
+    spans: the groups, with their indices on the model's device.
+    batched: whether a group's completions share one padded call, or have one each.
+    """
+
+    spans: tuple[Span, ...]
+    batched: bool
+
+
+class UnsupportedLayerError(ValueError):
+    """Segment attention cannot say what this layer's tokens may see."""
+
+
+def why_not_segments(model: PreTrainedModel) -> str | None:
+    """Why a packed row would be wrong on this model; None where it may be right and the self-check decides."""
+    config = model.config.get_text_config()
+    name = config._attn_implementation.removeprefix(PREFIX)
+    if name not in SUPPORTED:
+        return f"attention {name!r} is not one of {', '.join(SUPPORTED)}"
+    if not getattr(model, "_supports_attention_backend", False):
+        return "the model does not use transformers' attention interface"
+    others = set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES
+    if others:
+        return f"layers of type {', '.join(sorted(others))} carry state along the row"
+    return None
+
+
+def install_segments(model: PreTrainedModel) -> None:
+    """Let the model's attention layers take `segments=...`; without it they compute what they did before.
+
+    It stays: a checkpointed layer calls its attention again during the backward, long after the forward returned.
+    """
+    for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+        name = config._attn_implementation
+        if not name.startswith(PREFIX):
+            _register(name)
+            config._attn_implementation = PREFIX + name
+
+
+def _register(name: str) -> None:
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, Any]:
+        segments: Segments | None = kwargs.pop("segments", None)
+        attend = _attention_of(module, name)
+        if segments is None:
+            return attend(module, query, key, value, attention_mask, **kwargs)
+        return segment_attention(attend, module, query, key, value, segments, additive=name == "eager", **kwargs), None
+
+    AttentionInterface.register(PREFIX + name, attention)
+    AttentionMaskInterface.register(PREFIX + name, ALL_MASK_ATTENTION_FUNCTIONS[name])
+
+
+def _attention_of(module: nn.Module, name: str) -> Attention:
+    if name == "eager":  # each model file has its own
+        return sys.modules[type(module).__module__].eager_attention_forward
+    return ALL_ATTENTION_FUNCTIONS[name]
+
+
+def segment_attention(
+    attend: Attention,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Segments,
+    *,
+    additive: bool,
+    **kwargs: Any,
+) -> Tensor:
+    """Attention of a packed row.
+
+    Args:
+        attend: the model's attention function, with transformers' signature.
+        query: (1, heads, N, D); key and value (1, heads of keys, N, D).
+        additive: whether `attend` wants masks to add, not booleans.
+
+    Returns:
+        (1, N, heads, D), as transformers' attention functions do.
+    """
+    window = _window(module, kwargs)
+    kwargs.pop("is_causal", None)
+
+    def call(states: Sequence[Tensor], past: int = 0) -> Tensor:
+        q, k, v = states
+        mask = _causal_mask(q.shape[2], past, window, q) if past or window is not None or additive else None
+        if mask is not None and additive:
+            mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, torch.finfo(q.dtype).min)
+        return attend(module, q, k, v, mask, is_causal=mask is None, **kwargs)[0]
+
+    states = (query, key, value)
+    completions = _together if segments.batched else _one_by_one
+    outputs = []
+    for span in segments.spans:
+        if len(span.ends) == 1:  # one completion: prompt and completion are one causal sequence
+            outputs.append(call(_slice(states, span.start, span.end)))
+            continue
+        if span.prefix > span.start:
+            outputs.append(call(_slice(states, span.start, span.prefix)))
+        outputs += completions(call, states, span)
+    return torch.cat(outputs, dim=1)
+
+
+def _slice(states: Sequence[Tensor], start: int, end: int) -> list[Tensor]:
+    return [state[:, :, start:end] for state in states]
+
+
+def _one_by_one(call: Callable[..., Tensor], states: Sequence[Tensor], span: Span) -> list[Tensor]:
+    """A call for each completion: nothing is padded."""
+    _, keys, values = _slice(states, span.start, span.prefix)
+    outputs = []
+    for start, end in pairwise((span.prefix, *span.ends)):
+        query, key, value = _slice(states, start, end)
+        key, value = torch.cat([keys, key], dim=2), torch.cat([values, value], dim=2)
+        outputs.append(call((query, key, value), keys.shape[2]))
+    return outputs
+
+
+def _together(call: Callable[..., Tensor], states: Sequence[Tensor], span: Span) -> list[Tensor]:
+    """One call for all completions, padded: a device is busy with it, rather than with launches."""
+    rows = len(span.ends)
+    _, keys, values = (state.expand(rows, -1, -1, -1) for state in _slice(states, span.start, span.prefix))
+    query, key, value = (_rows(state, span) for state in states)
+    key, value = torch.cat([keys, key], dim=2), torch.cat([values, value], dim=2)
+    padded = call((query, key, value), keys.shape[2])
+    return [padded.flatten(0, 1).index_select(0, span.unpadded).unsqueeze(0)]
+
+
+def _rows(states: Tensor, span: Span) -> Tensor:
+    """(1, heads, N, D) to the group's completions, (R, heads, T, D)."""
+    taken = states[0].index_select(1, span.padded.flatten())
+    return taken.view(states.shape[1], *span.padded.shape, states.shape[-1]).transpose(0, 1)
+
+
+def _causal_mask(length: int, past: int, window: int | None, like: Tensor) -> Tensor:
+    """(1, 1, T, past + T) booleans, true where a token may look."""
+    queries = torch.arange(past, past + length, device=like.device).unsqueeze(1)
+    keys = torch.arange(past + length, device=like.device)
+    allowed = keys <= queries
+    if window is not None:
+        allowed &= keys > queries - window
+    return allowed[None, None]
+
+
+def _window(module: nn.Module, kwargs: dict[str, Any]) -> int | None:
+    window: int | None = kwargs.get("sliding_window")
+    config: PretrainedConfig = module.config
+    kinds = getattr(config, "layer_types", None)
+    if window is None and kinds and kinds[module.layer_idx] == WINDOWED:
+        raise UnsupportedLayerError(f"{type(module).__name__} does not tell its attention function the sliding window")
+    return window

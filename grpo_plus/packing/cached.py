@@ -1,0 +1,137 @@
+"""The universal shared prompt: two passes through the model's own cache, with gradients.
+
+The prompt goes through the model once, into a cache that keeps what each layer writes; the completions go through on a
+cache that serves those records to every one of them and takes nothing in. Both passes are part of one graph, so the
+backward reaches the prompt through the records. No mask and no attention of ours: whatever transformers can cache
+works, sliding windows, attention sinks, recurrent and convolution layers included.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache, PretrainedConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+Key = tuple[str, int, int]  # what is recorded, layer, which of the layer's states
+
+
+class PromptRecord(DynamicCache):
+    """Keeps what the layers write while a prompt goes through, once: a recomputed layer writes again."""
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        super().__init__(config=config)
+        self.states: dict[Key, tuple[Tensor, ...]] = {}
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
+        """Keep keys and values, (1, heads, n, D)."""
+        self.states.setdefault(("attention", layer_idx, 0), (key_states, value_states))
+        return key_states, value_states
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> None:
+        """None: nothing precedes a prompt."""
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> None:
+        """None: nothing precedes a prompt."""
+
+    def update_conv_state(
+        self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, conv_kernel_size: int | None = None, **_: Any
+    ) -> Tensor:
+        """Keep what a convolution still sees of the prompt: its last columns, zeros before a short prompt."""
+        size = conv_states.shape[-1] if conv_kernel_size is None else conv_kernel_size
+        full = nn.functional.pad(conv_states, (max(size - conv_states.shape[-1], 0), 0))
+        self.states.setdefault(("conv", layer_idx, state_idx), (full[..., -size:],))
+        return full
+
+    def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **_: Any) -> Tensor:
+        """Keep the state after the prompt."""
+        self.states.setdefault(("recurrent", layer_idx, state_idx), (recurrent_states,))
+        return recurrent_states
+
+
+class PromptReader(DynamicCache):
+    """Serves a prompt's records to `rows` completions and takes nothing in."""
+
+    def __init__(self, config: PretrainedConfig, record: PromptRecord, rows: int, prompt_length: int) -> None:
+        super().__init__(config=config)
+        self.states: dict[Key, tuple[Tensor, ...]] = {}
+        for key, tensors in record.states.items():
+            kind, layer_idx, state_idx = key
+            expanded = tuple(tensor.expand(rows, *tensor.shape[1:]) for tensor in tensors)
+            layer = self.layers[layer_idx]
+            if kind == "attention":
+                expanded = self._fill_attention(layer, expanded, prompt_length)
+            else:
+                layer.has_previous_state[state_idx] = True  # which models ask before they choose masks
+            self.states[key] = expanded
+
+    @staticmethod
+    def _fill_attention(layer: Any, states: tuple[Tensor, ...], prompt_length: int) -> tuple[Tensor, ...]:
+        """Put the states where the layer's own `get_seq_length` and `get_mask_sizes` look."""
+        if layer.is_sliding:
+            layer.cumulative_length = prompt_length
+            states = tuple(state[:, :, -(layer.sliding_window - 1) :] for state in states)
+        layer.lazy_initialization(*states)
+        layer.keys, layer.values = states
+        return states
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
+        """The prompt's keys and values, then the completions'."""
+        keys, values = self.states["attention", layer_idx, 0]
+        return torch.cat([keys, key_states], dim=2), torch.cat([values, value_states], dim=2)
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor:
+        """What the convolution sees of the prompt."""
+        return self.states["conv", layer_idx, state_idx][0]
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor:
+        """The state after the prompt."""
+        return self.states["recurrent", layer_idx, state_idx][0]
+
+    def update_conv_state(self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, **_: Any) -> Tensor:
+        """The prompt's columns, then the completions'."""
+        return torch.cat([self.get_conv_state(layer_idx, state_idx), conv_states], dim=-1)
+
+    def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **_: Any) -> Tensor:
+        """Nothing follows a completion."""
+        return recurrent_states
+
+
+@contextmanager
+def checkpoints_with_cache(model: nn.Module) -> Iterator[None]:
+    """Inside, checkpointed layers keep the cache that they are given, which transformers would take from them.
+
+    The layers' checkpoints are non-reentrant here whatever the training asked for: a reentrant one has no graph from
+    the states that it wrote into a cache.
+    """
+    flagged = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    flagged = flagged if model.training else []
+    layers = [module for module in flagged if isinstance(module, GradientCheckpointingLayer)]
+    replaced = [(layer, layer.__dict__.get("forward")) for layer in layers]
+    for layer in layers:
+        layer.forward = partial(checkpoint, partial(_plain, layer, layer.forward), use_reentrant=False)
+    for module in flagged:  # models, too, refuse a cache where they are flagged
+        module.gradient_checkpointing = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for layer, forward in replaced:
+            del layer.forward
+            if forward is not None:  # a hook's, such as accelerate's for a model spread over devices
+                layer.forward = forward
+        for module in flagged:
+            module.gradient_checkpointing = True  # type: ignore[assignment]
+
+
+def _plain(layer: GradientCheckpointingLayer, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The layer's forward without its own checkpoint, in the backward too, when transformers' is on again."""
+    before = layer.gradient_checkpointing
+    layer.gradient_checkpointing = False
+    try:
+        return forward(*args, **kwargs)
+    finally:
+        layer.gradient_checkpointing = before

@@ -1,0 +1,145 @@
+"""Log-probabilities of a model's completions in packed form: the forms, and how they run inside the model's forward.
+
+A form turns groups of rows into calls of the model and returns one value per scored token, in packed order. It runs
+*inside* the outermost module's forward (DDP, mixed precision), handed in by `model(packed=call)`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import wraps
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from grpo_plus.packing.attention import Segments, install_segments
+from grpo_plus.packing.cached import PromptReader, PromptRecord, checkpoints_with_cache
+from grpo_plus.packing.layout import IGNORED, Group, Span, pack
+
+Logps = tuple[Tensor, Tensor]  # log-probabilities and entropies, (M,) each, of the scored tokens in packed order
+Head = Callable[[PreTrainedModel, Tensor, Tensor], Logps]  # base model, (M, H) hidden states, (M,) targets
+PackedCall = Callable[[PreTrainedModel, Callable[..., Any]], Logps]
+
+
+def install_packed_forward(model: PreTrainedModel) -> None:
+    """Let `model(packed=call)` run `call(model, forward)` in place of its forward, as TRL's fused head is added."""
+    forward = model.forward
+
+    @wraps(forward)
+    def packed_forward(self: PreTrainedModel, *args: Any, packed: PackedCall | None = None, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs) if packed is None else packed(self, forward)
+
+    model.forward = MethodType(packed_forward, model)
+
+
+@dataclass(frozen=True)
+class Form:
+    """A way to forward groups of rows.
+
+    run: what happens inside the model's forward: (groups, head, base model, its forward) -> Logps. `head=None` is the
+        model's fused one.
+    share: whether completions of one prompt go together.
+    tokens: how many tokens it forwards for these groups.
+    """
+
+    name: str
+    detail: str
+    share: bool
+    run: Callable[[Sequence[Group], Head | None, PreTrainedModel, Callable[..., Any]], Logps]
+    tokens: Callable[[Sequence[Group]], int]
+
+
+def _run_segments(
+    groups: Sequence[Group], head: Head | None, model: PreTrainedModel, forward: Callable[..., Any]
+) -> Logps:
+    install_segments(model)
+    row, device = pack(groups), model.device
+    return _score(
+        model,
+        forward,
+        head,
+        row.shift_labels.to(device),
+        input_ids=row.input_ids.to(device),
+        position_ids=row.position_ids.to(device),
+        # transformers hands a 4D mask through as it is; with None it would build an N x N one from the positions.
+        attention_mask=torch.zeros(1, 1, 1, 1, device=device),
+        segments=Segments(tuple(_on(span, device) for span in row.spans), batched=batches_attention(device)),
+    )
+
+
+def batches_attention(device: torch.device) -> bool:
+    """Whether a group's completions share one padded attention call: where launches cost more than padding."""
+    return device.type != "cpu"
+
+
+def _on(span: Span, device: torch.device) -> Span:
+    return replace(span, padded=span.padded.to(device), unpadded=span.unpadded.to(device))
+
+
+def _run_cached(
+    groups: Sequence[Group], head: Head | None, model: PreTrainedModel, forward: Callable[..., Any]
+) -> Logps:
+    with checkpoints_with_cache(model):
+        parts = [_run_group(group, head, model, forward) for group in groups]
+    return torch.cat([logps for logps, _ in parts]), torch.cat([entropies for _, entropies in parts])
+
+
+def _run_group(group: Group, head: Head | None, model: PreTrainedModel, forward: Callable[..., Any]) -> Logps:
+    config, device = model.config.get_text_config(), model.device
+    shared, rows = len(group.prompt) - 1, len(group.rows)
+    cache = None
+    if shared:
+        record = PromptRecord(config)
+        model.base_model(
+            input_ids=group.prompt[None, :-1].to(device),
+            position_ids=torch.arange(shared, device=device)[None],
+            past_key_values=record,
+            use_cache=True,
+        )
+        cache = PromptReader(config, record, rows, shared)
+    length = _cached_length(group)
+    ids = torch.zeros(rows, length, dtype=torch.long)
+    labels = torch.full((rows, length), IGNORED)
+    for index, completion in enumerate(group.completions):
+        ids[index, : len(completion)] = group.continuation(index)
+        labels[index, : len(completion)] = completion
+    return _score(
+        model,
+        forward,
+        head,
+        labels.to(device),
+        input_ids=ids.to(device),
+        position_ids=torch.arange(shared, shared + length, device=device).expand(rows, -1),
+        past_key_values=cache,
+    )
+
+
+def _cached_length(group: Group) -> int:
+    # A recurrent layer takes a single token for a step of generation and writes to its cache.
+    return max(2, max(map(len, group.completions)))
+
+
+def _score(
+    model: PreTrainedModel, forward: Callable[..., Any], head: Head | None, labels: Tensor, **inputs: Any
+) -> Logps:
+    inside = labels != IGNORED
+    if head is None:
+        output = forward(**inputs, shift_labels=labels, fused_lm_head=True)
+        return output.log_probs[inside], output.entropy[inside]
+    hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
+    return head(model, hidden[inside], labels[inside])
+
+
+def _packed_tokens(groups: Sequence[Group]) -> int:
+    return sum(group.tokens for group in groups)
+
+
+def _cached_tokens(groups: Sequence[Group]) -> int:
+    return sum(len(group.prompt) - 1 + len(group.rows) * _cached_length(group) for group in groups)
+
+
+SEGMENTS = Form("shared_prompt", "segment attention", True, _run_segments, _packed_tokens)
+CACHED = Form("shared_prompt", "two passes through the model's cache", True, _run_cached, _cached_tokens)
+PADDING_FREE = Form("padding_free", "segment attention", False, _run_segments, _packed_tokens)

@@ -1,0 +1,158 @@
+"""Padded rows to groups that share a prompt, and groups to one packed row. Index arithmetic only.
+
+A row of TRL's is [left padding, prompt, completion, right padding]. Completions of the same prompt form a group, and a
+group is laid out as
+
+    prompt[:-1], then for each completion c: prompt[-1], c[:-1]
+
+so that the prompt is there once, each completion starts with a copy of the prompt's last token, and every position has
+at most one label: the next token of its own completion.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Group:
+    """Completions of one prompt, without padding, on the CPU.
+
+    prompt: (n,) token ids, n >= 1.
+    rows: which rows of the padded batch they are.
+    completions: (c,) token ids of each row, c >= 1.
+    """
+
+    prompt: Tensor
+    rows: tuple[int, ...]
+    completions: tuple[Tensor, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens to forward when the prompt is shared."""
+        return len(self.prompt) - 1 + sum(map(len, self.completions))
+
+    def continuation(self, index: int) -> Tensor:
+        """(c,) inputs that predict completion `index`: the prompt's last token, then all but its own last."""
+        return torch.cat([self.prompt[-1:], self.completions[index][:-1]])
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where a group lies in a packed row: tokens [start, prefix) are the shared prompt, [a, b) each completion.
+
+    padded: (R, T) index of each completion's tokens, rows of one length; what pads them repeats their last token.
+    unpadded: index into the R * T padded tokens of the completions' tokens, in packed order.
+    """
+
+    start: int
+    prefix: int
+    ends: tuple[int, ...]
+    padded: Tensor
+    unpadded: Tensor
+
+    @property
+    def end(self) -> int:
+        """One past the group's last token."""
+        return self.ends[-1]
+
+
+@dataclass(frozen=True)
+class PackedRow:
+    """Groups laid end to end in one row of N tokens; position ids restart in each group and after each prompt.
+
+    input_ids, position_ids, shift_labels: (1, N); label -100 where nothing is scored.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    shift_labels: Tensor
+    spans: tuple[Span, ...]
+
+
+def group_rows(
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    completion_length: int,
+    *,
+    rows: Iterable[int] | None = None,
+    share: bool = True,
+) -> list[Group] | None:
+    """Groups of the rows that have something to score, in order of first appearance.
+
+    Args:
+        input_ids: (B, L) prompts padded on the left, completions on the right.
+        attention_mask: (B, L), 0 at padding.
+        completion_length: the last T columns are completions.
+        rows: the ones to take; None: all.
+        share: whether rows of equal prompts go into one group; otherwise each row is a group.
+
+    Returns:
+        None where a row with something to score has no prompt token to score its first token from.
+    """
+    input_ids, mask = input_ids.cpu(), attention_mask.cpu().bool()
+    prompt_length = input_ids.shape[1] - completion_length
+    found: dict[tuple[int, ...], list[tuple[int, Tensor]]] = {}
+    for row in range(len(input_ids)) if rows is None else rows:
+        prompt = input_ids[row, :prompt_length][mask[row, :prompt_length]]
+        completion = input_ids[row, prompt_length:][mask[row, prompt_length:]]
+        if len(completion) == 0:
+            continue
+        if len(prompt) == 0:
+            return None
+        key = tuple(prompt.tolist()) if share else (row,)
+        found.setdefault(key, []).append((row, completion))
+    return [_group(input_ids, mask, prompt_length, members) for members in found.values()]
+
+
+def _group(input_ids: Tensor, mask: Tensor, prompt_length: int, members: list[tuple[int, Tensor]]) -> Group:
+    rows, completions = zip(*members, strict=True)
+    prompt = input_ids[rows[0], :prompt_length][mask[rows[0], :prompt_length]]
+    return Group(prompt, rows, completions)
+
+
+def pack(groups: Sequence[Group]) -> PackedRow:
+    """Lay groups end to end in one row."""
+    ids, positions, labels, spans = [], [], [], []
+    start = 0
+    for group in groups:
+        shared = len(group.prompt) - 1
+        ids.append(group.prompt[:-1])
+        positions.append(torch.arange(shared))
+        labels.append(torch.full((shared,), IGNORED))
+        for index, completion in enumerate(group.completions):
+            ids.append(group.continuation(index))
+            positions.append(torch.arange(shared, shared + len(completion)))
+            labels.append(completion)
+        spans.append(_span(start, shared, [len(completion) for completion in group.completions]))
+        start = spans[-1].end
+    input_ids, position_ids, shift_labels = (torch.cat(parts).unsqueeze(0) for parts in (ids, positions, labels))
+    return PackedRow(input_ids, position_ids, shift_labels, tuple(spans))
+
+
+def _span(start: int, shared: int, lengths: list[int]) -> Span:
+    counts = torch.tensor(lengths)
+    ends = start + shared + counts.cumsum(0)
+    columns = torch.arange(int(counts.max()))
+    inside = columns < counts.unsqueeze(1)
+    padded = torch.minimum((ends - counts).unsqueeze(1) + columns, ends.unsqueeze(1) - 1)
+    return Span(start, start + shared, tuple(ends.tolist()), padded, inside.flatten().nonzero().squeeze(1))
+
+
+def scored(groups: Sequence[Group]) -> tuple[Tensor, Tensor]:
+    """Row and column (M,) in the padded (B, T) completions of each scored token, in packed order."""
+    rows = [
+        torch.full((len(c),), row) for group in groups for row, c in zip(group.rows, group.completions, strict=True)
+    ]
+    columns = [torch.arange(len(completion)) for group in groups for completion in group.completions]
+    return torch.cat(rows), torch.cat(columns)
+
+
+def unpack(values: Tensor, groups: Sequence[Group], fill: Tensor) -> Tensor:
+    """(M,) values of the scored tokens to (B, T); every other place keeps `fill` (B, T)."""
+    rows, columns = (index.to(values.device) for index in scored(groups))
+    return fill.to(values.dtype).index_put((rows, columns), values)

@@ -1,0 +1,249 @@
+"""Which form a model's rows take, decided once; and the log-probabilities of padded rows through it."""
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import is_peft_available
+
+from grpo_plus.packing.attention import PREFIX, why_not_segments
+from grpo_plus.packing.check import PaddedLogps, choose
+from grpo_plus.packing.forward import CACHED, PADDING_FREE, SEGMENTS, Form, Head
+from grpo_plus.packing.layout import Group, group_rows, unpack
+
+logger = logging.getLogger("grpo_plus")
+
+PACKING = ("auto", "shared_prompt", "padding_free", "none")
+
+
+@dataclass(frozen=True)
+class PaddedRows:
+    """Rows as TRL has them.
+
+    input_ids, attention_mask: (B, L), prompts padded on the left, completions on the right.
+    completion_length: the last T columns are completions.
+    live: which rows to forward; None: all that have a token to score.
+    fill: (B, T) log-probabilities that the others get, zeros where None.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    completion_length: int
+    live: tuple[int, ...] | None = None
+    fill: Tensor | None = None
+
+    @property
+    def completion_mask(self) -> Tensor:
+        """(B, T), 1 where there is a completion token."""
+        return self.attention_mask[:, -self.completion_length :]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """logps and entropies: (B, T); an unforwarded row's entropy is the mean of the forwarded tokens'.
+
+    tokens: how many went through the model.
+    """
+
+    logps: Tensor
+    entropies: Tensor
+    tokens: int
+
+
+class Packer:
+    """Forwards padded rows in the best form that is exact on their model.
+
+    Args:
+        packing: the configuration's field.
+        head: computes log-probabilities from hidden states; None: the model's fused head.
+        gradient_check: whether the self-check can ask for a gradient.
+    """
+
+    def __init__(self, packing: str, *, head: Head | None = None, gradient_check: bool = True) -> None:
+        self.packing = packing
+        self.head = head
+        self.gradient_check = gradient_check
+        self._forms: dict[int, Form | None] = {}
+
+    def logps(
+        self,
+        model: nn.Module,
+        base: PreTrainedModel,
+        rows: PaddedRows,
+        padded_logps: PaddedLogps,
+        *,
+        max_tokens: int | None = None,
+    ) -> Packed | None:
+        """Log-probabilities and entropies of the rows' completions.
+
+        Args:
+            model: what to call: `base`, or what wraps it.
+            padded_logps: the forward that the first call compares with.
+            max_tokens: of one forward; None: all in one.
+
+        Returns:
+            None where no form is exact, or where these rows have nothing to score or a prompt is empty.
+        """
+        groups = group_rows(
+            rows.input_ids,
+            rows.attention_mask,
+            rows.completion_length,
+            rows=rows.live,
+            share=self.packing != "padding_free",
+        )
+        if not groups:
+            return None
+        form = self._form(base, groups, padded_logps)
+        if form is None:
+            return None
+        groups = groups if form.share else [one for group in groups for one in _apart(group)]
+        parts = [_call(model, form, chunk, self.head) for chunk in _chunks(groups, form, max_tokens)]
+        logps, entropies = (torch.cat(part) for part in zip(*parts, strict=True))
+        return Packed(
+            unpack(logps, groups, _fill(rows, logps)),
+            unpack(entropies, groups, _imputed(rows, entropies)),
+            form.tokens(groups),
+        )
+
+    def describe(self) -> str:
+        """What is active, in a few words."""
+        form = next(iter(self._forms.values()), None)
+        return "none" if form is None else f"{form.name} ({form.detail})"
+
+    def _form(self, base: PreTrainedModel, groups: Sequence[Group], padded_logps: PaddedLogps) -> Form | None:
+        if id(base) not in self._forms:
+            self._forms[id(base)] = self._decide(base, groups, padded_logps)
+        return self._forms[id(base)]
+
+    def _decide(self, base: PreTrainedModel, groups: Sequence[Group], padded_logps: PaddedLogps) -> Form | None:
+        forms, reasons = candidates(self.packing, base)
+        with _without_dropout(base):
+            verdict = choose(forms, base, groups, padded_logps, self.head, gradient=self.gradient_check)
+        reasons = [*reasons, *verdict.reasons]
+        if verdict.form is None and self.packing != "auto":
+            raise ValueError(
+                f"packing={self.packing!r} cannot be exact here: {'; '.join(reasons)}. Set packing='auto' to take the "
+                "best form that is, or packing='none'."
+            )
+        if verdict.form is None:
+            warnings.warn(f"packing: none, rows stay padded. {'; '.join(reasons)}.", stacklevel=2)
+        else:
+            attention = base.config.get_text_config()._attn_implementation.removeprefix(PREFIX)
+            logger.info("packing: %s (%s, %s)", verdict.form.name, verdict.form.detail, attention)
+            for reason in reasons:
+                logger.info("packing: %s", reason)
+        return verdict.form
+
+
+def forward_live(rows: PaddedRows, forward: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Packed:
+    """The live rows through a forward of padded rows: (input_ids, attention_mask) -> log-probs and entropies."""
+    index = torch.tensor(rows.live, device=rows.input_ids.device)
+    ids, mask = rows.input_ids[index], rows.attention_mask[index]
+    logps, entropies = forward(ids, mask)
+    scored = entropies[mask[:, -rows.completion_length :].bool()]
+    return Packed(
+        _fill(rows, logps).index_copy(0, index, logps),
+        _imputed(rows, scored).index_copy(0, index, entropies),
+        ids.numel(),
+    )
+
+
+def _fill(rows: PaddedRows, logps: Tensor) -> Tensor:
+    # A skipped row keeps its old log-probs: its ratio is 1, so every loss is 0 there. Zeros could overflow to inf * 0.
+    if rows.fill is None:
+        return torch.zeros_like(rows.completion_mask, dtype=logps.dtype)
+    return rows.fill.to(logps.dtype)
+
+
+def _imputed(rows: PaddedRows, entropies: Tensor) -> Tensor:
+    # The entropy of a skipped row is that of the forwarded tokens on average: 0 would read as a collapse in the log.
+    return entropies.detach().mean() * rows.completion_mask.to(entropies.dtype)
+
+
+def base_model(model: Any) -> PreTrainedModel:
+    """The model inside a PEFT one."""
+    inner: PreTrainedModel = model.get_base_model() if _is_peft(model) else model
+    return inner
+
+
+def _is_peft(model: Any) -> bool:
+    if not is_peft_available():
+        return False
+    from peft import PeftModel
+
+    return isinstance(model, PeftModel)
+
+
+def why_not_packed(model: Any) -> str | None:
+    """Why the rows of a model, PEFT included, must stay as they are; None where nothing is known against packing."""
+    if _is_peft(model) and any(config.is_prompt_learning for config in model.peft_config.values()):
+        return "prompt-learning PEFT puts tokens of its own before every row"
+    return None
+
+
+def candidates(packing: str, base: PreTrainedModel) -> tuple[list[Form], list[str]]:
+    """Forms to try, best first, and why others are not among them."""
+    forms, reasons = [], []
+    dropout = dropout_of(base)
+    segments = why_not_segments(base)
+    if packing != "padding_free":
+        if dropout:
+            reasons.append(f"{dropout}: a shared prompt would draw one dropout mask for all of its completions")
+        else:
+            forms += [SEGMENTS, CACHED] if segments is None else [CACHED]
+    if packing != "shared_prompt" and segments is None:
+        forms.append(PADDING_FREE)
+    if segments is not None:
+        reasons.append(f"segment attention: {segments}")
+    return forms, reasons
+
+
+def dropout_of(model: nn.Module) -> str | None:
+    """The first dropout above 0 in the model, as text; None without one."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout) and module.p > 0:
+            return f"dropout {module.p} in {name}"
+    config: Any = getattr(model, "config", None)
+    rate = getattr(config, "attention_dropout", 0.0) or 0.0
+    return f"attention_dropout {rate}" if rate > 0 else None
+
+
+@contextmanager
+def _without_dropout(model: nn.Module) -> Iterator[None]:
+    """The self-check compares forwards, which dropout would make differ by chance."""
+    if dropout_of(model) is None or not model.training:
+        yield
+        return
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _apart(group: Group) -> list[Group]:
+    return [Group(group.prompt, (row,), (c,)) for row, c in zip(group.rows, group.completions, strict=True)]
+
+
+def _chunks(groups: Sequence[Group], form: Form, max_tokens: int | None) -> Iterator[list[Group]]:
+    chunk: list[Group] = []
+    for group in groups:
+        if chunk and max_tokens is not None and form.tokens([*chunk, group]) > max_tokens:
+            yield chunk
+            chunk = []
+        chunk.append(group)
+    yield chunk
+
+
+def _call(model: nn.Module, form: Form, groups: Sequence[Group], head: Head | None) -> Any:
+    run: Callable[..., Any] = partial(form.run, groups, head)
+    return model(packed=run)

@@ -1,0 +1,63 @@
+"""Which rows share a micro-batch: completions of one prompt together, tokens spread evenly. Index arithmetic only."""
+
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def regroup(prompts: Sequence[Hashable], tokens: Sequence[int], micro_batches: int) -> list[int]:
+    """Order of the rows such that cutting it into equal micro-batches keeps prompts together and tokens balanced.
+
+    Every micro-batch keeps its number of rows, so that a loss that averages over them keeps its value. Groups go, the
+    largest first, to the micro-batch with the fewest tokens that has room; one that fits nowhere is split.
+
+    Args:
+        prompts: what tells the rows' prompts apart.
+        tokens: what each row costs.
+        micro_batches: a divisor of the number of rows.
+    """
+    groups: dict[Hashable, list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        groups.setdefault(prompt, []).append(row)
+    room = len(prompts) // micro_batches
+    batches: list[list[int]] = [[] for _ in range(micro_batches)]
+    loads = [0] * micro_batches
+    waiting = sorted(groups.values(), key=lambda rows: -sum(tokens[row] for row in rows))
+    while waiting:
+        rows = waiting.pop(0)
+        open_batches = [index for index in range(micro_batches) if len(batches[index]) < room]
+        fitting = [index for index in open_batches if len(batches[index]) + len(rows) <= room]
+        # Where it fits nowhere, the emptiest takes what it can, and the rest waits its turn.
+        target = (
+            min(fitting, key=lambda index: loads[index])
+            if fitting
+            else min(open_batches, key=lambda index: len(batches[index]))
+        )
+        taken, rest = rows[: room - len(batches[target])], rows[room - len(batches[target]) :]
+        batches[target] += taken
+        loads[target] += sum(tokens[row] for row in taken)
+        if rest:
+            waiting.insert(0, rest)
+    return [row for batch in batches for row in batch]
+
+
+def reorder(batches: Sequence[dict[str, Any]], order: Sequence[int]) -> list[dict[str, Any]]:
+    """The batches with their rows in another order, each as large as before.
+
+    Args:
+        batches: of equal numbers of rows; tensors have a row per row, and whatever is not a tensor with rows, such as
+            a count or None, is the same in all of them.
+        order: for each new row, which of all batches' rows it was.
+    """
+    size = len(order) // len(batches)
+    index = torch.tensor(order)
+    reordered: list[dict[str, Any]] = [dict(batch) for batch in batches]
+    for name, value in batches[0].items():
+        if not isinstance(value, Tensor) or value.dim() == 0:
+            continue
+        rows = torch.cat([batch[name] for batch in batches])[index.to(value.device)]
+        for batch, part in zip(reordered, rows.split(size), strict=True):
+            batch[name] = part
+    return reordered

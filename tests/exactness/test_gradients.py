@@ -1,0 +1,161 @@
+"""Loss, gradients and logged metrics with the speed-ups on, against stock TRL on the same micro-batch."""
+
+import pytest
+import torch
+from peft import LoraConfig
+from trl import GRPOTrainer
+
+from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
+from grpo_plus.losses import LOSSES
+from tests.close import assert_close
+from tests.training import make_trainer
+
+LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+DEAD = (1, 4, 5)  # rows with zero advantage
+
+# Every loss of TRL's meets every form, with and without what else changes a step.
+CASES = [
+    ("grpo", "shared_prompt", {}, None),
+    ("dapo", "shared_prompt", {"gradient_checkpointing": True}, None),
+    ("bnpo", "shared_prompt", {}, LORA),
+    ("dr_grpo", "padding_free", {}, LORA),
+    ("luspo", "shared_prompt", {"importance_sampling_level": "sequence"}, None),
+    ("cispo", "padding_free", {"epsilon_high": 1.1}, None),
+    ("sapo", "none", {}, None),
+    ("vespo", "shared_prompt", {"gradient_checkpointing": True}, LORA),
+    ("grpo", "padding_free", {"importance_sampling_level": "sequence", "gradient_checkpointing": True}, LORA),
+    ("dapo", "none", {"delta": 1.5}, LORA),
+    ("dapo", "shared_prompt", {"beta": 0.1}, LORA),
+    ("sapo", "shared_prompt", {"off_policy_mask_threshold": 0.1}, None),
+    ("grpo", "shared_prompt", {"top_entropy_quantile": 0.5}, None),
+    ("dapo", "padding_free", {"entropy_coef": 0.1}, None),
+    ("gmpo", "shared_prompt", {}, None),
+    ("kl_to_old", "padding_free", {}, None),
+    ("clip_cov", "shared_prompt", {"loss_kwargs": {"clip_cov_ratio": 0.2}}, None),
+    ("topr", "shared_prompt", {}, LORA),
+]
+
+
+def trainer(output_dir, loss, config, adapter, **ours) -> GRPOTrainer:
+    classes = {"trainer_class": GRPOPlusTrainer, "config_class": GRPOPlusConfig}
+    made = make_trainer(
+        output_dir,
+        loss_type=loss,
+        trainer_arguments={"peft_config": adapter},
+        **(classes if ours or LOSSES[loss].origin == "grpo_plus" else {}),
+        **ours,
+        **config,
+    )
+    made.model.train()
+    made.current_gradient_accumulation_steps = 2
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in made.model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.1, generator=generator)
+    return made
+
+
+def micro_batch(*, per_token: bool = False, on_policy: bool = False) -> dict[str, torch.Tensor]:
+    """Eight rows as TRL hands them over: three prompts, completions of 0 and 1 tokens, some with zero advantage."""
+    generator = torch.Generator().manual_seed(11)
+    prompts = [torch.randint(3, 20, (length,), generator=generator) for length in (5, 3, 5)]
+    rows = [prompts[which] for which in (0, 1, 0, 2, 1, 0, 2, 0)]
+    lengths = torch.tensor([7, 3, 0, 1, 7, 4, 2, 5])
+    prompt_ids, prompt_mask = torch.zeros(8, 5, dtype=torch.long), torch.zeros(8, 5, dtype=torch.long)
+    for row, prompt in enumerate(rows):
+        prompt_ids[row, 5 - len(prompt) :], prompt_mask[row, 5 - len(prompt) :] = prompt, 1
+    mask = (torch.arange(7) < lengths[:, None]).long()
+    advantages = torch.randn(8, 7, generator=generator) if per_token else torch.randn(8, generator=generator)
+    advantages[list(DEAD)] = 0.0
+    tool_mask = (torch.rand(8, 7, generator=generator) > 0.2).long()
+    off_policy = {
+        "old_per_token_logps": (-3.0 + 0.3 * torch.randn(8, 7, generator=generator)) * mask,
+        "ref_per_token_logps": (-3.0 + 0.3 * torch.randn(8, 7, generator=generator)) * mask,
+    }
+    return {
+        "prompt_ids": prompt_ids,
+        "prompt_mask": prompt_mask,
+        "completion_ids": torch.randint(3, 20, (8, 7), generator=generator) * mask,
+        "completion_mask": mask,
+        "tool_mask": tool_mask,
+        "advantages": advantages,
+        "num_items_in_batch": mask.sum() * 2,
+    } | ({} if on_policy else off_policy)
+
+
+def step(made: GRPOTrainer, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    made.model.zero_grad()
+    torch.manual_seed(0)  # clip_cov draws tokens
+    loss = made._compute_loss(made.model, inputs)
+    loss.backward()
+    return loss.detach(), {n: p.grad for n, p in made.model.named_parameters() if p.requires_grad}
+
+
+def assert_same_step(stock, ours, inputs):
+    expected, actual = step(stock, inputs), step(ours, inputs)
+    assert_close("loss", actual[0], expected[0], rtol=2e-6)
+    assert actual[1].keys() == expected[1].keys() and all(g is not None for g in actual[1].values())
+    flat = [
+        torch.cat([gradient.flatten() for gradient in gradients.values()]) for gradients in (actual[1], expected[1])
+    ]
+    assert flat[1].norm() > 0
+    assert_close("gradients", *flat, rtol=2e-6)
+
+
+@pytest.mark.parametrize(("loss", "packing", "config", "adapter"), CASES)
+def test_a_step_is_trls(tmp_path, loss, packing, config, adapter):
+    off = {"packing": "none", "skip_zero_advantage": False} if LOSSES[loss].origin == "grpo_plus" else {}
+    stock = trainer(tmp_path / "stock", loss, config, adapter, **off)
+    ours = trainer(tmp_path / "ours", loss, config, adapter, packing=packing)
+    assert_same_step(stock, ours, micro_batch())
+    for name, values in stock._metrics["train"].items():
+        # Skipped rows count with the others' mean entropy, and with a ratio of 1 in VESPO's weight.
+        imputed = ours.skips and name in ("entropy", "vespo/phi_seq_mean")
+        tolerance = {"entropy": 0.05, "vespo/phi_seq_mean": 10.0}[name] if imputed else 1e-5
+        assert ours._metrics["train"][name] == pytest.approx(values, rel=tolerance, nan_ok=True), name
+    live = ours._metrics["train"].get("packing/live_fraction")
+    assert live == ([5 / 8] if ours.skips else [1.0])
+
+
+@pytest.mark.parametrize("per_token", [False, True], ids=["per-row", "per-token"])
+@pytest.mark.parametrize("on_policy", [False, True], ids=["off-policy", "on-policy"])
+def test_advantages_of_every_shape(tmp_path, per_token, on_policy):
+    inputs = micro_batch(per_token=per_token, on_policy=on_policy)
+    assert_same_step(
+        trainer(tmp_path / "s", "dapo", {}, None), trainer(tmp_path / "o", "dapo", {}, None, packing="auto"), inputs
+    )
+
+
+def test_a_micro_batch_without_advantages_has_gradients_of_zero(tmp_path):
+    inputs = micro_batch() | {"advantages": torch.zeros(8)}
+    ours = trainer(tmp_path, "dapo", {}, None, packing="auto")
+    loss, gradients = step(ours, inputs)
+    assert loss == 0 and all(gradient is not None and not gradient.any() for gradient in gradients.values())
+    assert ours._metrics["train"]["packing/live_fraction"] == [1 / 8]
+
+
+def test_a_micro_batch_of_masked_completions_has_gradients_of_zero(tmp_path):
+    # As mask_truncated_completions leaves it where every completion was cut.
+    inputs = micro_batch(on_policy=True)
+    inputs |= {"completion_mask": torch.zeros_like(inputs["completion_mask"])}
+    _, gradients = step(trainer(tmp_path, "dapo", {}, None, packing="auto"), inputs)
+    assert all(gradient is not None and not gradient.any() for gradient in gradients.values())
+
+
+def test_a_skipped_row_cannot_overflow(tmp_path):
+    # A ratio of exp(0 - old) would be infinite, and infinity times an advantage of 0 is NaN.
+    inputs = micro_batch()
+    inputs["old_per_token_logps"][list(DEAD)] = -200.0 * inputs["completion_mask"][list(DEAD)]
+    loss, gradients = step(trainer(tmp_path, "grpo", {}, None, packing="auto"), inputs)
+    assert loss.isfinite() and all(gradient.isfinite().all() for gradient in gradients.values())
+
+
+def test_evaluation_forwards_every_row(tmp_path):
+    stock, ours = trainer(tmp_path / "s", "dapo", {}, None), trainer(tmp_path / "o", "dapo", {}, None, packing="auto")
+    for made in (stock, ours):
+        made.model.eval()
+    with torch.no_grad():
+        expected, actual = (made._compute_loss(made.model, micro_batch()) for made in (stock, ours))
+    assert_close("loss", actual, expected, rtol=2e-6)
+    assert ours._metrics["eval"]["entropy"] == pytest.approx(stock._metrics["eval"]["entropy"], rel=1e-5)
+    assert "packing/token_ratio" not in ours._metrics["train"]

@@ -1,0 +1,150 @@
+"""The self-check and what follows from it: the best exact form, the next one, or rows as they are; never a wrong number."""
+
+import logging
+import warnings
+
+import pytest
+import torch
+
+from grpo_plus.packing import attention, packer
+from grpo_plus.packing.packer import Packer, PaddedRows
+from tests.close import assert_close
+from tests.packing.models import tiny
+from tests.packing.rows import COMPLETION, padded_batch, padded_output, rows_alone
+
+CHOICES = {
+    "llama": "segment attention",
+    "gemma3": "segment attention",
+    "gpt_oss": "segment attention",
+    "gpt2": "segment attention",  # its padded positions differ from these, and that is TRL's padding, not an error
+    "qwen3_next": "two passes through the model's cache",
+    "qwen3_5": "two passes through the model's cache",
+    "lfm2": "two passes through the model's cache",
+    "bamba": "two passes through the model's cache",
+    "bloom": "two passes through the model's cache",
+}
+
+
+def packed(model, packing="auto", **arguments):
+    ids, mask = padded_batch()
+    chosen = Packer(packing)
+    return chosen, chosen.logps(model, model, PaddedRows(ids, mask, COMPLETION), padded(model), **arguments)
+
+
+def padded(model):
+    def logps(ids, mask, length):
+        labels = ids.masked_fill(mask == 0, -100)
+        labels[:, :-length] = -100
+        return model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True).log_probs[:, -length:]
+
+    return logps
+
+
+@pytest.mark.parametrize(("name", "detail"), CHOICES.items())
+def test_the_best_exact_form_is_chosen(name, detail):
+    model = tiny(name)
+    chosen, result = packed(model)
+    assert detail in chosen.describe()
+    assert_close("log-probabilities", result.logps, rows_alone(model, *padded_batch()), rtol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "lfm2"])
+def test_padding_free_is_refused_on_a_model_that_carries_state_along_the_row(name):
+    with pytest.raises(ValueError, match="packing='padding_free' cannot be exact here"):
+        packed(tiny(name), "padding_free")
+
+
+def test_a_wrong_form_is_caught_and_the_next_one_taken(monkeypatch, caplog):
+    right = attention._causal_mask
+    monkeypatch.setattr(attention, "_causal_mask", lambda *args: torch.ones_like(right(*args)))
+    model = tiny("llama")
+    with caplog.at_level(logging.INFO, "grpo_plus"):
+        chosen, result = packed(model)
+    assert "two passes" in chosen.describe()
+    assert "not exact on LlamaForCausalLM" in caplog.text and "log-probabilities differ by" in caplog.text
+    assert_close("log-probabilities", result.logps, rows_alone(model, *padded_batch()), rtol=2e-6)
+
+
+def forgetful():
+    """A model whose backbone takes a cache and position ids, and ignores both."""
+    model = tiny("llama")
+    forward = model.model.forward
+
+    def forget(input_ids=None, attention_mask=None, past_key_values=None, position_ids=None, segments=None, **kwargs):
+        mask = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
+        return forward(input_ids=input_ids, attention_mask=mask, **kwargs)
+
+    model.model.forward = forget
+    return model
+
+
+def test_rows_stay_padded_with_a_warning_where_no_form_is_exact():
+    model = forgetful()
+    with pytest.warns(UserWarning, match=r"packing: none, rows stay padded.*LlamaForCausalLM.*differ by") as caught:
+        chosen, result = packed(model)
+    assert result is None and chosen.describe() == "none"
+    assert len([w for w in caught if "packing" in str(w.message)]) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ids, mask = padded_batch()
+        assert chosen.logps(model, model, PaddedRows(ids, mask, COMPLETION), padded(model)) is None
+
+
+def test_an_explicit_form_that_is_not_exact_is_an_error():
+    with pytest.raises(ValueError, match="packing='shared_prompt' cannot be exact here.*LlamaForCausalLM"):
+        packed(forgetful(), "shared_prompt")
+
+
+def test_a_wrong_gradient_is_caught(monkeypatch):
+    # Right log-probabilities, but nothing flows back through the prompt's keys.
+    monkeypatch.setattr(
+        "grpo_plus.packing.cached.PromptRecord.update",
+        lambda self, keys, values, layer_idx, *_: (
+            self.states.setdefault(("attention", layer_idx, 0), (keys.detach(), values.detach())),
+            (keys, values),
+        )[1],
+    )
+    monkeypatch.setattr(packer, "why_not_segments", lambda model: "not in this test")
+    with pytest.raises(ValueError, match="not exact"):
+        packed(tiny("llama"), "shared_prompt")
+
+
+def test_dropout_is_not_shared():
+    chosen, _ = packed(tiny("llama", attention_dropout=0.1).eval())
+    assert "padding_free" in chosen.describe()
+    with pytest.raises(ValueError, match="attention_dropout 0.1: a shared prompt would draw one dropout mask"):
+        packed(tiny("llama", attention_dropout=0.1), "shared_prompt")
+    with_module = tiny("gpt2", resid_pdrop=0.2)
+    assert "padding_free" in packed(with_module)[0].describe()
+    assert with_module.training and all(module.training for module in with_module.modules())
+
+
+def test_rows_in_chunks_give_what_they_give_together():
+    model = tiny("llama")
+    together = packed(model)[1]
+    chunked = packed(model, max_tokens=40)[1]
+    assert_close("log-probabilities", chunked.logps, together.logps, rtol=2e-6)
+    assert chunked.tokens == together.tokens
+
+
+def test_skipped_rows_keep_what_they_are_filled_with():
+    model = tiny("llama")
+    ids, mask = padded_batch()
+    chosen = Packer("auto")
+    fill = -torch.rand(len(ids), COMPLETION)
+    live = tuple(row for row in range(len(ids)) if row % 2 == 0)
+    result = chosen.logps(model, model, PaddedRows(ids, mask, COMPLETION, live, fill), padded(model))
+    expected = fill.clone()
+    inside = mask[:, -COMPLETION:].bool()
+    expected[::2] = torch.where(inside[::2], rows_alone(model, ids[::2], mask[::2]), fill[::2])
+    assert_close("log-probabilities", result.logps, expected, rtol=2e-6)
+    entropy = padded_output(model, ids, mask).entropy[:, -COMPLETION:]
+    mean = entropy[::2][inside[::2]].mean()
+    assert_close("entropy of forwarded rows", result.entropies[::2], entropy[::2], rtol=2e-6)
+    assert_close("entropy of skipped rows", result.entropies[1::2], mean * inside[1::2], rtol=2e-6)
+
+
+def test_tokens_are_those_that_went_through_the_model():
+    # Prompts of 23 (completions 17, 0, 1, 9), 14 (5, 2), 1 (3, 4) and 22 (6) tokens; a prompt's last counts per row.
+    assert packed(tiny("llama"))[1].tokens == 22 + 27 + 13 + 7 + 0 + 7 + 21 + 6
+    assert packed(tiny("llama"), "padding_free")[1].tokens == 22 * 3 + 27 + 13 * 2 + 7 + 7 + 21 + 6
