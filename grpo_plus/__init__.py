@@ -16,6 +16,7 @@ _HOMES = {
     "GRPOPlusTrainer": "grpo_plus.trainer",
     "RewardHealthCallback": "grpo_plus.diagnostics.callbacks",
     "Rewards": "grpo_plus.advantages",
+    "StepProfile": "grpo_plus.diagnostics.profile",
 }
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "GRPOPlusTrainer",
     "RewardHealthCallback",
     "Rewards",
+    "StepProfile",
     "__version__",
 ]
 
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from grpo_plus.advantages import Rewards
     from grpo_plus.config import GRPOPlusConfig
     from grpo_plus.diagnostics.callbacks import AdvantageTableCallback, RewardHealthCallback
+    from grpo_plus.diagnostics.profile import StepProfile
     from grpo_plus.trainer import GRPOPlusTrainer
 
 

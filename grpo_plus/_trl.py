@@ -42,6 +42,9 @@ RELIED_ON = (
     "_log_completion_extra",
 )
 
+# What comes before the loss, for StepProfile to time: the second calls the first once and scores what it returns.
+GENERATES, PREPARES = "_generate", "_generate_and_score_completions"
+
 STATE_FILE = "grpo_plus_state.json"
 DIVISOR = "grpo_plus_divisor"
 
@@ -64,6 +67,13 @@ def untested_version(installed: str) -> str | None:
 
 if message := untested_version(version("trl")):
     warnings.warn(message, stacklevel=2)
+
+
+def log_value(trainer: GRPOTrainer, name: str, value: float, *, latest: bool = False) -> None:
+    """Log a number of the training with TRL's: the mean since the last log, or the latest."""
+    if latest:
+        trainer._metrics["train"][name] = []
+    trainer._metrics["train"][name].append(value)
 
 
 def _gather_labels(labels: list[str | None]) -> list[str] | None:

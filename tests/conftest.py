@@ -14,3 +14,21 @@ settings.load_profile("suite")
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def nan_from_torch_empty(monkeypatch):
+    """Fresh memory holds NaN, so that a kernel which reads what it has not written shows; the sizes that were asked for."""
+    sizes = []
+
+    def poisoned(make):
+        def call(*args, **kwargs):
+            tensor = make(*args, **kwargs)
+            sizes.append(tensor.numel())
+            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+        return call
+
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
+    return sizes

@@ -1,6 +1,7 @@
 """Who may import whom, read from the source: pure maths at the bottom, one file that knows TRL's private names."""
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,12 @@ def roots(path: Path) -> set[str]:
 def test_pure_files_import_torch_and_the_standard_library(path):
     if relative(path).startswith(PURE):
         assert not roots(path) & HUGGING_FACE
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "kernels").rglob("*.py")), ids=relative)
+def test_kernels_import_torch_the_standard_library_and_kernels(path):
+    assert roots(path) <= {"torch", "grpo_plus"} | sys.stdlib_module_names
+    assert all(module.startswith("grpo_plus.kernels.") for module in imported(path) if module.startswith("grpo_plus"))
 
 
 @pytest.mark.parametrize("path", FILES, ids=relative)

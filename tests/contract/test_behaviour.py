@@ -4,6 +4,7 @@ import pytest
 import torch
 from trl import GRPOConfig
 
+from grpo_plus._trl import GENERATES, PREPARES
 from grpo_plus.losses import TRL_LOSSES
 from tests.training import make_trainer
 
@@ -35,6 +36,27 @@ def test_trl_refuses_an_unknown_loss_only_in_training(tmp_path):
 def test_the_defaults_that_an_estimator_excludes():
     config = GRPOConfig(output_dir="unused", use_cpu=True, bf16=False)
     assert (config.scale_rewards, config.multi_objective_aggregation) == ("group", "sum_then_normalize")
+
+
+def test_completions_are_generated_once_within_their_preparation(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=2)
+    calls = []
+
+    def recorded(name):
+        method = getattr(trainer, name)
+
+        def call(*args, **kwargs):
+            calls.append(f"{name} begins")
+            result = method(*args, **kwargs)
+            calls.append(f"{name} ends")
+            return result
+
+        setattr(trainer, name, call)
+
+    for name in (GENERATES, PREPARES):
+        recorded(name)
+    trainer.train()
+    assert calls == [f"{PREPARES} begins", f"{GENERATES} begins", f"{GENERATES} ends", f"{PREPARES} ends"] * 2
 
 
 def test_the_attributes_that_the_seam_reads_are_there(tmp_path):

@@ -1,0 +1,194 @@
+"""Log-probabilities whose gradient is ready when the forward ends: each tile of logits is built once.
+
+The log-probability of a token depends on its own hidden state and no other. For a head that does not train, all that
+backward will ever need is therefore one H-vector per token,
+
+    d logp_i / d hidden_i = (W[y_i] - p_i W) * logit_scale / temperature
+
+which the forward computes while the tile of logits lives, whatever the loss; backward scales it. Two matrix products of
+the size N x V x H, where a head that rebuilds its logits in backward, as TRL's, needs three.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+# Logits that live at a time; TRL's tile of 4096 x 32768 has as many bytes in bf16.
+TILE_BYTES = 2**28
+# Columns of the weight per product, of which a copy is made where autocast or a float32 head asks for another dtype.
+VOCAB_CHUNK = 32768
+# The softmax of a tile goes through it in blocks: on a CPU of the cache's size, elsewhere few and large.
+BLOCK_BYTES = {"cpu": 2**20}
+LARGE_BLOCK_BYTES = 2**26
+
+PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class Head(NamedTuple):
+    """What turns hidden states into the logits of a tempered softmax."""
+
+    weight: Tensor  # (V, H)
+    bias: Tensor | None  # (V,)
+    temperature: float
+    softcap: float | None
+    logit_scale: float
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """What `reference.linear_logprob` computes, without the (N, V) logits. Only `hidden` gets a gradient.
+
+    Under autocast it computes in autocast's dtype, else in that of `hidden`, and the softmax always in float32. Raises
+    ValueError for a weight or bias that trains, or a weight that is not a plain floating tensor.
+    """
+    reason = _unfit_weight(weight) or (_training(weight, bias) if torch.is_grad_enabled() else None)
+    if reason is not None:
+        raise ValueError(f"The single-pass head cannot be used: {reason}. Use TRL's own head.")
+    head = Head(weight, bias, temperature, softcap, logit_scale)
+    return _SinglePass.apply(hidden, targets, head, torch.is_grad_enabled() and hidden.requires_grad)
+
+
+def why_not(lm_head: nn.Module) -> str | None:
+    """Why this head cannot be computed in a single pass; None if it can."""
+    # LoRA, quantized layers and offloading each bring a forward of their own.
+    if (
+        not isinstance(lm_head, nn.Linear)
+        or type(lm_head).forward is not nn.Linear.forward
+        or "forward" in vars(lm_head)
+    ):
+        return f"the head is no plain nn.Linear but {type(lm_head).__name__} with a forward of its own"
+    hooks = (lm_head._forward_hooks, lm_head._forward_pre_hooks, lm_head._backward_hooks, lm_head._backward_pre_hooks)
+    if any(hooks):
+        return "the head has hooks, which would not be called"
+    return _unfit_weight(lm_head.weight) or _training(lm_head.weight, lm_head.bias)
+
+
+def _unfit_weight(weight: Tensor) -> str | None:
+    # Quantized and sharded (DTensor) weights are subclasses, some of which pose as floating tensors.
+    if type(weight) not in (Tensor, nn.Parameter) or weight.dtype not in PLAIN_DTYPES:
+        return f"its weight is a {type(weight).__name__} of {weight.dtype}, no plain floating tensor"
+    if weight.dim() != 2 or weight.device.type == "meta":
+        return f"its weight is not there (shape {tuple(weight.shape)} on {weight.device}): sharded or offloaded"
+    return None
+
+
+def _training(weight: Tensor, bias: Tensor | None) -> str | None:
+    trained = [
+        name for name, tensor in (("weight", weight), ("bias", bias)) if tensor is not None and tensor.requires_grad
+    ]
+    return f"its {' and '.join(trained)} would get no gradient (requires_grad=True)" if trained else None
+
+
+class _SinglePass(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: Head, with_gradient: bool) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        logps, entropy, vectors = _score(hidden, targets, head, with_gradient)
+        ctx.save_for_backward(vectors)
+        ctx.mark_non_differentiable(entropy)
+        return logps, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_logps: Tensor | None, _: None) -> tuple[Tensor | None, None, None, None]:
+        (vectors,) = ctx.saved_tensors
+        if grad_logps is None:
+            return None, None, None, None
+        # With `out` the product is rounded once, from float32, and no float32 copy is made.
+        return torch.mul(vectors, grad_logps.unsqueeze(1), out=torch.empty_like(vectors)), None, None, None
+
+
+def _score(hidden: Tensor, targets: Tensor, head: Head, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Log-probabilities (N,), entropies (N,) and the derivatives (N, H) of the former, tile by tile."""
+    device = hidden.device
+    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else hidden.dtype
+    count, vocab = hidden.shape[0], head.weight.shape[0]
+    most = max(1, TILE_BYTES // (vocab * dtype.itemsize))
+    rows = -(-count // max(1, -(-count // most)))  # as many in each tile, so that the last one is no remnant
+    logps = torch.empty(count, dtype=torch.promote_types(dtype, torch.float32), device=device)
+    entropy = torch.empty_like(logps)
+    vectors = torch.empty_like(hidden) if with_gradient else None
+    tiles = torch.empty((rows, vocab), dtype=dtype, device=device)
+    for start in range(0, count, max(1, rows)):
+        part = slice(start, start + rows)
+        states = hidden[part].to(dtype)
+        tile = tiles[: states.shape[0]]
+        _project(states, head, tile)
+        _fold(tile, targets[part], head, logps[part], entropy[part], with_gradient)
+        if vectors is not None:
+            vectors[part] = _times_weight(tile, head)
+    return logps, entropy, vectors
+
+
+def _project(states: Tensor, head: Head, tile: Tensor) -> None:
+    """Write states Wᵀ + bias into the tile."""
+    for chunk in _vocab_chunks(head):
+        torch.mm(states, head.weight[chunk].to(tile.dtype).t(), out=tile[:, chunk])
+    if head.bias is not None:
+        tile.add_(head.bias.to(tile.dtype))
+
+
+def _fold(tile: Tensor, targets: Tensor, head: Head, logps: Tensor, entropy: Tensor, with_gradient: bool) -> None:
+    """Read log-probabilities and entropies off the tile, and leave d(-logp)/dz in it if there is a gradient to form."""
+    vocab = tile.shape[1]
+    rows = max(1, BLOCK_BYTES.get(tile.device.type, LARGE_BLOCK_BYTES) // (vocab * logps.itemsize))
+    scratch = torch.empty((min(rows, tile.shape[0]), vocab), dtype=logps.dtype, device=tile.device)
+    for start in range(0, tile.shape[0], rows):
+        part = slice(start, start + rows)
+        target = targets[part].unsqueeze(1)
+        logits = tile[part].to(logps.dtype)  # float32 tiles are worked on in place
+        slope = _transform(logits, head, with_gradient)
+        logits.sub_(logits.amax(-1, keepdim=True))
+        probs = torch.exp(logits, out=scratch[: logits.shape[0]])
+        total = probs.sum(-1)  # torch.softmax sums less accurately
+        logps[part] = logits.gather(1, target).squeeze(1) - total.log()
+        entropy[part] = total.log() - logits.mul_(probs).sum(-1) / total
+        if with_gradient:
+            # Before rounding to bf16: of a token that is almost certain, 1 - p is all there is.
+            probs.div_(total.unsqueeze(1)).scatter_add_(1, target, torch.full_like(target, -1, dtype=probs.dtype))
+            if slope is not None:
+                probs.mul_(slope)
+            tile[part] = probs
+
+
+def _transform(logits: Tensor, head: Head, with_gradient: bool) -> Tensor | None:
+    """Scale, cap and temper the logits in place; the slope of the cap, where it has one that is needed."""
+    slope = None
+    if head.logit_scale != 1.0:
+        logits.mul_(head.logit_scale)
+    if head.softcap is not None:
+        logits.div_(head.softcap).tanh_()
+        if with_gradient:
+            slope = 1 - logits.square()
+        logits.mul_(head.softcap)
+    if head.temperature != 1.0:
+        logits.mul_(1 / head.temperature)
+    return slope
+
+
+def _times_weight(tile: Tensor, head: Head) -> Tensor:
+    """Derivatives (n, H) of the log-probabilities, from d(-logp)/dz; summed over the vocabulary in float32."""
+    wide = torch.promote_types(tile.dtype, torch.float32)
+    total = torch.zeros((tile.shape[0], head.weight.shape[1]), dtype=wide, device=tile.device)
+    for chunk in _vocab_chunks(head):
+        weight = head.weight[chunk].to(tile.dtype)
+        if tile.dtype != wide and tile.device.type == "cuda" and torch.__version__ >= "2.8":
+            torch.addmm(total, tile[:, chunk], weight, out_dtype=wide, out=total)
+        else:
+            total.addmm_(tile[:, chunk].to(wide), weight.to(wide))
+    return total.mul_(-head.logit_scale / head.temperature)
+
+
+def _vocab_chunks(head: Head) -> list[slice]:
+    vocab = head.weight.shape[0]
+    return [slice(start, min(start + VOCAB_CHUNK, vocab)) for start in range(0, vocab, VOCAB_CHUNK)]
