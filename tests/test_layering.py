@@ -10,7 +10,15 @@ import grpo_plus
 PACKAGE = Path(grpo_plus.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 HUGGING_FACE = {"trl", "transformers", "accelerate", "datasets", "peft"}
-PURE = ("registry.py", "described.py", "reductions.py", "advantages/", "losses/", "diagnostics/metrics.py")
+PURE = (
+    "registry.py",
+    "described.py",
+    "reductions.py",
+    "sampling.py",
+    "advantages/",
+    "losses/",
+    "diagnostics/metrics.py",
+)
 FAMILIES = {
     "advantages": ("batch", "group", "multi_reward", "unnormalized"),
     "losses": ("clipped", "covariance", "reweighted", "sequence", "smooth"),
