@@ -17,6 +17,7 @@ from typing import Any
 
 import datasets
 import torch
+import torch.nn.functional as F
 from accelerate.utils import gather, gather_object, pad_across_processes
 from packaging.specifiers import SpecifierSet
 from torch import Tensor
@@ -40,7 +41,8 @@ from grpo_plus.sampling import (
 TESTED_TRL = SpecifierSet(">=1.15,<1.17")
 
 # Fingerprinted for each tested version. The first five are overridden and the next is called. Of the others the seam
-# assumes what they do with the advantages: `_prepare_inputs` carries them to the loss, `log` writes them out.
+# assumes what they do with the advantages, `_prepare_inputs` carries them to the loss, `log` writes them out, and where
+# `_log_completion_extra` keeps the columns of a reward function.
 RELIED_ON = (
     "_calculate_rewards",
     "_generate_and_score_completions",
@@ -50,9 +52,13 @@ RELIED_ON = (
     "_get_per_token_logps_and_entropies",
     "_prepare_inputs",
     "log",
+    "_log_completion_extra",
 )
 
 STATE_FILE = "grpo_plus_state.json"
+
+# Columns of TRL's completions table that a reward function may fill through `log_extra` with lists, one per completion.
+STEP_COLUMNS = ("step_rewards", "step_ends")
 
 # Images and what belongs to them, under the names that TRL's dictionaries and its forward share.
 MULTIMODAL = tuple(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)[8:]
@@ -106,6 +112,12 @@ class TRLSeam(GRPOTrainer):
         self._last_draw = (-1, 0)  # the optimizer step, and which of its generation batches
         self._warned_of_dead_groups = False
         self._check_refills()
+        if self.aux_loss_enabled and self.loss_type not in TRL_LOSSES:
+            raise ValueError(
+                f"loss_type={self.loss_type!r} does not add the router's auxiliary loss of a mixture-of-experts model, "
+                f"but router_aux_loss_coef={self.router_aux_loss_coef}, from the arguments or the model's config. Set "
+                "router_aux_loss_coef=0.0 in the arguments to train without it, or take one of TRL's losses."
+            )
 
     @property
     def max_refills(self) -> int:
@@ -131,8 +143,9 @@ class TRLSeam(GRPOTrainer):
             rewards: of all processes, alike on each of them.
 
         Returns:
-            (P, G) advantages, or None to keep the ones that TRL computed. They are checked: another shape or a value
-            that is not finite is an error.
+            (P, G) advantages; (P, G, T) for one per token, T at least the longest of `rewards.lengths`; or None to
+            keep the ones that TRL computed. They are checked: another shape or a value that is not finite is an
+            error. The completions table shows one number per completion: of advantages per token, their mean.
         """
         return None
 
@@ -148,7 +161,7 @@ class TRLSeam(GRPOTrainer):
         """Numbers to log under `advantages/`.
 
         Args:
-            advantages: (P, G) of all processes, as they reach the loss.
+            advantages: (P, G) of all processes, as they reach the loss; of advantages per token, their mean.
         """
         return {}
 
@@ -171,6 +184,8 @@ class TRLSeam(GRPOTrainer):
     def policy_loss(self, inputs: LossInputs, *, num_items: Tensor, accumulation_steps: int) -> PolicyLoss:
         """Loss of one micro-batch, for a `loss_type` that TRL does not know.
 
+        It is the whole loss: TRL adds no entropy bonus, and neither its entropy quantile nor its off-policy mask acts.
+
         Args:
             num_items: tokens that share the optimizer step, per process.
             accumulation_steps: micro-batches that share it.
@@ -190,6 +205,7 @@ class TRLSeam(GRPOTrainer):
             lengths=gather(lengths),
             tasks=_gather_labels([self.task_of(example) for example in inputs]),
             prompts=_gather_labels([self.prompt_key(prompt) for prompt in prompts]),
+            steps=self._gather_steps(len(prompts)),
         )
         return rewards_per_func
 
@@ -201,7 +217,7 @@ class TRLSeam(GRPOTrainer):
         advantages = self.estimate_advantages(self._rewards)
         if advantages is not None:
             advantages = checked("hook estimate_advantages", advantages, self._rewards)
-            self._replace_advantages(output, advantages.flatten().to(output["advantages"]))
+            self._replace_advantages(output, advantages)
         self._log_advantage_metrics()
         return output
 
@@ -307,6 +323,22 @@ class TRLSeam(GRPOTrainer):
                 f"{images[0]!r}. Set max_refills=0."
             )
 
+    def _gather_steps(self, rows: int) -> tuple[list, list] | None:
+        """What the reward functions of all processes passed to `log_extra` as step rewards and ends; None for none."""
+        columns = [self._pending_extra_logs.get(name) for name in STEP_COLUMNS]
+        present = None not in columns
+        for name, column in zip(STEP_COLUMNS, columns, strict=True):
+            if present and len(column) != rows:
+                raise ValueError(
+                    f"log_extra({name!r}, ...) got {len(column)} lists for {rows} completions. Give one for each "
+                    "completion, from one reward function, and an empty one where there are no steps."
+                )
+        # Every process takes part, whether its own completions have steps or not: a gather waits for all.
+        pairs = gather_object(list(zip(*columns, strict=True)) if present else [None] * rows)
+        if not any(pairs):
+            return None
+        return [pair and pair[0] for pair in pairs], [pair and pair[1] for pair in pairs]
+
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         trls = self.loss_type in TRL_LOSSES
         loss = super()._compute_loss(model, inputs) if trls else self._compute_our_loss(model, inputs)
@@ -330,11 +362,6 @@ class TRLSeam(GRPOTrainer):
 
     def _loss_inputs(self, model: Any, inputs: dict[str, Any]) -> tuple[LossInputs, Tensor]:
         """The policy's forward on one micro-batch, with TRL's names translated; and the entropies (B, T)."""
-        if self.aux_loss_enabled:
-            raise ValueError(
-                f"loss_type={self.loss_type!r} does not add the router's auxiliary loss of a mixture-of-experts model. "
-                "Set router_aux_loss_coef=0 in the model's config, or take one of TRL's losses."
-            )
         completion_mask = inputs["completion_mask"]
         logps, entropies, _ = self._get_per_token_logps_and_entropies(
             model,
@@ -387,11 +414,18 @@ class TRLSeam(GRPOTrainer):
             self.load_running_state(json.loads(path.read_text()))
 
     def _replace_advantages(self, output: dict[str, Any], advantages: Tensor) -> None:
-        """Put all processes' advantages (P*G,) in the place of TRL's: this rank's for the loss, all in the log."""
+        """Put all processes' advantages, (P, G) or (P, G, T), in the place of TRL's: this rank's rows for the loss, as
+        wide as its completions are padded, and one number for each completion of all ranks in the log.
+        """
         local_rows = output["advantages"].shape[0]
         first = self.accelerator.process_index * local_rows
-        output["advantages"] = advantages[first : first + local_rows]
+        local = advantages.flatten(0, 1)[first : first + local_rows]
+        if local.dim() == 2:
+            # Other ranks' longest completion may be longer or shorter: a negative padding cuts.
+            local = F.pad(local, (0, output["completion_ids"].shape[1] - local.shape[1]))
         logged = self._logs["advantages"]
-        for _ in range(min(advantages.shape[0], len(logged))):
+        in_log = self._rewards.per_completion(advantages).flatten().to(output["advantages"]).tolist()
+        for _ in range(min(len(in_log), len(logged))):
             logged.pop()
-        logged.extend(advantages.tolist())
+        logged.extend(in_log)
+        output["advantages"] = local.to(output["advantages"])

@@ -25,6 +25,10 @@ TRL_ONLY = (
     "top_entropy_quantile",
     "entropy_coef",
     "use_adaptive_entropy",
+    "entropy_coef_min",
+    "entropy_coef_max",
+    "entropy_coef_delta",
+    "entropy_target",
 )
 OURS_ONLY: dict[str, Any] = {"loss_kwargs": {}, "loss_reduction": None, "kl_estimator": "k3"}
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from grpo_plus.advantages import Rewards
+from grpo_plus.advantages import Rewards, Steps
 from grpo_plus.reductions import has_spread
 
 
@@ -77,13 +77,14 @@ def join_rewards(old: Rewards, new: Rewards, groups: Tensor) -> Rewards:
 
     lengths = None if old.lengths is None or new.lengths is None else torch.cat([old.lengths, new.lengths])[groups]
     values = torch.cat([old.values, new.values])[groups]
-    return replace(old, values=values, lengths=lengths, tasks=labels("tasks"), prompts=labels("prompts"))
+    steps = _join_steps(old, new, groups)
+    return replace(old, values=values, lengths=lengths, tasks=labels("tasks"), prompts=labels("prompts"), steps=steps)
 
 
 def join_rows(old: Tensor, new: Tensor, rows: Tensor, padding: Padding | None) -> Tensor:
     """The `rows` of `old` followed by `new`, filled up to one length; `padding` is None where a row is one number."""
     if padding is not None:
-        length = max(old.shape[1], new.shape[1])
+        length = max(old.shape[-1], new.shape[-1])
         old, new = _filled_up(old, length, padding), _filled_up(new, length, padding)
     return torch.cat([old, new])[rows.to(old.device)]
 
@@ -94,8 +95,23 @@ def join_column(old: Sequence[Any], new: Sequence[Any], rows: Tensor) -> list[An
     return [both[row] for row in rows.tolist()]
 
 
+def _join_steps(old: Rewards, new: Rewards, groups: Tensor) -> Steps | None:
+    if old.steps is None and new.steps is None:
+        return None
+    first, second = (rewards.steps or _no_steps(rewards) for rewards in (old, new))
+    return Steps(
+        join_rows(first.rewards, second.rewards, groups, Padding("right", torch.nan)),
+        join_rows(first.ends, second.ends, groups, Padding("right", -1)),
+    )
+
+
+def _no_steps(rewards: Rewards) -> Steps:
+    rows = [None] * rewards.judged.numel()
+    return Steps.from_rows(rows, rows, lengths=rewards.judged)
+
+
 def _filled_up(values: Tensor, length: int, padding: Padding) -> Tensor:
-    missing = length - values.shape[1]
+    missing = length - values.shape[-1]
     return pad(values, (missing, 0) if padding.side == "left" else (0, missing), value=padding.value)
 
 

@@ -39,7 +39,7 @@ class GRPOPlusTrainer(TRLSeam):
         return {}
 
     def estimate_advantages(self, rewards: Rewards) -> Tensor | None:
-        """Advantages (P, G) of all processes' rewards; None keeps TRL's own."""
+        """Advantages (P, G), or (P, G, T) per token, of all processes' rewards; None keeps TRL's own."""
         # Evaluation must leave no trace in the state that training goes on with.
         return self._estimate(rewards, self.estimator_state if self.model.training else self._copied_state())
 
@@ -52,7 +52,7 @@ class GRPOPlusTrainer(TRLSeam):
         """The groups whose advantages are all 0; those of equal rewards where TRL's own hold rounding instead of 0."""
         # Only the batch that is trained on may move the state.
         advantages = self._estimate(rewards, self._copied_state())
-        return super().dead_groups(rewards) if advantages is None else (advantages == 0).all(-1)
+        return super().dead_groups(rewards) if advantages is None else (advantages == 0).flatten(1).all(-1)
 
     def _copied_state(self) -> State:
         return copy.deepcopy(self.estimator_state)

@@ -200,6 +200,25 @@ def test_a_modifier_decides_what_is_dead(tmp_path, capsys):
     assert [list(table["completion"]) for table in tables(tmp_path)] == [[c for _, c in rows] for rows in batches]
 
 
+def test_a_group_of_equal_steps_is_dead_and_steps_move_with_their_completions(tmp_path, capsys):
+    def halves(prompts, completion_ids, log_extra, **_):
+        values = [0.5 if is_dead(p) else float(sum(ids) % 97) for p, ids in zip(prompts, completion_ids, strict=True)]
+        log_extra("step_rewards", [[value] for value in values])
+        log_extra("step_ends", [[len(ids) - 1] for ids in completion_ids])
+        return [0.0] * len(prompts)
+
+    trainer = refilling(tmp_path, halves, advantage_estimator="process")
+    trainer.train()
+    assert sum(sampling(trainer, "refills")) > 0
+    for table, (output, _, _) in zip(tables(tmp_path), trainer.batches, strict=True):
+        steps = [
+            0.5 if is_dead(p) else float(s[0]) for p, s in zip(table["prompt"], table["step_rewards"], strict=True)
+        ]
+        expected = estimate("grpo", rewards_of(torch.tensor(steps).view(-1, 4).tolist())).flatten()
+        per_token = expected.unsqueeze(1) * output["completion_mask"]
+        torch.testing.assert_close(output["advantages"].double(), per_token.double(), rtol=0, atol=1e-4)
+
+
 def test_memory_is_of_the_final_batches_only(tmp_path, capsys):
     trainer = refilling(tmp_path, Judge(), advantage_estimator="ema_task", task_column="task")
     trainer.train()

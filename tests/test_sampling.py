@@ -1,7 +1,9 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
-from grpo_plus.advantages import Rewards
+from grpo_plus.advantages import Rewards, Steps
 from grpo_plus.sampling import (
     Padding,
     draw_prompts,
@@ -68,6 +70,21 @@ def test_rewards_move_with_their_group():
     assert joined.values.squeeze(-1).tolist() == [[7, 8], [3, 4]]
     assert joined.lengths.tolist() == [[51, 2], [11, 2]]
     assert (joined.tasks, joined.prompts) == (("d", "b"), ("D", "B"))
+
+
+def test_steps_move_with_their_completion():
+    def batch(rewards: list, ends: list) -> Rewards:
+        plain = rewards_of([[1, 0]], lengths=[9, 9])
+        return replace(plain, steps=Steps.from_rows(rewards, ends, lengths=plain.lengths))
+
+    old, new = batch([[1.0], [2.0]], [[3], [4]]), batch([[5.0, 6.0], []], [[1, 2], []])
+    for groups, ends in (([0], [[[3, -1], [4, -1]]]), ([1], [[[1, 2], [-1, -1]]])):
+        joined = join_rewards(old, new, torch.tensor(groups)).steps
+        assert joined.ends.tolist() == ends
+        assert (joined.rewards.isnan() == (joined.ends < 0)).all()
+    without = join_rewards(replace(old, steps=None), new, torch.tensor([0])).steps
+    assert without.ends.tolist() == [[[-1, -1], [-1, -1]]]
+    assert join_rewards(replace(old, steps=None), replace(new, steps=None), torch.tensor([1])).steps is None
 
 
 def test_no_prompt_is_drawn_twice_before_all_had_a_turn():

@@ -136,6 +136,9 @@ def test_an_incomplete_group_is_named(tmp_path):
         (torch.zeros(4, 4), r"hook estimate_advantages returned \(4, 4\) for rewards of 2 groups of 4"),
         (torch.full((2, 4), torch.nan), "hook estimate_advantages returned nan for completion 0 of group 0"),
         (torch.full((2, 4), 1e39, dtype=torch.float64), r"hook estimate_advantages returned 1e\+39"),
+        (torch.zeros(4, 2, 8), r"returned \(4, 2, 8\) for rewards of 2 groups of 4"),
+        (torch.zeros(2, 4, 7), r"returned \(2, 4, 7\) .* \(2, 4, T\) with T of at least 8, the tokens of the longest"),
+        (torch.full((2, 4, 8), torch.nan), "returned nan for token 0 of completion 0 of group 0"),
     ],
 )
 def test_the_answer_of_an_overridden_hook_is_checked(tmp_path, answer, message):

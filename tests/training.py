@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from transformers import PreTrainedModel
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import GRPOConfig, GRPOTrainer
 
@@ -24,6 +25,15 @@ def brevity(completions: list[str], **_: Any) -> list[float]:
     return [-0.1 * len(text.split(" ")[0]) for text in completions]
 
 
+def stepwise(completion_ids: list[list[int]], log_extra: Any, **_: Any) -> list[float]:
+    """Steps of three tokens, the last one shorter; the last token's id decides a step's reward."""
+    ends = [[*range(2, len(ids) - 1, 3), len(ids) - 1] for ids in completion_ids]
+    rewards = [[ids[end] % 5 / 2 for end in row] for ids, row in zip(completion_ids, ends, strict=True)]
+    log_extra("step_rewards", rewards)
+    log_extra("step_ends", ends)
+    return [sum(row) for row in rewards]
+
+
 def make_trainer(
     output_dir: Path,
     *,
@@ -32,6 +42,7 @@ def make_trainer(
     reward_funcs: Any = (vowels, brevity),
     train_dataset: Dataset = PROMPTS,
     trainer_arguments: dict[str, Any] | None = None,
+    model: PreTrainedModel | None = None,
     **config: Any,
 ) -> GRPOTrainer:
     tokenizer = tiny_tokenizer()
@@ -51,7 +62,7 @@ def make_trainer(
         "seed": 7,
     }
     trainer = trainer_class(
-        model=tiny_model(tokenizer, hidden_size=32, num_heads=2),
+        model=model or tiny_model(tokenizer, hidden_size=32, num_heads=2),
         reward_funcs=list(reward_funcs),
         args=config_class(**(defaults | config)),
         train_dataset=train_dataset,

@@ -8,8 +8,9 @@
 | `binary.py` | maxrl, passk, pkpo, bnpo_advantage | the group's success rate |
 | `batch.py` | batch_std, rloo_norm, gpg, reinforce_pp, reinforce_pp_baseline | a statistic of the batch |
 | `multi_reward.py` | gdpo, mo_grpo, dvao, sa_mrpo | each reward function's own spread |
+| `process.py` | process, one advantage per token from rewards per step | the group's std over all steps |
 
-`modifiers.py` holds what composes with any of them, `process.py` advantages per token.
+`modifiers.py` holds what composes with any of them.
 
 To add an estimator, write one function in the file of its family, register it with what it promises, and add a
 hand-computed row to `tests/advantages/cases.py`; the property tests then run by themselves. In your own script,
@@ -37,6 +38,7 @@ from grpo_plus.advantages import (  # noqa: F401  (they register themselves)
     binary,
     group,
     multi_reward,
+    process,
     ranking,
     running,
     unnormalized,
@@ -52,6 +54,7 @@ from grpo_plus.advantages.modifiers import (
 )
 from grpo_plus.advantages.process import process_advantages
 from grpo_plus.advantages.rewards import Rewards, UnknownRewardError
+from grpo_plus.advantages.steps import Steps
 
 __all__ = [
     "ESTIMATORS",
@@ -60,6 +63,7 @@ __all__ = [
     "Modifiers",
     "Rewards",
     "State",
+    "Steps",
     "UnknownRewardError",
     "check_keywords",
     "check_modifiers",
@@ -89,7 +93,8 @@ def estimate(
         state: what a stateful estimator remembers; updated in place. None: nothing is remembered.
 
     Returns:
-        (P, G) float64, without gradient; 0 for a completion that no reward function judged.
+        (P, G) float64, or (P, G, T) for one per token, without gradient; 0 for a completion that no reward function
+        judged, and past the end of one.
 
     Raises:
         ValueError: a reward is infinite, or the result has another shape or is not finite where it should be.

@@ -45,16 +45,22 @@ def check_keywords(
 
 
 def checked(source: str, advantages: Any, rewards: Rewards) -> Tensor:
-    """`advantages` as float64 without gradient, 0 where nothing was judged.
+    """`advantages` as float64 without gradient, 0 where nothing was judged and past the end of a completion.
 
     Args:
         source: what made them, for the message.
+        advantages: (P, G), or (P, G, T) for one per token, T at least the length of the longest completion.
 
     Raises:
-        ValueError: they are no (P, G) tensor, or not finite, in float32, for a completion that was judged.
+        ValueError: they have another shape, or are not finite, in float32, for a completion that was judged.
     """
     _check_shape(source, advantages, rewards)
-    advantages = torch.where(rewards.judged, advantages.detach().cpu().double(), 0.0)
+    counts = rewards.judged
+    if advantages.dim() == 3:
+        counts = counts.unsqueeze(-1)
+        if rewards.lengths is not None:
+            counts = counts & (torch.arange(advantages.shape[2]) < rewards.lengths.unsqueeze(-1))
+    advantages = torch.where(counts, advantages.detach().cpu().double(), 0.0)
     _check_finite(source, advantages, rewards)
     return advantages
 
@@ -71,23 +77,27 @@ def check_rewards(rewards: Rewards) -> None:
 
 
 def _check_shape(source: str, advantages: Any, rewards: Rewards) -> None:
-    expected = tuple(rewards.values.shape[:2])
+    prompts, generations = expected = tuple(rewards.values.shape[:2])
     found = tuple(advantages.shape) if isinstance(advantages, Tensor) else type(advantages).__name__
-    if found != expected:
+    longest = 0 if rewards.lengths is None else int(rewards.lengths.max())
+    per_token = isinstance(advantages, Tensor) and advantages.dim() == 3 and found[:2] == expected
+    if found != expected and not (per_token and advantages.shape[2] >= longest):
         raise ValueError(
-            f"The {source} returned {found} for rewards of {expected[0]} groups of {expected[1]} "
-            f"completions; a tensor of shape {expected} is needed. {_describe_group(rewards, 0)}"
+            f"The {source} returned {found} for rewards of {prompts} groups of {generations} completions; a tensor of "
+            f"shape {expected} is needed, or for advantages per token ({prompts}, {generations}, T) with T of at least "
+            f"{longest}, the tokens of the longest completion. {_describe_group(rewards, 0)}"
         )
 
 
 def _check_finite(source: str, advantages: Tensor, rewards: Rewards) -> None:
     bad = ~advantages.float().isfinite()  # the loss computes in float32
     if bad.any():
-        prompt, completion = (int(index) for index in bad.nonzero()[0])
+        prompt, completion, *token = where = tuple(int(index) for index in bad.nonzero()[0])
+        place = f"token {token[0]} of completion {completion}" if token else f"completion {completion}"
         raise ValueError(
-            f"The {source} returned {advantages[prompt, completion].item()} for completion "
-            f"{completion} of group {prompt} ({int(bad.sum())} such values in the batch). Look for a division by zero "
-            f"in it. {_describe_group(rewards, prompt)}"
+            f"The {source} returned {advantages[where].item()} for {place} of group {prompt} "
+            f"({int(bad.sum())} such values in the batch). Look for a division by zero in it. "
+            f"{_describe_group(rewards, prompt)}"
         )
 
 

@@ -23,7 +23,7 @@ class Estimator(Described):
 
     Attributes:
         name: as written in `advantage_estimator`.
-        function: (Rewards, *, hyper-parameters) -> (P, G) advantages.
+        function: (Rewards, *, hyper-parameters) -> (P, G) advantages, or (P, G, T) for one per token.
         scope: "group" if a prompt's advantages depend on its own completions alone, "batch" if on the whole batch.
         shift_invariant: adding a constant to every reward changes nothing.
         scale_invariant: multiplying every reward by a positive constant changes nothing (up to eps).
@@ -34,6 +34,7 @@ class Estimator(Described):
         trains_without_spread: a group of equal rewards may get advantages other than 0.
         stateful: the function takes, after the rewards, a dictionary of numbers that it reads and updates.
         needs_prompts: it tells prompts apart across batches.
+        needs_steps: it needs the rewards of the completions' steps, and returns advantages per token.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Estimator(Described):
     trains_without_spread: bool = False
     stateful: bool = False
     needs_prompts: bool = False
+    needs_steps: bool = False
 
     def __call__(self, rewards: Rewards, keywords: Mapping[str, Any], state: State) -> Tensor:
         """The function's advantages; `state` is updated where it is stateful."""
@@ -76,11 +78,12 @@ def register(
     trains_without_spread: bool = False,
     stateful: bool = False,
     needs_prompts: bool = False,
+    needs_steps: bool = False,
 ) -> Callable[[Function], Function]:
     """Make a function available as `advantage_estimator=name`.
 
-    The function takes a `Rewards`, then keyword-only hyper-parameters, and returns (P, G) advantages. For what the
-    keywords promise see `Estimator`.
+    The function takes a `Rewards`, then keyword-only hyper-parameters, and returns (P, G) or (P, G, T) advantages. For
+    what the keywords promise see `Estimator`.
 
     Raises:
         ValueError: the name is taken or is not an identifier.
@@ -100,6 +103,7 @@ def register(
             trains_without_spread=trains_without_spread,
             stateful=stateful,
             needs_prompts=needs_prompts,
+            needs_steps=needs_steps,
         )
         ESTIMATORS.add(name, entry)
         return function

@@ -6,8 +6,8 @@ A reward modifier (`gate`, `pods`) changes what the estimator sees; an advantage
 `filter_zero_std`, `clip`) changes what it returned, and sees the rewards as the estimator saw them. `apply_to_rewards`
 and `apply_to_advantages` run them in the order given.
 
-To add one, write a function of (Rewards, *, keywords) -> Rewards or (Rewards, advantages, *, keywords) -> advantages
-that refuses wrong values by itself, and name it in one of the two tables at the end.
+To add one, write a function of (Rewards, *, keywords) -> Rewards or (Rewards, advantages, *, keywords) -> advantages,
+(P, G) and (P, G, T) alike, that refuses wrong values by itself, and name it in one of the two tables at the end.
 """
 
 import inspect
@@ -76,7 +76,7 @@ def difficulty(
     judged = rewards.total() if by is None else rewards.values[..., rewards.index(by)]
     success = _passes(judged, at_least).double().where(~judged.isnan(), torch.nan)
     failing = 1 - mean(success).nan_to_num()
-    return advantages * failing**gamma
+    return advantages * _for_each(failing**gamma, advantages)
 
 
 def filter_zero_std(rewards: Rewards, advantages: Tensor, *, by: str) -> Tensor:
@@ -93,7 +93,8 @@ def filter_zero_std(rewards: Rewards, advantages: Tensor, *, by: str) -> Tensor:
         by: the reward that has to differ.
     """
     verdict = rewards.values[..., rewards.index(by)]
-    return advantages.where(has_spread(verdict) | verdict.isnan().all(-1, keepdim=True), 0.0)
+    kept = has_spread(verdict) | verdict.isnan().all(-1, keepdim=True)
+    return advantages.where(_for_each(kept, advantages), 0.0)
 
 
 def clip(rewards: Rewards, advantages: Tensor, *, max: float) -> Tensor:
@@ -178,6 +179,11 @@ def _mentioned(keywords: Mapping[str, Any]) -> list[str]:
     gated = keywords.get("gated")
     named = [keywords.get("by"), *(gated if isinstance(gated, Sequence) else [])]
     return list(dict.fromkeys(name for name in named if isinstance(name, str))) or ["sample"]
+
+
+def _for_each(per_group: Tensor, advantages: Tensor) -> Tensor:
+    """(P, 1), with a further axis where the advantages are those of tokens."""
+    return per_group.unsqueeze(-1) if advantages.dim() == 3 else per_group
 
 
 def _passes(values: Tensor, at_least: float) -> Tensor:

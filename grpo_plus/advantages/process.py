@@ -1,13 +1,50 @@
-"""Advantages per token, from rewards for the steps of a completion.
-
-Not in the registry: an estimator sees one reward per completion and reward function (`Rewards`), and these need one
-per step, and where each step ends.
+"""Advantages per token, from rewards for the steps of a completion: `process` for training, `process_advantages` for
+tensors of your own.
 """
 
 import torch
 from torch import Tensor
 
+from grpo_plus.advantages.estimator import register
+from grpo_plus.advantages.rewards import Rewards
 from grpo_plus.reductions import zscore
+
+
+@register("process", scope="group", needs_lengths=True, needs_steps=True)
+def process(rewards: Rewards, *, ddof: int = 1, eps: float = 1e-4) -> Tensor:
+    """What a token's own step and the later ones are worth, against all steps of the group: process supervision.
+
+    r̃ᵢⱼ = (rᵢⱼ − mean(R)) / (std(R) + eps)        R: the rewards of all steps j of all completions i of the group
+    Aᵢₜ = Σⱼ r̃ᵢⱼ over the steps j of completion i that end at or after token t
+
+    Needs a reward function that reports steps through TRL's `log_extra`: `step_rewards`, and as `step_ends` the index
+    in `completion_ids` of each step's last token, one list per completion. What the function returns is logged and
+    decides nothing, but for None, which takes the completion out.
+    Shao et al., "DeepSeekMath" (https://huggingface.co/papers/2402.03300), section 4.1.3; see `process_advantages`.
+    """
+    deciding = [name for name, weight in zip(rewards.names, rewards.weights.tolist(), strict=True) if weight != 0]
+    if len(deciding) > 1:
+        raise ValueError(
+            f"advantage_estimator='process' counts step rewards only, so those of {', '.join(map(repr, deciding))} "
+            "would not all have an effect. Set reward_weights to 0 for the ones that are only watched, or override "
+            "estimate_advantages to add their advantages to those of the steps."
+        )
+    if rewards.steps is None:
+        raise ValueError(
+            "advantage_estimator='process' needs rewards of steps, and no reward function gave any. In one of them "
+            "call log_extra('step_rewards', ...) and log_extra('step_ends', ...), each with one list per completion."
+        )
+    steps = rewards.steps.rewards.masked_fill(~rewards.judged.unsqueeze(-1), torch.nan)
+    prompts, generations, _ = steps.shape
+    advantages = process_advantages(
+        steps.flatten(0, 1),
+        rewards.steps.ends.flatten(0, 1),
+        num_generations=generations,
+        num_tokens=int(rewards.tokens().max()),
+        ddof=ddof,
+        eps=eps,
+    )
+    return advantages.view(prompts, generations, -1)
 
 
 def process_advantages(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from grpo_plus.advantages.steps import Row, Steps
 from grpo_plus.reductions import RESOLUTION
 from grpo_plus.registry import suggestion
 
@@ -25,6 +26,7 @@ class Rewards:
         lengths: (P, G) completion lengths in tokens, or None where they are unknown.
         tasks: (P,) the task of each prompt, from the column that `task_column` names, or None.
         prompts: (P,) something that identifies each prompt, or None where no estimator asks for it.
+        steps: rewards of the completions' steps, or None where no reward function gave any.
     """
 
     values: Tensor
@@ -33,6 +35,7 @@ class Rewards:
     lengths: Tensor | None = None
     tasks: tuple[str, ...] | None = None
     prompts: tuple[str, ...] | None = None
+    steps: Steps | None = None
 
     def __post_init__(self) -> None:
         if self.values.dim() != 3:
@@ -51,6 +54,11 @@ class Rewards:
             labels = getattr(self, name)
             if labels is not None and len(labels) != len(self.values):
                 raise ValueError(f"Rewards.{name} has {len(labels)} entries; {len(self.values)} are needed.")
+        if self.steps is not None and self.steps.rewards.shape[:2] != self.values.shape[:2]:
+            raise ValueError(
+                f"Rewards.steps are those of {tuple(self.steps.rewards.shape[:2])} completions; "
+                f"{tuple(self.values.shape[:2])} are needed."
+            )
 
     @classmethod
     def from_table(
@@ -63,11 +71,13 @@ class Rewards:
         lengths: Tensor | None = None,
         tasks: Sequence[str] | None = None,
         prompts: Sequence[str] | None = None,
+        steps: tuple[Sequence[Row], Sequence[Row]] | None = None,
     ) -> "Rewards":
         """Group a (P*G, K) table whose groups are contiguous blocks of `num_generations` rows; labels come per row.
 
         The values become float64 on the CPU: a few thousand numbers, where exact sums matter more than speed, and
-        where every process must compute the same advantages to the last bit.
+        where every process must compute the same advantages to the last bit. `steps` are the rewards and the ends of
+        each completion's steps, see `Steps.from_rows`; they need `lengths`.
         """
         rows, functions = rewards_per_func.shape
         if rows % num_generations:
@@ -78,13 +88,15 @@ class Rewards:
                 "evaluation, per_device_eval_batch_size x processes a multiple of num_generations_eval."
             )
         groups = rows // num_generations
+        lengths = None if lengths is None else lengths.detach().cpu().view(groups, num_generations)
         return cls(
             values=rewards_per_func.detach().cpu().double().view(groups, num_generations, functions),
             weights=weights.detach().cpu().double(),
             names=names,
-            lengths=None if lengths is None else lengths.detach().cpu().view(groups, num_generations),
+            lengths=lengths,
             tasks=None if tasks is None else tuple(tasks[::num_generations]),
             prompts=None if prompts is None else tuple(prompts[::num_generations]),
+            steps=None if steps is None or lengths is None else Steps.from_rows(*steps, lengths=lengths),
         )
 
     @property
@@ -117,6 +129,10 @@ class Rewards:
         # An empty completion counts as one token: a group of empty ones would have no token-weighted mean.
         return self.lengths.double().clamp(min=1)
 
+    def per_completion(self, advantages: Tensor) -> Tensor:
+        """(P, G) advantages as they are; of (P, G, T) ones, which are 0 past each end, the mean over its tokens."""
+        return advantages if advantages.dim() == 2 else advantages.sum(-1) / self.tokens()
+
 
 def sample_rewards(
     num_generations: int = 2, names: Sequence[str] = ("sample",), low: float = 0.0, high: float = 1.0
@@ -125,4 +141,5 @@ def sample_rewards(
     values = torch.full((2, num_generations, len(names)), high, dtype=torch.float64)
     values[0, 0] = low
     weights = torch.full((len(names),), 1 / len(names), dtype=torch.float64)
-    return Rewards(values, weights, tuple(names), torch.ones(2, num_generations))
+    steps = Steps(values[..., :1], torch.zeros(2, num_generations, 1, dtype=torch.long))
+    return Rewards(values, weights, tuple(names), torch.ones(2, num_generations), steps=steps)

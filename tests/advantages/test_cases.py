@@ -13,4 +13,5 @@ def test_worked_example(case: Case):
 
 
 def test_every_estimator_has_a_worked_example():
-    assert {case.estimator for case in CASES} == set(ESTIMATORS)
+    # Those of steps have theirs in test_process.py.
+    assert {case.estimator for case in CASES} == {name for name in ESTIMATORS if not ESTIMATORS[name].needs_steps}

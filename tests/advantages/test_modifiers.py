@@ -7,7 +7,7 @@ from hypothesis import given
 from grpo_plus.advantages import ESTIMATORS, MODIFIERS, Rewards, UnknownRewardError, check_modifiers, estimate
 from grpo_plus.advantages.modifiers import clip, difficulty, filter_zero_std, gate
 from tests.advantages.cases import rewards_of
-from tests.advantages.test_properties import advantages_of, batches, fit
+from tests.advantages.test_properties import advantages_of, batches, every_estimator, fit
 from tests.close import assert_close
 
 
@@ -109,7 +109,7 @@ def test_advantage_modifiers_see_the_gated_rewards():
     assert advantages.tolist() == [[0, 0]]
 
 
-@pytest.mark.parametrize("name", ESTIMATORS)
+@every_estimator
 @given(rewards=batches())
 def test_modifiers_that_change_nothing_compose_with_every_estimator(name: str, rewards: Rewards):
     rewards = fit(name, rewards)

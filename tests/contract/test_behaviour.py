@@ -44,6 +44,9 @@ def test_the_attributes_that_the_seam_reads_are_there(tmp_path):
     assert trainer.reward_func_names == ["vowels", "brevity"]
     assert list(trainer._logs["advantages"]) == []
     assert trainer._logs["prompt"].maxlen == trainer.args.generation_batch_size
+    assert (trainer.aux_loss_enabled, trainer.router_aux_loss_coef) == (False, 0.0)
+    trainer._log_completion_extra("step_ends", [[1], [2]])
+    assert trainer._pending_extra_logs == {"step_ends": [[1], [2]]}
 
 
 def test_a_masked_token_has_log_probability_zero(tmp_path):

@@ -9,11 +9,11 @@ from accelerate import PartialState
 
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
 from tests.refilling import MIXED, Judge
-from tests.training import make_trainer, weights_of
+from tests.training import brevity, make_trainer, stepwise, vowels, weights_of
 
 
 class Recorder(GRPOPlusTrainer):
-    """Keeps every row that reaches the loss: prompt, completion and advantage."""
+    """Keeps every row that reaches the loss: prompt, completion and advantage, or one advantage per token."""
 
     def __init__(self, *arguments, **keywords):
         super().__init__(*arguments, **keywords)
@@ -43,10 +43,17 @@ def main() -> None:
     args = parser.parse_args()
     resume_from = args.config.pop("resume_from", None)
     judge = Judge()
+    stepped = args.config.get("advantage_estimator") == "process"
+    task = {"reward_funcs": [stepwise] if stepped else [vowels, brevity]}
     if args.config.pop("half_dead", False):
-        args.config |= {"reward_funcs": [judge], "train_dataset": MIXED}
+        task = {"reward_funcs": [judge], "train_dataset": MIXED}
     trainer = make_trainer(
-        args.output_dir, trainer_class=Recorder, config_class=GRPOPlusConfig, log_completions=True, **args.config
+        args.output_dir,
+        trainer_class=Recorder,
+        config_class=GRPOPlusConfig,
+        log_completions=True,
+        **task,
+        **args.config,
     )
     trainer.train(resume_from_checkpoint=resume_from)
     rank = PartialState().process_index

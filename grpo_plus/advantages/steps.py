@@ -1,0 +1,71 @@
+"""Rewards of the steps of a completion, as a reward function reports them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Row = Sequence[float] | Tensor | None
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The steps of the completions of one generation batch, grouped by prompt; S is the largest number of them.
+
+    Attributes:
+        rewards: (P, G, S) float64, NaN where a completion has fewer steps.
+        ends: (P, G, S) index of each step's last token in the completion, from 0; -1 where there is no step.
+    """
+
+    rewards: Tensor
+    ends: Tensor
+
+    @classmethod
+    def from_rows(cls, rewards: Sequence[Row], ends: Sequence[Row], *, lengths: Tensor) -> "Steps":
+        """Pad what the reward function gave for each completion, in the order of the reward table.
+
+        Args:
+            rewards: one list of rewards for each completion; None or an empty one for a completion without steps.
+            ends: one list of token indices for each completion.
+            lengths: (P, G) tokens of the completions.
+
+        Raises:
+            ValueError: a completion has more rewards than ends or fewer, an infinite reward, or a step that ends
+                outside of it.
+        """
+        columns = [(_as_row(values), _as_row(indices)) for values, indices in zip(rewards, ends, strict=True)]
+        for row, (values, indices) in enumerate(columns):
+            _check_row(row, values, indices, int(lengths.flatten()[row]))
+        return cls(
+            _padded([values for values, _ in columns], torch.nan).view(*lengths.shape, -1),
+            _padded([indices for _, indices in columns], -1.0).view(*lengths.shape, -1).long(),
+        )
+
+
+def _as_row(given: Row) -> Tensor:
+    return torch.as_tensor([] if given is None else given, dtype=torch.float64)
+
+
+def _padded(rows: list[Tensor], value: float) -> Tensor:
+    """(B, S), S at least 1."""
+    padded = torch.full((len(rows), max(1, *map(len, rows))), value, dtype=torch.float64)
+    for row, values in enumerate(rows):
+        padded[row, : len(values)] = values
+    return padded
+
+
+def _check_row(row: int, rewards: Tensor, ends: Tensor, length: int) -> None:
+    if rewards.dim() != 1 or rewards.shape != ends.shape:
+        raise ValueError(
+            f"Completion {row} has step_rewards {rewards.tolist()} and step_ends {ends.tolist()}. Give one list of "
+            "rewards and one list of as many token indices for each completion."
+        )
+    if not rewards.isfinite().all():
+        raise ValueError(f"Completion {row} has step_rewards {rewards.tolist()}. Use finite numbers.")
+    outside = (ends < 0) | (ends >= length) | (ends != ends.floor())
+    if outside.any():
+        raise ValueError(
+            f"Completion {row} has {length} tokens and step_ends {ends.tolist()}. A step's end is the index of its "
+            "last token in completion_ids, counted from 0."
+        )

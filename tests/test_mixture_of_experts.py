@@ -1,0 +1,46 @@
+"""A mixture-of-experts model: its router's auxiliary loss is TRL's business, and a loss of ours says so at once."""
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
+from grpo_plus.demo.tiny import tiny_tokenizer
+from tests.training import logs_of, make_trainer, weights_of
+
+
+def tiny_experts() -> PreTrainedModel:
+    tokenizer = tiny_tokenizer()
+    config = AutoConfig.for_model(
+        "qwen3_moe", vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, moe_intermediate_size=16,
+        num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, head_dim=16, num_experts=4,
+        num_experts_per_tok=2, output_router_logits=True, router_aux_loss_coef=0.5, pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def experts_trainer(output_dir, loss_type, **arguments):
+    arguments = {"trainer_class": GRPOPlusTrainer, "config_class": GRPOPlusConfig, "max_steps": 2, **arguments}
+    return make_trainer(output_dir, model=tiny_experts(), loss_type=loss_type, **arguments)
+
+
+def test_a_loss_of_ours_that_would_lose_the_auxiliary_loss_is_refused_at_construction(tmp_path):
+    with pytest.raises(ValueError, match=r"loss_type='gmpo' .* router_aux_loss_coef=0\.5.*router_aux_loss_coef=0\.0"):
+        experts_trainer(tmp_path, "gmpo")
+
+
+def test_a_loss_of_ours_trains_without_the_auxiliary_loss(tmp_path):
+    trainer = experts_trainer(tmp_path, "gmpo", router_aux_loss_coef=0.0)
+    start = weights_of(trainer)
+    trainer.train()
+    assert any(not torch.equal(start[name], weight) for name, weight in weights_of(trainer).items())
+
+
+def test_a_loss_of_trls_trains_with_it(tmp_path):
+    trainer = experts_trainer(tmp_path, "grpo", advantage_estimator="rloo")
+    start = weights_of(trainer)
+    trainer.train()
+    assert all(entry["aux_loss"] > 0 for entry in logs_of(trainer)[:2])
+    assert any(not torch.equal(start[name], weight) for name, weight in weights_of(trainer).items())
