@@ -201,7 +201,10 @@ def test_a_modifier_decides_what_is_dead(tmp_path, capsys):
 
 
 def test_a_group_of_equal_steps_is_dead_and_steps_move_with_their_completions(tmp_path, capsys):
-    def halves(prompts, completion_ids, log_extra, **_):
+    judge = Judge()
+
+    def halves(prompts, completions, completion_ids, log_extra, **_):
+        judge(prompts, completions)
         values = [0.5 if is_dead(p) else float(sum(ids) % 97) for p, ids in zip(prompts, completion_ids, strict=True)]
         log_extra("step_rewards", [[value] for value in values])
         log_extra("step_ends", [[len(ids) - 1] for ids in completion_ids])
@@ -210,6 +213,8 @@ def test_a_group_of_equal_steps_is_dead_and_steps_move_with_their_completions(tm
     trainer = refilling(tmp_path, halves, advantage_estimator="process")
     trainer.train()
     assert sum(sampling(trainer, "refills")) > 0
+    batches = expected_batches(judge, [int(count) for count in sampling(trainer, "refills")])
+    assert [list(table["completion"]) for table in tables(tmp_path)] == [[c for _, c in rows] for rows in batches]
     for table, (output, _, _) in zip(tables(tmp_path), trainer.batches, strict=True):
         steps = [
             0.5 if is_dead(p) else float(s[0]) for p, s in zip(table["prompt"], table["step_rewards"], strict=True)
