@@ -6,15 +6,19 @@ copied or patched. When TRL moves, this file and `trl_fingerprints.json` change,
 
 import inspect
 import json
+import math
 import warnings
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 import torch.nn.functional as F
-from accelerate.utils import gather, gather_object
+from accelerate.utils import gather, gather_object, pad_across_processes
 from packaging.specifiers import SpecifierSet
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -24,6 +28,17 @@ from trl import GRPOTrainer
 from grpo_plus.advantages import Rewards, checked
 from grpo_plus.losses import TRL_LOSSES, LossInputs, PolicyLoss
 from grpo_plus.packing import Packed, PaddedRows, base_model, forward_live, regroup, reorder
+from grpo_plus.sampling import (
+    Padding,
+    draw_prompts,
+    fill,
+    join_column,
+    join_rewards,
+    join_rows,
+    rows_of,
+    rows_of_process,
+    without_spread,
+)
 
 TESTED_TRL = SpecifierSet(">=1.15,<1.17")
 
@@ -53,6 +68,21 @@ STEP_COLUMNS = ("step_rewards", "step_ends")
 
 # Images and what belongs to them, under the names that TRL's dictionaries and its forward share.
 MULTIMODAL = tuple(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)[8:]
+
+# How TRL fills up the rows of its dictionaries: token ids with the pad token, a masked log-probability is 0, a masked
+# ratio 1. None: one number per row.
+PADDING = {
+    "prompt_ids": Padding("left", 0),
+    "prompt_mask": Padding("left", 0),
+    "completion_ids": Padding("right", 0),
+    "completion_mask": Padding("right", 0),
+    "tool_mask": Padding("right", 1),
+    "old_per_token_logps": Padding("right", 0),
+    "sampling_per_token_logps": Padding("right", 0),
+    "ref_per_token_logps": Padding("right", 0),
+    "importance_sampling_ratio": Padding("right", 1),
+    "advantages": None,
+}
 
 
 def untested_version(installed: str) -> str | None:
@@ -94,12 +124,32 @@ class TRLSeam(GRPOTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._last_draw = (-1, 0)  # the optimizer step, and which of its generation batches
+        self._warned_of_dead_groups = False
+        self._check_refills()
         if self.aux_loss_enabled and self.loss_type not in TRL_LOSSES:
             raise ValueError(
                 f"loss_type={self.loss_type!r} does not add the router's auxiliary loss of a mixture-of-experts model, "
                 f"but router_aux_loss_coef={self.router_aux_loss_coef}, from the arguments or the model's config. Set "
                 "router_aux_loss_coef=0.0 in the arguments to train without it, or take one of TRL's losses."
             )
+
+    @property
+    def max_refills(self) -> int:
+        """Further generation batches that may replace the dead groups of one."""
+        return 0
+
+    def dead_groups(self, rewards: Rewards) -> Tensor:
+        """The groups that teach nothing and give up their place under `max_refills`.
+
+        Args:
+            rewards: of all processes, alike on each of them; asked for every batch generated, and for what becomes of
+                it. The answer must not depend on how often one asks.
+
+        Returns:
+            (P,) bool, here the groups of equal rewards. Override it together with `estimate_advantages`.
+        """
+        return without_spread(rewards)
 
     def estimate_advantages(self, rewards: Rewards) -> Tensor | None:
         """Advantages of one generation batch.
@@ -205,13 +255,118 @@ class TRLSeam(GRPOTrainer):
         return rewards_per_func
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        output = super()._generate_and_score_completions(inputs)
+        if self.model.training and self.max_refills > 0:
+            output = self._generate_live_groups(inputs)
+        else:
+            output = super()._generate_and_score_completions(inputs)
         advantages = self.estimate_advantages(self._rewards)
         if advantages is not None:
             advantages = checked("hook estimate_advantages", advantages, self._rewards)
             self._replace_advantages(output, advantages)
         self._log_advantage_metrics()
         return output
+
+    def _generate_live_groups(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """TRL's generation batch, with live groups of up to `max_refills` further ones in the place of dead groups."""
+        columns = tuple(inputs[0])
+        output = super()._generate_and_score_completions(inputs)
+        dead = self.dead_groups(self._rewards)
+        refills = 0
+        for indices in self._drawn_prompts(len(dead)):
+            if not dead.any():
+                break
+            output = self._refill(output, dead, indices, columns)
+            dead = self.dead_groups(self._rewards)
+            refills += 1
+        self._log_sampling(dead, refills)
+        return output
+
+    def _drawn_prompts(self, prompts: int) -> Iterator[list[int]]:
+        # A step may take several generation batches; counted from its start, a resumed run counts alike.
+        step, batch = self._last_draw
+        self._last_draw = self.state.global_step, batch + 1 if step == self.state.global_step else 0
+        seed = "{} {} {}".format(self.args.seed, *self._last_draw)
+        return draw_prompts(seed, len(self.train_dataset), prompts, self.max_refills)
+
+    def _refill(
+        self, output: dict[str, Any], dead: Tensor, indices: list[int], columns: tuple[str, ...]
+    ) -> dict[str, Any]:
+        """Generate for the prompts at `indices` and put the live groups in the place of dead ones."""
+        rewards, logged = self._rewards, {name: list(column) for name, column in self._logged_columns().items()}
+        local_rows = output["advantages"].shape[0]
+        first = self.accelerator.process_index * local_rows
+        rows = [self.train_dataset[indices[i // self.num_generations]] for i in range(first, first + local_rows)]
+        # The columns that the dataloader left: others would reach the reward functions in a refill only.
+        new = super()._generate_and_score_completions(
+            [{name: value for name, value in row.items() if name in columns} for row in rows]
+        )
+        groups = fill(dead, ~self.dead_groups(self._rewards))
+        self._rewards = join_rewards(rewards, self._rewards, groups)
+        taken = rows_of(groups, self.num_generations)
+        for name, column in self._logged_columns().items():
+            if column:  # no images where there are none
+                column.extend(join_column(logged.get(name, []), column, taken))
+        return self._join_outputs(output, new, taken)
+
+    def _join_outputs(self, old: dict[str, Any], new: dict[str, Any], rows: Tensor) -> dict[str, Any]:
+        """One dictionary of TRL's with this process's part of `rows`, indices into all old rows and then all new ones.
+
+        TRL fills up to the longest row of each process, and a new row can go to another process than its own.
+        """
+        names = (old.keys() | new.keys()) - {"num_items_in_batch"}
+        if unknown := sorted(name for name in names if name not in PADDING or name not in old or name not in new):
+            raise ValueError(
+                f"max_refills={self.max_refills} cannot join batches that hold {', '.join(unknown)}: only rows of text "
+                "can change places, and every batch must hold the same. Set max_refills=0."
+            )
+        taken = rows_of_process(rows, self.accelerator.process_index, old["advantages"].shape[0])
+        joined = {}
+        for name in sorted(names):
+            padding, values = PADDING[name], new[name]
+            if padding is not None:
+                if name.endswith("_ids"):
+                    padding = replace(padding, value=self._tokenizer.pad_token_id)
+                side = padding.side == "left"
+                values = pad_across_processes(values, dim=1, pad_index=padding.value, pad_first=side)
+            joined[name] = join_rows(old[name], gather(values), taken, padding)
+        tokens = (joined["completion_mask"] * joined.get("tool_mask", 1)).sum()
+        return joined | {"num_items_in_batch": self.accelerator.gather(tokens).sum()}
+
+    def _logged_columns(self) -> dict[tuple[str, ...], deque]:
+        """The columns of TRL's table of completions, each as long as one generation batch."""
+        columns: dict[tuple[str, ...], deque] = {}
+        for name, column in self._logs.items():
+            columns |= {(name, k): v for k, v in column.items()} if isinstance(column, dict) else {(name,): column}
+        return columns
+
+    def _log_sampling(self, dead: Tensor, refills: int) -> None:
+        groups, trained = len(dead), int((~dead).sum())
+        if trained < groups and not self._warned_of_dead_groups and self.accelerator.is_main_process:
+            warnings.warn(
+                f"{groups - trained} of {groups} groups are dead after max_refills={self.max_refills} refills, and the "
+                "run goes on with them. sampling/dead_groups logs their share. Raise max_refills, or choose prompts "
+                "that are neither always nor never solved.",
+                stacklevel=2,
+            )
+            self._warned_of_dead_groups = True
+        # TRL averages without NaN: a batch in which nothing trains has no ratio.
+        ratio = (1 + refills) * groups / trained if trained else math.nan
+        for name, value in {"refills": refills, "dead_groups": 1 - trained / groups, "generated_ratio": ratio}.items():
+            self._metrics["train"][f"sampling/{name}"].append(value)
+
+    def _check_refills(self) -> None:
+        if self.max_refills == 0:
+            return
+        if isinstance(self.train_dataset, datasets.IterableDataset | torch.utils.data.IterableDataset):
+            raise ValueError(
+                f"max_refills={self.max_refills} draws rows of train_dataset by index, but a "
+                f"{type(self.train_dataset).__name__} has none. Load it without streaming, or set max_refills=0."
+            )
+        if images := sorted({"image", "images"} & set(self.train_dataset[0])):
+            raise ValueError(
+                f"max_refills={self.max_refills} moves rows of text only, but train_dataset has the column "
+                f"{images[0]!r}. Set max_refills=0."
+            )
 
     def _gather_steps(self, rows: int) -> tuple[list, list] | None:
         """What the reward functions of all processes passed to `log_extra` as step rewards and ends; None for none."""

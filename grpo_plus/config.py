@@ -25,6 +25,13 @@ class GRPOPlusConfig(GRPOConfig):
         advantage_modifiers: what else happens to the rewards and advantages, in order: name -> keywords, such as
             {"filter_zero_std": {"by": "correctness"}, "clip": {"max": 5.0}}; see `grpo_plus.advantages.modifiers`.
 
+        max_refills: dynamic sampling: up to how many further generation batches may replace groups that teach nothing,
+            their advantages being 0 throughout. 0: off. Each is a whole batch of prompts drawn from `train_dataset` by
+            seed and step; live groups beyond the need are lost, and groups still dead after the last one stay.
+            Estimators, their memory, `advantages/` and the table of completions see the final batch; TRL's own figures
+            in the log are of all that was generated, and `sampling/` says what it cost. With `filter_zero_std` by the
+            correctness these are the groups of DAPO (https://huggingface.co/papers/2503.14476, section 3.2), which has
+            no bound.
         task_column: the dataset column that names each prompt's task: `ema_task` and `popart` keep one scale per task,
             and the log shows each task's share of the advantages. None: the whole run is one task.
         loss_kwargs: hyper-parameters of a `loss_type` that TRL lacks; as JSON on the command line. TRL's losses have
@@ -63,6 +70,13 @@ class GRPOPlusConfig(GRPOConfig):
         metadata={
             "help": 'What else happens to rewards and advantages, in order, as JSON: \'{"clip": {"max": 5.0}}\'. '
             "Known: gate, pods, difficulty, filter_zero_std, clip."
+        },
+    )
+    max_refills: int = field(
+        default=0,
+        metadata={
+            "help": "Dynamic sampling: up to how many further generation batches replace groups whose advantages are "
+            "all 0. 0: off."
         },
     )
 
@@ -120,6 +134,7 @@ class GRPOPlusConfig(GRPOConfig):
                     f"kl_target={self.kl_target} moves beta, which is 0. Set beta to where it should start."
                 )
             AdaptiveBeta(self.beta, self.kl_target, self.kl_horizon)
+        _check_refills(self)
         self.advantage_kwargs = _as_dictionary("advantage_kwargs", self.advantage_kwargs)
         self.advantage_modifiers = _as_dictionary("advantage_modifiers", self.advantage_modifiers)
         if self.advantage_estimator is not None:
@@ -145,7 +160,8 @@ class GRPOPlusConfig(GRPOConfig):
             given = _as_dictionary("advantage_kwargs", self.advantage_kwargs)
             keywords = ", ".join(f"{name}={value}" for name, value in given.items())
             advantages = " + ".join((f"{self.advantage_estimator}({keywords})", *(self.advantage_modifiers or {})))
-        return f"grpo_plus {__version__}: advantages {advantages}; loss {self.loss_type}"
+        refills = f"; up to {self.max_refills} refills" if self.max_refills else ""
+        return f"grpo_plus {__version__}: advantages {advantages}; loss {self.loss_type}{refills}"
 
 
 def _as_dictionary(name: str, given: dict[str, Any] | str | None) -> dict[str, Any]:
@@ -167,6 +183,25 @@ def _check_conflicts(config: GRPOPlusConfig) -> None:
             raise ValueError(
                 f"advantage_estimator={config.advantage_estimator!r} replaces TRL's advantages, so {name}={value!r} "
                 f"would have no effect. Drop one of the two ({name} defaults to {defaults[name]!r})."
+            )
+
+
+def _check_refills(config: GRPOPlusConfig) -> None:
+    """Refuse a number that is none, and TRL's advantages where they depend on groups that a refill would replace."""
+    refills = config.max_refills
+    if not isinstance(refills, int) or isinstance(refills, bool) or refills < 0:
+        raise ValueError(f"max_refills={refills!r} is not a number of batches. Use 0 (off) or a small one such as 2.")
+    if refills == 0 or config.advantage_estimator is not None:
+        return
+    for name, value, estimator in (
+        ("scale_rewards", "batch", "batch_std"),
+        ("multi_objective_aggregation", "normalize_then_sum", "gdpo"),
+    ):
+        if getattr(config, name) == value:
+            raise ValueError(
+                f"max_refills={refills} replaces groups, but with {name}={value!r} TRL has scaled the others by them. "
+                f"Drop {name} and set advantage_estimator={estimator!r}, the same formula on the batch that is "
+                "trained on."
             )
 
 

@@ -1,8 +1,9 @@
 """GRPOPlusTrainer: TRL's GRPOTrainer with the advantages and the loss you choose.
 
-One step: TRL generates the completions and calls the reward functions; `estimate_advantages` turns the rewards of all
-processes into advantages, and `advantage_metrics` says what they are like; TRL computes its loss with them, or
-`policy_loss` one that TRL lacks; TRL logs and steps.
+One step: TRL generates the completions and calls the reward functions, and does so again where `max_refills` allows it
+for the groups that `dead_groups` names; `estimate_advantages` turns the rewards of all processes into advantages, and
+`advantage_metrics` says what they are like; TRL computes its loss with them, or `policy_loss` one that TRL lacks; TRL
+logs and steps.
 """
 
 import copy
@@ -44,10 +45,26 @@ class GRPOPlusTrainer(TRLSeam):
 
     def estimate_advantages(self, rewards: Rewards) -> Tensor | None:
         """Advantages (P, G), or (P, G, T) per token, of all processes' rewards; None keeps TRL's own."""
+        # Evaluation must leave no trace in the state that training goes on with.
+        return self._estimate(rewards, self.estimator_state if self.model.training else self._copied_state())
+
+    @property
+    def max_refills(self) -> int:
+        """The configuration's `max_refills`."""
+        return self.plus.max_refills if self.plus is not None else 0
+
+    def dead_groups(self, rewards: Rewards) -> Tensor:
+        """The groups whose advantages are all 0; those of equal rewards where TRL's own hold rounding instead of 0."""
+        # Only the batch that is trained on may move the state.
+        advantages = self._estimate(rewards, self._copied_state())
+        return super().dead_groups(rewards) if advantages is None else (advantages == 0).flatten(1).all(-1)
+
+    def _copied_state(self) -> State:
+        return copy.deepcopy(self.estimator_state)
+
+    def _estimate(self, rewards: Rewards, state: State) -> Tensor | None:
         if self.plus is None or self.plus.advantage_estimator is None:
             return None
-        # Evaluation must leave no trace in the state that training goes on with.
-        state = self.estimator_state if self.model.training else copy.deepcopy(self.estimator_state)
         return estimate(
             self.plus.advantage_estimator,
             rewards,

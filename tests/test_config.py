@@ -32,6 +32,17 @@ def config(**fields) -> GRPOPlusConfig:
         ({"advantage_estimator": "passk", "advantage_kwargs": {"k": 9}}, "does not fit 'passk': .*9"),
         ({"advantage_estimator": "rloo", "advantage_modifiers": {"clipp": {"max": 1.0}}}, "clipp.*Did you mean 'clip'"),
         ({"advantage_modifiers": {"clip": {"max": 1.0}}}, "Set advantage_estimator too"),
+        ({"max_refills": -1}, "max_refills=-1 is not a number of batches"),
+        ({"max_refills": 1.5, "advantage_estimator": "rloo"}, "max_refills=1.5 is not a number of batches"),
+        ({"max_refills": True}, "max_refills=True is not a number of batches"),
+        (
+            {"max_refills": 1, "scale_rewards": "batch"},
+            "max_refills=1 .*scale_rewards='batch'.*set advantage_estimator='batch_std'",
+        ),
+        (
+            {"max_refills": 1, "multi_objective_aggregation": "normalize_then_sum"},
+            "max_refills=1 .*multi_objective_aggregation='normalize_then_sum'.*set advantage_estimator='gdpo'",
+        ),
         (
             {"loss_type": "gmpo", "epsilon": 0.3},
             "loss_type='gmpo': epsilon=0.3 is read by TRL's losses only.*loss_kwargs takes eps",

@@ -15,6 +15,7 @@ PURE = (
     "registry.py",
     "described.py",
     "reductions.py",
+    "sampling.py",
     "advantages/",
     "losses/",
     "diagnostics/metrics.py",

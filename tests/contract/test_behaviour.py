@@ -65,6 +65,16 @@ def test_the_attributes_that_the_seam_reads_are_there(tmp_path):
     assert trainer.reward_weights.tolist() == [1.0, 2.0]
     assert trainer.reward_func_names == ["vowels", "brevity"]
     assert list(trainer._logs["advantages"]) == []
+    assert trainer._logs["prompt"].maxlen == trainer.args.generation_batch_size
     assert (trainer.aux_loss_enabled, trainer.router_aux_loss_coef) == (False, 0.0)
     trainer._log_completion_extra("step_ends", [[1], [2]])
     assert trainer._pending_extra_logs == {"step_ends": [[1], [2]]}
+
+
+def test_a_masked_token_has_log_probability_zero(tmp_path):
+    trainer = make_trainer(tmp_path)
+    ids, mask = torch.full((2, 5), 7), torch.ones(2, 5, dtype=torch.long)
+    mask[1, 3:] = 0
+    with torch.no_grad():
+        logps, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, 3)
+    assert (logps == 0).tolist() == [[False, False, False], [False, True, True]]

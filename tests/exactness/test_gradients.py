@@ -94,7 +94,8 @@ def step(made: GRPOTrainer, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tens
 def assert_same_step(stock, ours, inputs):
     expected, actual = step(stock, inputs), step(ours, inputs)
     assert_close("loss", actual[0], expected[0], rtol=2e-6)
-    assert actual[1].keys() == expected[1].keys() and all(g is not None for g in actual[1].values())
+    assert actual[1].keys() == expected[1].keys()
+    assert all(g is not None for g in actual[1].values())
     flat = [
         torch.cat([gradient.flatten() for gradient in gradients.values()]) for gradients in (actual[1], expected[1])
     ]
@@ -130,7 +131,8 @@ def test_a_micro_batch_without_advantages_has_gradients_of_zero(tmp_path):
     inputs = micro_batch() | {"advantages": torch.zeros(8)}
     ours = trainer(tmp_path, "dapo", {}, None, packing="auto")
     loss, gradients = step(ours, inputs)
-    assert loss == 0 and all(gradient is not None and not gradient.any() for gradient in gradients.values())
+    assert loss == 0
+    assert all(gradient is not None and not gradient.any() for gradient in gradients.values())
     assert ours._metrics["train"]["packing/live_fraction"] == [1 / 8]
 
 
@@ -147,7 +149,8 @@ def test_a_skipped_row_cannot_overflow(tmp_path):
     inputs = micro_batch()
     inputs["old_per_token_logps"][list(DEAD)] = -200.0 * inputs["completion_mask"][list(DEAD)]
     loss, gradients = step(trainer(tmp_path, "grpo", {}, None, packing="auto"), inputs)
-    assert loss.isfinite() and all(gradient.isfinite().all() for gradient in gradients.values())
+    assert loss.isfinite()
+    assert all(gradient.isfinite().all() for gradient in gradients.values())
 
 
 def test_evaluation_forwards_every_row(tmp_path):

@@ -61,7 +61,8 @@ def test_a_wrong_form_is_caught_and_the_next_one_taken(monkeypatch, caplog):
     with caplog.at_level(logging.INFO, "grpo_plus"):
         chosen, result = packed(model)
     assert "two passes" in chosen.describe()
-    assert "not exact on LlamaForCausalLM" in caplog.text and "log-probabilities differ by" in caplog.text
+    assert "not exact on LlamaForCausalLM" in caplog.text
+    assert "log-probabilities differ by" in caplog.text
     assert_close("log-probabilities", result.logps, rows_alone(model, *padded_batch()), rtol=2e-6)
 
 
@@ -82,7 +83,8 @@ def test_rows_stay_padded_with_a_warning_where_no_form_is_exact():
     model = forgetful()
     with pytest.warns(UserWarning, match=r"packing: none, rows stay padded.*LlamaForCausalLM.*differ by") as caught:
         chosen, result = packed(model)
-    assert result is None and chosen.describe() == "none"
+    assert result is None
+    assert chosen.describe() == "none"
     assert len([w for w in caught if "packing" in str(w.message)]) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -116,7 +118,8 @@ def test_dropout_is_not_shared():
         packed(tiny("llama", attention_dropout=0.1), "shared_prompt")
     with_module = tiny("gpt2", resid_pdrop=0.2)
     assert "padding_free" in packed(with_module)[0].describe()
-    assert with_module.training and all(module.training for module in with_module.modules())
+    assert with_module.training
+    assert all(module.training for module in with_module.modules())
 
 
 def test_rows_in_chunks_give_what_they_give_together():

@@ -38,5 +38,6 @@ def test_reorder_moves_every_tensor_of_a_row_and_leaves_the_rest():
     first, second = reorder(batches, [3, 0, 2, 1])
     assert first["ids"][:, 0].tolist() == first["advantages"].tolist() == [3, 0]
     assert second["ids"][:, 0].tolist() == second["advantages"].tolist() == [2, 1]
-    assert first["total"] is total and second["images"] is None
+    assert first["total"] is total
+    assert second["images"] is None
     assert batches[0]["advantages"].tolist() == [0.0, 1.0]

@@ -12,6 +12,7 @@ import torch
 
 from grpo_plus.advantages import Steps, estimate, process_advantages
 from tests.advantages.cases import rewards_of
+from tests.refilling import Judge, expected_batches, groups_of, is_dead
 
 ROOT = Path(__file__).parents[2]
 
@@ -121,3 +122,44 @@ def test_a_stateful_run_of_two_ranks_resumes_to_the_same_weights(tmp_path):
         assert json.loads((resumed / f"{name}.json").read_text()) == json.loads((whole / f"{name}.json").read_text()), (
             name
         )
+
+
+def test_a_group_across_two_ranks_is_refilled_on_both(tmp_path):
+    # 6 rows a rank, groups of 4: a live group moves from any place to any other, the one across the ranks included.
+    ranks = run(
+        tmp_path,
+        processes=2,
+        half_dead=True,
+        max_refills=2,
+        num_iterations=2,
+        advantage_estimator="rloo",
+        num_generations=4,
+        per_device_train_batch_size=6,
+        max_steps=6,
+    )
+    judge = Judge()
+    calls = [json.loads((tmp_path / f"calls_{rank}.json").read_text()) for rank in range(2)]
+    judge.calls = [[tuple(row) for row in [*first, *second]] for first, second in zip(*calls, strict=True)]
+    assert all(len({prompt for prompt, _ in group}) == 1 for call in judge.calls for group in groups_of(call))
+    log = json.loads((tmp_path / "log_0.json").read_text())
+    refills = [int(entry["sampling/refills"]) for entry in log if "sampling/refills" in entry]
+    batches, firsts = expected_batches(judge, refills), [sum(refills[:step]) + step for step in range(3)]
+    assert any(
+        is_dead(judge.calls[call][4][0]) != is_dead(rows[4][0]) for call, rows in zip(firsts, batches, strict=True)
+    )
+    for step, rows in enumerate(batches):
+        table = pd.read_parquet(tmp_path / "completions" / f"completions_{2 * step + 1:05d}.parquet")
+        assert list(zip(table["prompt"], table["completion"], strict=True)) == rows
+        for rank, trained in enumerate(ranks):
+            # Each batch is trained on twice.
+            own = sorted((prompt, advantage) for prompt, _, advantage in trained[12 * step : 12 * step + 6])
+            shown = table[6 * rank : 6 * rank + 6]
+            logged = sorted(zip(shown["prompt"], shown["advantage"], strict=True))
+            assert [prompt for prompt, _ in own] == [prompt for prompt, _ in logged]
+            assert [advantage for _, advantage in own] == pytest.approx([a for _, a in logged], abs=1e-5)
+    for rank in range(2):
+        drifts = json.loads((tmp_path / f"drifts_{rank}.json").read_text())
+        assert max(drifts[::2]) < 1e-4 < max(drifts[1::2])
+    tokens = [json.loads((tmp_path / f"tokens_{rank}.json").read_text()) for rank in range(2)]
+    for (first, first_total), (second, second_total) in zip(*tokens, strict=True):
+        assert first_total == second_total == first + second

@@ -1,0 +1,119 @@
+"""Dynamic sampling: which groups of a generation batch teach nothing, and how live ones of another take their place.
+
+Batches are seen as TRL lays them out: P groups in order, each a block of G rows, the rows dealt to the processes in
+order. Yu et al., "DAPO" (https://huggingface.co/papers/2503.14476), section 3.2.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import cycle, islice
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from grpo_plus.advantages import Rewards, Steps
+from grpo_plus.reductions import has_spread
+
+
+@dataclass(frozen=True)
+class Padding:
+    """Where rows of different lengths are filled up, and with what."""
+
+    side: Literal["left", "right"]
+    value: float
+
+
+def without_spread(rewards: Rewards) -> Tensor:
+    """(P,) the groups whose weighted sums differ by no more than rounding, or that nobody judged."""
+    return ~has_spread(rewards.total()).squeeze(-1)
+
+
+def draw_prompts(seed: str, size: int, prompts: int, refills: int) -> Iterator[list[int]]:
+    """Indices into a dataset of `size` rows, `prompts` of them for each refill; no row twice before all had a turn.
+
+    A generator of its own: the run's data order does not move, and the same seed draws the same rows everywhere.
+    """
+    order = random.Random(seed).sample(range(size), min(size, prompts * refills))
+    indices = cycle(order)
+    for _ in range(refills):
+        yield list(islice(indices, prompts))
+
+
+def fill(dead: Tensor, live: Tensor) -> Tensor:
+    """Which group each slot holds next: (P,) own groups that are dead, (P,) new ones that are live -> (P,) indices.
+
+    Slot i keeps group i, or takes new group j, written P + j. Dead slots are filled in order with the live groups in
+    order, which are the first P live groups generated, as in DAPO's buffer.
+    """
+    groups = torch.arange(len(dead))
+    slots, new = dead.nonzero().flatten(), live.nonzero().flatten()
+    filled = min(len(slots), len(new))
+    groups[slots[:filled]] = len(dead) + new[:filled]
+    return groups
+
+
+def rows_of(groups: Tensor, num_generations: int) -> Tensor:
+    """The rows of `groups`, in order: (P,) -> (P*G,)."""
+    return (groups.unsqueeze(1) * num_generations + torch.arange(num_generations)).flatten()
+
+
+def rows_of_process(rows: Tensor, process: int, local: int) -> Tensor:
+    """What one process takes of `rows`: (local,) indices into its own `local` rows followed by everyone's new ones."""
+    first = process * local
+    mine = rows[first : first + local]
+    # A row that stays, stays where it is: only new rows come from other processes.
+    return torch.where(mine < len(rows), mine - first, mine - len(rows) + local)
+
+
+def join_rewards(old: Rewards, new: Rewards, groups: Tensor) -> Rewards:
+    """The rewards of `groups`, indices into the groups of `old` followed by those of `new`."""
+
+    def labels(name: str) -> tuple[str, ...] | None:
+        both = getattr(old, name), getattr(new, name)
+        return None if None in both else tuple((*both[0], *both[1])[group] for group in groups.tolist())
+
+    lengths = None if old.lengths is None or new.lengths is None else torch.cat([old.lengths, new.lengths])[groups]
+    values = torch.cat([old.values, new.values])[groups]
+    steps = _join_steps(old, new, groups)
+    return replace(old, values=values, lengths=lengths, tasks=labels("tasks"), prompts=labels("prompts"), steps=steps)
+
+
+def join_rows(old: Tensor, new: Tensor, rows: Tensor, padding: Padding | None) -> Tensor:
+    """The `rows` of `old` followed by `new`, filled up to one length; `padding` is None where a row is one number."""
+    if padding is not None:
+        length = max(old.shape[-1], new.shape[-1])
+        old, new = _filled_up(old, length, padding), _filled_up(new, length, padding)
+    return torch.cat([old, new])[rows.to(old.device)]
+
+
+def join_column(old: Sequence[Any], new: Sequence[Any], rows: Tensor) -> list[Any]:
+    """The same for a column of a table; None where a batch has no entry for a row."""
+    both = [*_complete(old, len(rows)), *_complete(new, len(rows))]
+    return [both[row] for row in rows.tolist()]
+
+
+def _join_steps(old: Rewards, new: Rewards, groups: Tensor) -> Steps | None:
+    if old.steps is None and new.steps is None:
+        return None
+    first, second = (rewards.steps or _no_steps(rewards) for rewards in (old, new))
+    return Steps(
+        join_rows(first.rewards, second.rewards, groups, Padding("right", torch.nan)),
+        join_rows(first.ends, second.ends, groups, Padding("right", -1)),
+    )
+
+
+def _no_steps(rewards: Rewards) -> Steps:
+    rows = [None] * rewards.judged.numel()
+    return Steps.from_rows(rows, rows, lengths=rewards.judged)
+
+
+def _filled_up(values: Tensor, length: int, padding: Padding) -> Tensor:
+    missing = length - values.shape[-1]
+    return pad(values, (missing, 0) if padding.side == "left" else (0, missing), value=padding.value)
+
+
+def _complete(column: Sequence[Any], rows: int) -> list[Any]:
+    return [*column, *[None] * rows][:rows]
