@@ -48,6 +48,9 @@ class GRPOPlusConfig(GRPOConfig):
         skip_zero_advantage: whether completions whose advantages are 0 stay out of the training forward. None: where
             they have no gradient. In the log, their entropy counts as the mean of the others' and their ratio as 1,
             which only vespo/phi_seq_mean shows.
+        logprob_backend: what computes log-probabilities in packed rows. "trl": TRL's fused head; "torch": a frozen head
+            in a single pass, two matrix products in place of three; "auto": "torch" on a CPU, where it is measured,
+            wherever the head is frozen and no entropy is trained.
 
     Raises:
         ValueError: an unknown estimator, loss or keyword, a keyword's value out of range, or a setting of TRL's that
@@ -120,6 +123,11 @@ class GRPOPlusConfig(GRPOConfig):
     skip_zero_advantage: bool | None = field(
         default=None,
         metadata={"help": "Skip completions whose advantages are 0; unset: where they have no gradient."},
+    )
+
+    logprob_backend: str = field(
+        default="auto",
+        metadata={"help": "What computes log-probabilities in packed rows: trl, torch (frozen heads), or auto."},
     )
 
     def __post_init__(self) -> None:

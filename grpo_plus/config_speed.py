@@ -6,16 +6,37 @@ from grpo_plus.losses import LOSSES
 from grpo_plus.packing import PACKING
 from grpo_plus.registry import suggestion
 
+BACKENDS = ("auto", "trl", "torch")
+
 
 def check_speed(config: GRPOConfig) -> None:
     """Refuse an unknown form, and an explicit request for a speed-up that would change the gradients."""
     if config.packing not in PACKING:
         raise ValueError(f"Unknown packing {config.packing!r}.{suggestion(str(config.packing), PACKING)}")
+    if config.logprob_backend not in BACKENDS:
+        raise ValueError(
+            f"Unknown logprob_backend {config.logprob_backend!r}.{suggestion(str(config.logprob_backend), BACKENDS)}"
+        )
+    if config.logprob_backend == "torch":
+        _check_single_pass(config)
     reason = why_not_skip(config)
     if config.skip_zero_advantage and reason is not None:
         raise ValueError(
             f"skip_zero_advantage=True would change the gradients: {reason}. Change that, or leave "
             "skip_zero_advantage unset, which skips whenever it is exact."
+        )
+
+
+def _check_single_pass(config: GRPOConfig) -> None:
+    if config.packing == "none":
+        raise ValueError(
+            "logprob_backend='torch' is a part of the packed forward, but packing='none'. Set packing='auto', or leave "
+            "logprob_backend unset."
+        )
+    if config.entropy_coef != 0.0 or config.use_adaptive_entropy:
+        raise ValueError(
+            f"logprob_backend='torch' gives no gradient of the entropy, but entropy_coef={config.entropy_coef} trains "
+            "it. Leave logprob_backend unset."
         )
 
 

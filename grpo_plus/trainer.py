@@ -23,7 +23,7 @@ from grpo_plus.config import GRPOPlusConfig
 from grpo_plus.config_speed import why_not_regroup, why_not_skip
 from grpo_plus.diagnostics.metrics import advantage_metrics
 from grpo_plus.losses import AdaptiveBeta, LossInputs, PolicyLoss, policy_loss
-from grpo_plus.packing import Packed, Packer, PaddedRows, dropout_of, why_not_packed
+from grpo_plus.packing import Head, Packed, Packer, PaddedRows, dropout_of, single_pass_head, why_not_packed
 
 
 class GRPOPlusTrainer(TRLSeam):
@@ -90,11 +90,25 @@ class GRPOPlusTrainer(TRLSeam):
             reentrant = self.args.gradient_checkpointing and (self.args.gradient_checkpointing_kwargs or {}).get(
                 "use_reentrant", False
             )
-            return Packer(self.plus.packing, gradient_check=not reentrant)
+            return Packer(
+                self.plus.packing,
+                head=self._head(),
+                gradient_check=not reentrant,
+                note="skipping zero-advantage rows" if self.skips else None,
+            )
         if self.plus.packing != "auto":
             raise ValueError(f"packing={self.plus.packing!r} is not possible: {reason}. Set packing='none'.")
         warnings.warn(f"packing: none, rows stay padded. {reason}.", stacklevel=2)
         return None
+
+    def _head(self) -> Head | None:
+        """The single-pass head where it is asked for, or where it is known to be faster and no entropy is trained."""
+        backend = self.plus.logprob_backend if self.plus is not None else "trl"
+        if backend == "auto" and not self.args.entropy_coef and not self.args.use_adaptive_entropy:
+            backend = "torch" if self.accelerator.device.type == "cpu" else "trl"
+        if backend != "torch":
+            return None
+        return single_pass_head(temperature=self.temperature, float32=self.args.cast_lm_head_to_fp32)
 
     def logps(
         self,

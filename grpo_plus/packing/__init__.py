@@ -4,6 +4,8 @@
 `forward` runs them inside the model's forward, `check` holds each to plain rows before it is used, `packer` decides.
 """
 
+from grpo_plus.packing.forward import Head
+from grpo_plus.packing.head import single_pass_head, why_not_single_pass
 from grpo_plus.packing.packer import (
     PACKING,
     Packed,
@@ -18,6 +20,7 @@ from grpo_plus.packing.regroup import regroup, reorder
 
 __all__ = [
     "PACKING",
+    "Head",
     "Packed",
     "Packer",
     "PaddedRows",
@@ -26,5 +29,7 @@ __all__ = [
     "forward_live",
     "regroup",
     "reorder",
+    "single_pass_head",
     "why_not_packed",
+    "why_not_single_pass",
 ]

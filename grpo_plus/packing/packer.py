@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import is_peft_available
 
-from grpo_plus.packing.attention import PREFIX, why_not_segments
+from grpo_plus.packing.attention import why_not_segments
 from grpo_plus.packing.check import PaddedLogps, choose
 from grpo_plus.packing.forward import CACHED, PADDING_FREE, SEGMENTS, Form, Head
+from grpo_plus.packing.head import why_not_single_pass
 from grpo_plus.packing.layout import Group, group_rows, unpack
 
 logger = logging.getLogger("grpo_plus")
@@ -57,20 +58,37 @@ class Packed:
     tokens: int
 
 
+@dataclass(frozen=True)
+class Choice:
+    """How one model's rows go through it: the form, and the head that scores them, None for the model's fused one."""
+
+    form: Form
+    head: Head | None
+
+    @property
+    def description(self) -> str:
+        """In a few words."""
+        return f"{self.form.name} ({self.form.detail})" + (", single-pass head" if self.head else "")
+
+
 class Packer:
     """Forwards padded rows in the best form that is exact on their model.
 
     Args:
         packing: the configuration's field.
-        head: computes log-probabilities from hidden states; None: the model's fused head.
+        head: what to try for frozen heads; None: the model's fused head.
         gradient_check: whether the self-check can ask for a gradient.
+        note: what else is active, for the line that says what was chosen.
     """
 
-    def __init__(self, packing: str, *, head: Head | None = None, gradient_check: bool = True) -> None:
+    def __init__(
+        self, packing: str, *, head: Head | None = None, gradient_check: bool = True, note: str | None = None
+    ) -> None:
         self.packing = packing
         self.head = head
         self.gradient_check = gradient_check
-        self._forms: dict[int, Form | None] = {}
+        self.note = note
+        self._choices: dict[int, Choice | None] = {}
 
     def logps(
         self,
@@ -100,11 +118,14 @@ class Packer:
         )
         if not groups:
             return None
-        form = self._form(base, groups, padded_logps)
-        if form is None:
+        if id(base) not in self._choices:
+            self._choices[id(base)] = self._decide(base, groups, padded_logps, rows)
+        choice = self._choices[id(base)]
+        if choice is None:
             return None
+        form = choice.form
         groups = groups if form.share else [one for group in groups for one in _apart(group)]
-        parts = [_call(model, form, chunk, self.head) for chunk in _chunks(groups, form, max_tokens)]
+        parts = [_call(model, choice, chunk) for chunk in _chunks(groups, form, max_tokens)]
         logps, entropies = (torch.cat(part) for part in zip(*parts, strict=True))
         return Packed(
             unpack(logps, groups, _fill(rows, logps)),
@@ -114,18 +135,20 @@ class Packer:
 
     def describe(self) -> str:
         """What is active, in a few words."""
-        form = next(iter(self._forms.values()), None)
-        return "none" if form is None else f"{form.name} ({form.detail})"
+        choice = next(iter(self._choices.values()), None)
+        return "none" if choice is None else choice.description
 
-    def _form(self, base: PreTrainedModel, groups: Sequence[Group], padded_logps: PaddedLogps) -> Form | None:
-        if id(base) not in self._forms:
-            self._forms[id(base)] = self._decide(base, groups, padded_logps)
-        return self._forms[id(base)]
-
-    def _decide(self, base: PreTrainedModel, groups: Sequence[Group], padded_logps: PaddedLogps) -> Form | None:
+    def _decide(
+        self, base: PreTrainedModel, groups: Sequence[Group], padded_logps: PaddedLogps, rows: PaddedRows
+    ) -> Choice | None:
         forms, reasons = candidates(self.packing, base)
+        head = self.head if self.head is not None and why_not_single_pass(base) is None else None
         with _without_dropout(base):
-            verdict = choose(forms, base, groups, padded_logps, self.head, gradient=self.gradient_check)
+            check = partial(choose, forms, base, groups, padded_logps, gradient=self.gradient_check)
+            verdict = check(head)
+            if verdict.form is None and head is not None:
+                head, reasons = None, [*reasons, *verdict.reasons]
+                verdict = check(None)
         reasons = [*reasons, *verdict.reasons]
         if verdict.form is None and self.packing != "auto":
             raise ValueError(
@@ -134,12 +157,14 @@ class Packer:
             )
         if verdict.form is None:
             warnings.warn(f"packing: none, rows stay padded. {'; '.join(reasons)}.", stacklevel=2)
-        else:
-            attention = base.config.get_text_config()._attn_implementation.removeprefix(PREFIX)
-            logger.info("packing: %s (%s, %s)", verdict.form.name, verdict.form.detail, attention)
-            for reason in reasons:
-                logger.info("packing: %s", reason)
-        return verdict.form
+            return None
+        choice = Choice(verdict.form, head)
+        ratio = rows.input_ids.numel() / choice.form.tokens(groups)
+        parts = [f"packing: {choice.description}, {ratio:.1f}x fewer tokens in the first rows", self.note]
+        logger.info("; ".join(part for part in parts if part))
+        for reason in reasons:
+            logger.info("packing: %s", reason)
+        return choice
 
 
 def forward_live(rows: PaddedRows, forward: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Packed:
@@ -244,6 +269,5 @@ def _chunks(groups: Sequence[Group], form: Form, max_tokens: int | None) -> Iter
     yield chunk
 
 
-def _call(model: nn.Module, form: Form, groups: Sequence[Group], head: Head | None) -> Any:
-    run: Callable[..., Any] = partial(form.run, groups, head)
-    return model(packed=run)
+def _call(model: nn.Module, choice: Choice, groups: Sequence[Group]) -> Any:
+    return model(packed=partial(choice.form.run, groups, choice.head))
