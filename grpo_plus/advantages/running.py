@@ -82,6 +82,8 @@ def spo(
         alpha, beta = state.get(prompt, (strength * prior, strength * (1 - prior)))
         centred[rows] = total[rows] - alpha / (alpha + beta)
         judged = total[rows][~total[rows].isnan()]
+        if judged.numel() == 0:
+            continue  # a visit without a verdict tells nothing, and must not fade what is known
         state[prompt] = [rho * alpha + judged.sum().item(), rho * beta + (1 - judged).sum().item()]
     return zscore(centred.flatten(), eps=eps).view_as(centred)
 
