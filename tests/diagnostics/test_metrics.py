@@ -83,3 +83,9 @@ def test_what_a_batch_cannot_tell_is_left_out():
     assert several["task_share/a"] == pytest.approx(1.0)
     # Σ A (L − 3.5) = .5·(−2.5) − .5·(−1.5) = −.5; √(ΣA² · Σ(L − 3.5)²) = √(.5 · 17.5)
     assert several["length_correlation"] == pytest.approx(-0.5 / (0.5 * 17.5) ** 0.5)
+
+
+def test_the_length_of_a_completion_that_nobody_judged_does_not_count():
+    rewards = rewards_of([[3, 2, 1, None]], lengths=[[30, 20, 10, 999]])
+    metric = metrics.advantage_metrics(rewards, torch.tensor([[1.0, 0.0, -1.0, 0.0]]).double())
+    assert metric["length_correlation"] == pytest.approx(1.0)

@@ -38,6 +38,33 @@ def test_the_sampling_ratio_multiplies_the_loss_and_not_the_kl():
     assert_close("kl", result.metrics["kl"][1, 0], torch.tensor(0.5), rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("name", "keywords", "flagged"),
+    [
+        # Ratios 1.5 and .5 with A = 1, then with A = -1. The second clip stops 1.5 > c where A < 0.
+        ("dual_clip", {"c": 1.4}, {"clip_ratio/dual_mean": [[0, 0], [1, 0]]}),
+        ("cispo_two_sided", {}, {"clip_ratio/low_mean": [[0, 1], [0, 1]], "clip_ratio/high_mean": [[1, 0], [1, 0]]}),
+        # Its bounds stop a token only in the direction of its advantage.
+        ("gmpo", {"epsilon": 0.3}, {"clip_ratio/low_mean": [[0, 0], [0, 1]], "clip_ratio/high_mean": [[1, 0], [0, 0]]}),
+        ("grpo", {}, {"clip_ratio/low_mean": [[0, 0], [0, 1]], "clip_ratio/high_mean": [[1, 0], [0, 0]]}),
+    ],
+)
+def test_the_metrics_flag_the_tokens_that_were_clipped(name: str, keywords, flagged):
+    logps = torch.full((2, 2), -1.0)
+    ratios = torch.tensor([[1.5, 0.5], [1.5, 0.5]])
+    given = inputs(logps=logps, old_logps=logps - ratios.log(), mask=torch.ones(2, 2))
+    metrics = policy_loss(name, given, keywords, num_items=4).metrics
+    assert {key: metrics[key].tolist() for key in flagged} == flagged
+
+
+def test_clip_cov_drops_two_of_ten_thousand_tokens_by_default():
+    # Deviations of 1 and 2 with the same sign: a covariance of 2 everywhere, inside its default band.
+    signs = torch.tensor([1.0, -1.0]).repeat(60).unsqueeze(1)
+    logps = (2 * signs - 3).expand(120, 100)
+    given = LossInputs(logps, logps, signs, torch.ones(120, 100))
+    assert policy_loss("clip_cov", given, num_items=1).metrics["clip_cov/dropped_mean"].sum() == 2
+
+
 def test_vespo_takes_the_sampling_ratio_into_its_weight():
     # Row ratios e^.2 * 2 and e^.2 * .5; phi = w^k e^(lambda (1 - w))
     w = torch.tensor(0.2).exp() * torch.tensor([2.0, 0.5])
