@@ -3,7 +3,7 @@ import sys
 import pytest
 import torch
 
-from grpo_plus.losses import LOSSES, Loss, LossInputs, TokenLoss, policy_loss, register
+from grpo_plus.losses import LOSSES, Loss, LossInputs, TokenLoss, check_loss_keywords, policy_loss, register
 from tests.close import assert_close
 
 
@@ -140,6 +140,10 @@ def test_shapes_that_do_not_fit_are_refused(fields, message: str):
         ("sapo", {"sapo_temperature_neg": 0.0}, "sapo_temperature_neg=0.0"),
         ("gmpo", {"epsilon_high": -0.1}, "epsilon_high=-0.1"),
         ("kl_to_old", {"beta_old": -0.1}, "beta_old=-0.1"),
+        ("kl_to_old", {"beta_old": float("nan")}, "beta_old=nan"),
+        ("dual_clip", {"epsilon": float("nan")}, "epsilon=nan"),
+        ("dual_clip", {"epsilon_high": float("nan")}, "epsilon_high=nan"),
+        ("gmpo", {"epsilon": float("nan")}, "epsilon=nan"),
         ("kl_to_old", {"kl_estimator": "k5"}, "'k5'"),
         ("clip_cov", {"clip_cov_ratio": 0.0}, "clip_cov_ratio=0.0"),
         ("clip_cov", {"clip_cov_lb": 5.0}, "clip_cov_lb=5.0"),
@@ -188,6 +192,17 @@ def test_a_function_of_the_user_is_found_by_its_path(tmp_path, monkeypatch):
     entry = LOSSES["my_losses.scaled"]
     assert (entry.reduction, entry.origin, entry.keywords) == ("token-mean", "grpo_plus", {"factor": 2.0})
     sys.modules.pop("my_losses")
+
+
+def test_a_loss_of_the_users_is_not_tried():
+    def mine(inputs: LossInputs, *, power: float) -> TokenLoss:
+        return TokenLoss(inputs.importance_sampling_ratio**power * inputs.logps)  # None on a made-up batch
+
+    check_loss_keywords(Loss("mine", mine), {"power": 2.0})
+    with pytest.raises(ValueError, match="does not fit 'mine': missing a required .*'power'"):
+        check_loss_keywords(Loss("mine", mine), {})
+    with pytest.raises(ValueError, match="takes no keyword 'powr'. Did you mean 'power'"):
+        check_loss_keywords(Loss("mine", mine), {"powr": 2.0})
 
 
 def test_names_that_share_a_function_describe_themselves():
