@@ -32,7 +32,8 @@ class GRPOPlusConfig(GRPOConfig):
         kl_estimator: "k1", "k2" or "k3", of the KL to the reference under such a loss.
         kl_target: where set, `beta` is only the start and moves after each optimizer step to bring the logged KL per
             token near this value (Ziegler et al.'s controller); under any loss.
-        kl_horizon: completions after which a KL off by 20 % or more has changed beta by about a fifth.
+        kl_horizon: completions after which a KL off by 20 % or more has changed beta by about a fifth; one step changes
+            it by a fifth at most.
 
     Raises:
         ValueError: an unknown estimator, loss or keyword, a keyword's value out of range, or a setting of TRL's that
@@ -99,6 +100,8 @@ class GRPOPlusConfig(GRPOConfig):
                     f"kl_target={self.kl_target} moves beta, which is 0. Set beta to where it should start."
                 )
             AdaptiveBeta(self.beta, self.kl_target, self.kl_horizon)
+        elif self.kl_horizon != type(self).kl_horizon:
+            raise ValueError(f"kl_horizon={self.kl_horizon} has no effect without kl_target. Set kl_target too.")
         self.advantage_kwargs = _as_dictionary("advantage_kwargs", self.advantage_kwargs)
         self.advantage_modifiers = _as_dictionary("advantage_modifiers", self.advantage_modifiers)
         if self.advantage_estimator is not None:
