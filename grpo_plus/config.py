@@ -161,4 +161,5 @@ def _check_estimator(config: GRPOPlusConfig) -> None:
             check_keywords(estimator, keywords, num_generations=num_generations)
     except ValueError as error:
         raise ValueError(f"advantage_kwargs={keywords} does not fit {estimator.name!r}: {error}") from error
-    check_modifiers(_as_dictionary("advantage_modifiers", config.advantage_modifiers))
+    modifiers = _as_dictionary("advantage_modifiers", config.advantage_modifiers)
+    check_modifiers(modifiers, num_generations=config.num_generations)

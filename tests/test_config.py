@@ -71,6 +71,10 @@ def config(**fields) -> GRPOPlusConfig:
             "kl_estimator='k1' with use_bias_correction_kl=False has a gradient of 0",
         ),
         ({"advantage_estimator": "rloo", "advantage_modifiers": {"pods": {"keep": 1}}}, "keep=1 does not fit"),
+        (
+            {"advantage_estimator": "rloo", "advantage_modifiers": {"pods": {"keep": 9}}},
+            "keep=9 does not fit: groups have num_generations=8",
+        ),
         ({"loss_type": None}, "Unknown loss_type None"),
         ({"advantage_kwargs": {"ddof": 0}}, "Set advantage_estimator too"),
         (

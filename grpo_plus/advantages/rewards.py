@@ -116,6 +116,13 @@ class Rewards:
         total = total.where(total.abs() > RESOLUTION * parts.abs().nansum(-1), 0.0)
         return total.where(self.judged, torch.nan)
 
+    def described_total(self) -> str:
+        """The weighted sums that occur, for an error message: "the weighted sum of ... takes the values ..."."""
+        total = self.total()
+        seen = [round(value, 6) for value in total[~total.isnan()].unique().tolist()]
+        values = ", ".join(map(str, seen[:4])) + (f", … {seen[-1]}" if len(seen) > 4 else "")
+        return f"the weighted sum of {', '.join(map(repr, self.names))} takes the values {values}"
+
     def index(self, name: str) -> int:
         """Which of the K columns is the reward called `name`; raises UnknownRewardError if there is none."""
         if name not in self.names:

@@ -110,6 +110,13 @@ def test_a_share_out_of_range_is_refused(name, keyword):
         estimate(name, rewards_of([[0, 1]]), {keyword: 1.5})
 
 
+@pytest.mark.parametrize("odd", [2.0, -1.0])
+def test_spo_refuses_rewards_that_are_no_share(odd):
+    values = ", ".join(map(str, sorted([odd, 1.0])))
+    with pytest.raises(ValueError, match=f"spo needs rewards from 0 to 1, but .*'reward_0' takes the values {values}"):
+        estimate("spo", rewards_of([[odd, 1]]))
+
+
 def test_as_many_labels_as_prompts_are_needed():
     with pytest.raises(ValueError, match=r"Rewards.tasks has 2 entries; 1 are needed"):
         replace(rewards_of([[0, 1]]), tasks=("a", "b"))
