@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from grpo_plus._trl import TRLSeam
-from grpo_plus.advantages import ESTIMATORS, Rewards, State, estimate
+from grpo_plus.advantages import ESTIMATORS, Rewards, State, apply_to_rewards, clip_limits, estimate
 from grpo_plus.config import GRPOPlusConfig
 from grpo_plus.diagnostics.metrics import advantage_metrics
 from grpo_plus.losses import AdaptiveBeta, LossInputs, PolicyLoss, policy_loss
@@ -53,8 +53,20 @@ class GRPOPlusTrainer(TRLSeam):
 
     def advantage_metrics(self, rewards: Rewards, advantages: Tensor) -> dict[str, float]:
         """Which rewards and tasks drive the update, and how much of the batch takes part in it."""
+        name = self.plus.advantage_estimator if self.plus is not None else None
+        estimator = None if name is None else ESTIMATORS[name]
         modifiers: Any = self.plus.advantage_modifiers if self.plus is not None else {}
-        return advantage_metrics(rewards, advantages, limit=modifiers.get("clip", {}).get("max"))
+        rewards = apply_to_rewards(rewards, modifiers)
+        trls = estimator is None and type(self).estimate_advantages is GRPOPlusTrainer.estimate_advantages
+        trl_normalizes_each = trls and self.args.multi_objective_aggregation == "normalize_then_sum"
+        return advantage_metrics(
+            rewards,
+            advantages,
+            limit=clip_limits(rewards, modifiers),
+            normalizes_each=trl_normalizes_each if estimator is None else estimator.normalizes_each,
+            by_steps=estimator is not None and estimator.needs_steps,
+            rounded=trls,
+        )
 
     def task_of(self, example: dict[str, Any]) -> str | None:
         """The row's value in `task_column`."""

@@ -51,6 +51,7 @@ from grpo_plus.advantages.modifiers import (
     apply_to_advantages,
     apply_to_rewards,
     check_modifiers,
+    clip_limits,
 )
 from grpo_plus.advantages.process import process_advantages
 from grpo_plus.advantages.rewards import Rewards, UnknownRewardError
@@ -65,9 +66,11 @@ __all__ = [
     "State",
     "Steps",
     "UnknownRewardError",
+    "apply_to_rewards",
     "check_keywords",
     "check_modifiers",
     "checked",
+    "clip_limits",
     "estimate",
     "process_advantages",
     "register",

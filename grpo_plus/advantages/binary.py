@@ -131,7 +131,9 @@ def _solved(name: str, rewards: Rewards) -> Tensor:
     solved = total.round()
     rounded = (total - solved).abs() <= RESOLUTION
     if not ((rounded & ((solved == 0) | (solved == 1))) | total.isnan()).all():
-        raise ValueError(f"{name} needs a reward of 0 or 1, but {rewards.described_total()}. Use one such reward function.")
+        raise ValueError(
+            f"{name} needs a reward of 0 or 1, but {rewards.described_total()}. Use one such reward function."
+        )
     return solved
 
 

@@ -138,6 +138,20 @@ def apply_to_advantages(rewards: Rewards, advantages: Tensor, modifiers: Modifie
     return advantages
 
 
+def clip_limits(rewards: Rewards, modifiers: Modifiers) -> Tensor | None:
+    """(P, G) the |A| at which `clip` stopped each completion, as the modifiers after it left it; None without `clip`.
+
+    Args:
+        rewards: as the estimator saw them.
+    """
+    names = list(modifiers)
+    if "clip" not in names:
+        return None
+    later = {name: modifiers[name] for name in names[names.index("clip") + 1 :]}
+    limit = torch.full_like(rewards.values[..., 0], modifiers["clip"]["max"])
+    return apply_to_advantages(rewards, limit, later)
+
+
 def check_modifiers(
     modifiers: Modifiers, names: Sequence[str] | None = None, *, num_generations: int | None = None
 ) -> None:

@@ -31,7 +31,9 @@ def ema_task(rewards: Rewards, state: State, *, decay: float = 0.99, max_abs: fl
     "OneThinker", EMA-GRPO (https://huggingface.co/papers/2512.03043).
     """
     if not max_abs > 0:
-        raise ValueError(f"max_abs={max_abs!r} would send every group to its own std. Use a positive number such as 5.0.")
+        raise ValueError(
+            f"max_abs={max_abs!r} would send every group to its own std. Use a positive number such as 5.0."
+        )
     total = rewards.total()
     sigma = torch.ones_like(total[:, :1])
     for task, prompts in _groups_of(rewards.tasks, total).items():

@@ -23,15 +23,13 @@ HEALTHY = {
     "completions/clipped_ratio": 0.1,
     "advantages/zero_spread/correct": 0.5,
     "advantages/zero_spread/format": 0.6,
-    "advantages/zero_spread/total": 0.25,
+    "advantages/dead_groups": 0.25,
     "advantages/reward_share/correct": 0.6,
     "advantages/reward_share/format": 0.4,
     "advantages/length_correlation": 0.3,
 }
 SICK = [
-    pytest.param({"advantages/zero_spread/total": 1.0}, "100% of the groups", id="dead"),
-    pytest.param({"rewards/format/std": 0.0}, "reward 'format'", id="constant"),
-    pytest.param({"rewards/format/std": 6e-8}, "reward 'format'", id="constant up to rounding"),
+    pytest.param({"advantages/dead_groups": 1.0}, "100% of the groups", id="dead"),
     pytest.param({"advantages/zero_spread/format": 1.0}, "reward 'format'", id="constant in each group"),
     pytest.param({"advantages/reward_share/correct": 0.96}, "reward 'correct' makes up 96%", id="dominant"),
     pytest.param({"completions/mean_length": 201.0}, "201 tokens on average and had 100", id="longer"),
@@ -41,7 +39,7 @@ SICK = [
     pytest.param({"entropy": 0.19}, "entropy fell to 0.19 from 2", id="entropy"),
 ]
 ALMOST_SICK = {
-    "advantages/zero_spread/total": 0.94,
+    "advantages/dead_groups": 0.94,
     "rewards/format/std": 1e-3,
     "advantages/zero_spread/format": 0.99,
     "advantages/reward_share/correct": 0.95,
@@ -88,8 +86,39 @@ def test_without_our_figures_trls_share_of_dead_groups_decides():
     assert "95% of the groups" in message
 
 
+@pytest.mark.parametrize(("std", "warned"), [(0.0, 1), (6e-8, 1), (1e-3, 0)])
+def test_without_our_figures_trls_std_tells_a_constant_reward(std, warned):
+    stock = {key: value for key, value in HEALTHY.items() if not key.startswith("advantages/")}
+    messages = on_main(RewardHealthCallback(patience=2), [stock | {"rewards/format/std": std}] * 4)
+    assert len([message for message in messages if "reward 'format'" in message]) == warned
+
+
+def test_constant_returns_beside_varied_steps_are_healthy():
+    # Under advantage_estimator="process" zero_spread is that of the steps.
+    steps = HEALTHY | {"rewards/format/std": 0.0, "advantages/zero_spread/format": 0.2}
+    assert on_main(RewardHealthCallback(patience=2), [steps] * 4) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "suggested"),
+    [
+        ({"advantage_estimator": "rloo"}, True),
+        ({"advantage_estimator": "gdpo"}, False),
+        ({"multi_objective_aggregation": "normalize_then_sum"}, False),
+        ({}, True),
+    ],
+)
+def test_normalizing_is_not_suggested_to_a_run_that_does(tmp_path, settings, suggested):
+    callback = RewardHealthCallback(patience=1)
+    dominated = HEALTHY | {"advantages/reward_share/correct": 0.99}
+    config = GRPOPlusConfig(str(tmp_path), use_cpu=True, bf16=False, **settings)
+    with pytest.warns(UserWarning, match="makes up 99%.*in reward_weights") as caught:
+        callback.on_log(config, TrainerState(), TrainerControl(), logs=dominated)
+    assert ("gdpo" in str(caught[0].message)) == suggested
+
+
 def test_two_causes_are_two_warnings():
-    sick = HEALTHY | {"rewards/format/std": 0.0, "rewards/correct/std": 0.0}
+    sick = HEALTHY | {"advantages/zero_spread/format": 1.0, "advantages/zero_spread/correct": 1.0}
     assert len(on_main(RewardHealthCallback(patience=2), [sick] * 5)) == 2
 
 
