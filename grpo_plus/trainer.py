@@ -8,14 +8,16 @@ processes into advantages, and `advantage_metrics` says what they are like; TRL 
 import copy
 import hashlib
 import json
+import warnings
 from functools import cached_property
 from typing import Any
 
 from torch import Tensor
 
 from grpo_plus._trl import TRLSeam
-from grpo_plus.advantages import ESTIMATORS, Rewards, State, apply_to_rewards, clip_limits, estimate
+from grpo_plus.advantages import ESTIMATORS, Rewards, State, apply_to_rewards, check_state, clip_limits, estimate
 from grpo_plus.config import GRPOPlusConfig
+from grpo_plus.config_run import check_estimator, check_plain_loss, check_task_column
 from grpo_plus.diagnostics.metrics import advantage_metrics
 from grpo_plus.losses import AdaptiveBeta, LossInputs, PolicyLoss, policy_loss
 
@@ -26,6 +28,20 @@ class GRPOPlusTrainer(TRLSeam):
     With a plain GRPOConfig, or a GRPOPlusConfig whose own fields are unset, it trains what GRPOTrainer trains, to the
     last bit. Override `estimate_advantages` for advantages that need more than the rewards.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.plus is None:
+            if type(self).policy_loss is GRPOPlusTrainer.policy_loss:
+                check_plain_loss(self.loss_type)
+            return
+        for dataset in (self.train_dataset, self.eval_dataset):
+            for part in dataset.values() if isinstance(dataset, dict) else [dataset]:
+                check_task_column(self.plus.task_column, part)
+        # An overridden hook may change the rewards before it calls ours.
+        if type(self).estimate_advantages is GRPOPlusTrainer.estimate_advantages:
+            names, weights = self.reward_func_names, self.reward_weights.tolist()
+            check_estimator(self.plus, names, weights, num_generations=self.num_generations)
 
     @cached_property
     def plus(self) -> GRPOPlusConfig | None:
@@ -43,13 +59,17 @@ class GRPOPlusTrainer(TRLSeam):
             return None
         # Evaluation must leave no trace in the state that training goes on with.
         state = self.estimator_state if self.model.training else copy.deepcopy(self.estimator_state)
-        return estimate(
+        first = not state
+        advantages = estimate(
             self.plus.advantage_estimator,
             rewards,
             self.plus.advantage_kwargs,  # type: ignore[arg-type]  # a dictionary after the configuration's checks
             modifiers=self.plus.advantage_modifiers,  # type: ignore[arg-type]  # likewise
             state=state,
         )
+        if first:
+            check_state(self.plus.advantage_estimator, state)
+        return advantages
 
     def advantage_metrics(self, rewards: Rewards, advantages: Tensor) -> dict[str, float]:
         """Which rewards and tasks drive the update, and how much of the batch takes part in it."""
@@ -82,19 +102,32 @@ class GRPOPlusTrainer(TRLSeam):
         name = self.plus.advantage_estimator if self.plus is not None else None
         if name is None or not ESTIMATORS[name].needs_prompts:
             return None
-        return hashlib.sha256(json.dumps(prompt, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(prompt, sort_keys=True, default=_content).encode()).hexdigest()[:16]
 
     def running_state(self) -> dict[str, Any]:
         """What the estimator remembers, and where beta has moved to."""
-        state: dict[str, Any] = {"estimator": self.estimator_state} if self.estimator_state else {}
+        state: dict[str, Any] = {}
+        if self.plus is not None and self.estimator_state:
+            state = {"estimator": self.plus.advantage_estimator, "estimator_state": self.estimator_state}
         if self.plus is not None and self.plus.kl_target is not None:
             state["beta"] = self.beta
         return state
 
     def load_running_state(self, state: dict[str, Any]) -> None:
-        """Take both up again."""
-        self.estimator_state.update(state.get("estimator", {}))
-        self.beta = state.get("beta", self.beta)
+        """Take both up again, where the run still has a use for them."""
+        if self.plus is None:
+            return
+        if self.plus.kl_target is not None:
+            self.beta = state.get("beta", self.beta)
+        name, saved = self.plus.advantage_estimator, state.get("estimator")
+        if name is not None and saved == name:
+            self.estimator_state.update(state["estimator_state"])
+        elif name is not None and ESTIMATORS[name].stateful:
+            found = "nothing that an estimator remembers" if saved is None else f"what {saved!r} remembers"
+            warnings.warn(
+                f"The checkpoint holds {found}: advantage_estimator={name!r} starts without memory, as in a new run.",
+                stacklevel=2,
+            )
 
     def next_beta(self, kl: float, completions: int) -> float:
         """Beta, moved towards `kl_target` where one is set."""
@@ -117,3 +150,14 @@ class GRPOPlusTrainer(TRLSeam):
             max_length=self.max_completion_length,
             accumulation_steps=accumulation_steps,
         )
+
+
+def _content(part: Any) -> list[Any]:
+    """What tells apart a part of a prompt that is no JSON: an image or an array by its bytes."""
+    if not callable(getattr(part, "tobytes", None)):
+        raise ValueError(
+            f"A prompt holds a {type(part).__name__}, which cannot be recognized in a later batch. Use text and "
+            "images, override prompt_key, or take an advantage_estimator that does not remember prompts."
+        )
+    shape = [getattr(part, name, None) for name in ("mode", "size", "dtype", "shape")]
+    return [str(shape), hashlib.sha256(part.tobytes()).hexdigest()]

@@ -43,7 +43,7 @@ from grpo_plus.advantages import (  # noqa: F401  (they register themselves)
     running,
     unnormalized,
 )
-from grpo_plus.advantages.checks import check_keywords, check_rewards, checked
+from grpo_plus.advantages.checks import check_keywords, check_rewards, check_state, checked
 from grpo_plus.advantages.estimator import ESTIMATORS, Estimator, State, register
 from grpo_plus.advantages.modifiers import (
     MODIFIERS,
@@ -69,6 +69,7 @@ __all__ = [
     "apply_to_rewards",
     "check_keywords",
     "check_modifiers",
+    "check_state",
     "checked",
     "clip_limits",
     "estimate",

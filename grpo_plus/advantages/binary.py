@@ -144,7 +144,7 @@ def _unit(rewards: Rewards, low: float, high: float) -> Tensor:
     unit = (rewards.total() - low) / (high - low)
     if ((unit < -RESOLUTION) | (unit > 1 + RESOLUTION)).any():
         raise ValueError(
-            f"bnpo_advantage needs rewards from low={low} to high={high}, but {rewards.described_total()}. Set low and high "
-            "to the least and greatest reward that a completion can get."
+            f"bnpo_advantage needs rewards from low={low} to high={high}, but {rewards.described_total()}. Set low and "
+            "high to the least and greatest reward that a completion can get."
         )
     return unit.clamp(0, 1)

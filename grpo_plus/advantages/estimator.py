@@ -33,7 +33,8 @@ class Estimator(Described):
         domain: the weighted sums it takes: "real" for any, "unit" for 0 to 1, "binary" for 0 and 1 only.
         needs_lengths: it needs the completions' lengths.
         trains_without_spread: a group of equal rewards may get advantages other than 0.
-        stateful: the function takes, after the rewards, a dictionary of numbers that it reads and updates.
+        stateful: the function takes, after the rewards, a dictionary that it reads and updates: JSON with strings as
+            keys.
         needs_prompts: it tells prompts apart across batches.
         needs_steps: it needs the rewards of the completions' steps, and returns advantages per token.
     """

@@ -77,6 +77,14 @@ def test_defaults_pass_the_check_of_every_estimator(name: str):
     check_keywords(ESTIMATORS[name], {}, num_generations=7, names=names)
 
 
+def test_functions_of_weight_zero_do_not_count_in_the_check():
+    names = ["steps", "watched"]
+    check_keywords(ESTIMATORS["process"], {}, names=names, weights=[2.0, 0.0])
+    check_keywords(ESTIMATORS["process"], {}, names=names, weights=[0.0, 0.0])
+    with pytest.raises(ValueError, match="'steps', 'watched' would not all have an effect"):
+        check_keywords(ESTIMATORS["process"], {}, names=names, weights=[2.0, 1.0])
+
+
 def test_the_check_tries_rewards_that_the_keywords_allow():
     check_keywords(ESTIMATORS["bnpo_advantage"], {"low": 2.0, "high": 5.0})
     check_keywords(ESTIMATORS["sa_mrpo"], {"bounds": {"correctness": [0, 2], "length": [-1, 0]}})
