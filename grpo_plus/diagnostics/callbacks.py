@@ -182,7 +182,8 @@ class AdvantageTableCallback(TrainerCallback):
     """Adds `group`, the index of the row's prompt in its batch, to the tables of completions that TRL writes.
 
     With log_completions=True TRL writes a parquet file per log under output_dir/completions; with the group one can
-    compare each completion with those it competed against. A column that a file already has is left alone.
+    compare each completion with those it competed against. A column that a file already has is left alone, such as the
+    `task` that GRPOPlusTrainer writes where task_column is set.
 
     Args:
         task_of: gives the task of a prompt as the table holds it (text, or a list of messages) for a column `task`.
@@ -190,15 +191,26 @@ class AdvantageTableCallback(TrainerCallback):
 
     def __init__(self, task_of: Callable[[Any], str] | None = None) -> None:
         self.task_of = task_of
-        self._evaluated_at: int | None = None
+        self._refused: set[Path] = set()
+        self._start(0)
 
     def on_train_begin(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
         """Say at the start if there will be no tables."""
+        self._start(state.global_step)
         if state.is_world_process_zero and not getattr(args, "log_completions", False):
             warnings.warn(
                 "AdvantageTableCallback has no tables to complete. Set log_completions=True, or remove the callback.",
                 stacklevel=2,
             )
+
+    def on_log(self, args: Arguments, state: State, control: Control, logs: Logs | None = None, **kwargs: Any) -> None:
+        """Notice whether new completions have taken the place of those of an evaluation."""
+        if "loss" not in (logs or {}):
+            return  # not a log of training steps
+        if "reward" in (logs or {}) and not self._unlogged:
+            self._mixed = False
+        self._unlogged = False
+        self._logged_at = state.global_step
 
     # TRL writes a step's table right after on_log, so each of these comes next and finds it complete.
     def on_step_begin(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
@@ -207,12 +219,18 @@ class AdvantageTableCallback(TrainerCallback):
 
     def on_evaluate(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
         """Complete the table that the evaluation wrote in place of the step's."""
-        self._evaluated_at = state.global_step
+        self._mixed = True
+        self._unlogged = self._logged_at != state.global_step
         self._complete(args, state)
 
     def on_train_end(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
         """Complete the last table."""
         self._complete(args, state)
+
+    def _start(self, step: int) -> None:
+        self._logged_at = step
+        self._mixed = False  # whether the table may hold rows of an evaluation
+        self._unlogged = False  # whether the next log may tell of completions from before that evaluation
 
     def _complete(self, args: Arguments, state: State) -> None:
         path = Path(args.output_dir, "completions", f"completions_{state.global_step:05d}.parquet")
@@ -239,8 +257,7 @@ class AdvantageTableCallback(TrainerCallback):
         size = args.num_generations
         evaluated = args.num_generations_eval or size
         # After an evaluation TRL's table can hold rows of both kinds, and does not say which is which.
-        ambiguous = self._evaluated_at is not None and evaluated != size
-        if ambiguous and path.name == f"completions_{self._evaluated_at:05d}.parquet":
+        if self._mixed and evaluated != size:
             reason = f"it may mix groups of num_generations={size} and of num_generations_eval={evaluated}"
         elif len(prompts) % size:
             reason = f"its {len(prompts)} rows are not a multiple of num_generations={size}"
@@ -248,7 +265,9 @@ class AdvantageTableCallback(TrainerCallback):
             reason = f"its rows are not blocks of num_generations={size} equal prompts"
         else:
             return [row // size for row in range(len(prompts))]
-        warnings.warn(f"{path} gets no column 'group': {reason}.", stacklevel=2)
+        if path not in self._refused:
+            self._refused.add(path)
+            warnings.warn(f"{path} gets no column 'group': {reason}.", stacklevel=2)
         return None
 
 

@@ -293,6 +293,38 @@ def test_a_table_that_an_evaluation_wrote_gets_groups_unless_its_groups_have_ano
         assert any("num_generations_eval=2" in str(warning.message) for warning in caught) == (size == 2)
 
 
+@pytest.mark.parametrize(
+    ("settings", "grouped"),
+    [
+        # Three steps use one generation, so the table of step 3 still holds the evaluation of step 2.
+        ({"num_iterations": 3, "eval_steps": 2}, {1: True, 2: False, 3: False, 4: False, 5: False, 6: False}),
+        ({"num_iterations": 3, "eval_steps": 5}, {1: True, 2: True, 3: True, 4: True, 5: False, 6: False}),
+        ({"num_iterations": 1, "eval_steps": 2}, {1: True, 2: False, 3: True, 4: False, 5: True, 6: False}),
+        # The log of step 3 tells of the generation of step 1, from before the evaluation of step 2.
+        ({"num_iterations": 4, "eval_steps": 2, "logging_steps": 3}, {2: False, 3: False, 4: False, 6: False}),
+    ],
+)
+def test_tables_that_may_hold_rows_of_an_evaluation_get_no_groups(tmp_path, settings, grouped):
+    trainer = make_trainer(
+        tmp_path,
+        trainer_arguments={"callbacks": [AdvantageTableCallback()], "eval_dataset": PROMPTS.select(range(2))},
+        log_completions=True,
+        num_completions_to_print=1,
+        num_generations=2,
+        num_generations_eval=4,
+        eval_strategy="steps",
+        max_steps=6,
+        **settings,
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.train()
+    found = {int(name[12:17]): "group" in table for name, table in tables(tmp_path).items()}
+    assert found == grouped
+    refused = [str(warning.message) for warning in caught if "gets no column 'group'" in str(warning.message)]
+    assert len(refused) == len(set(refused)) == list(grouped.values()).count(False)
+
+
 def test_without_log_completions_it_says_so(tmp_path):
     with pytest.warns(UserWarning, match="log_completions=True"):
         AdvantageTableCallback().on_train_begin(
