@@ -149,7 +149,7 @@ class TRLSeam(GRPOTrainer):
         rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         lengths = torch.tensor([len(ids) for ids in completion_ids_list], device=rewards_per_func.device)
         tasks = [self.task_of(example) for example in inputs]
-        if tasks[0] is not None and "task" not in self._pending_extra_logs:
+        if tasks[0] is not None and "task" not in (*self._pending_extra_logs, *self.reward_func_names):
             self._log_completion_extra("task", tasks)
         self._rewards = Rewards.from_table(
             rewards_per_func,

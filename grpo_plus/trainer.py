@@ -48,6 +48,10 @@ class GRPOPlusTrainer(TRLSeam):
         """`args` where they are ours; None for a plain GRPOConfig."""
         return self.args if isinstance(self.args, GRPOPlusConfig) else None
 
+    @property
+    def _estimator_name(self) -> str | None:
+        return self.plus.advantage_estimator if self.plus is not None else None
+
     @cached_property
     def estimator_state(self) -> State:
         """What a stateful estimator remembers; saved with every checkpoint."""
@@ -73,8 +77,7 @@ class GRPOPlusTrainer(TRLSeam):
 
     def advantage_metrics(self, rewards: Rewards, advantages: Tensor) -> dict[str, float]:
         """Which rewards and tasks drive the update, and how much of the batch takes part in it."""
-        name = self.plus.advantage_estimator if self.plus is not None else None
-        estimator = None if name is None else ESTIMATORS[name]
+        estimator = None if self._estimator_name is None else ESTIMATORS[self._estimator_name]
         modifiers: Any = self.plus.advantage_modifiers if self.plus is not None else {}
         rewards = apply_to_rewards(rewards, modifiers)
         trls = estimator is None and type(self).estimate_advantages is GRPOPlusTrainer.estimate_advantages
@@ -99,7 +102,7 @@ class GRPOPlusTrainer(TRLSeam):
 
     def prompt_key(self, prompt: Any) -> str | None:
         """A digest of the prompt, for the estimators that remember prompts."""
-        name = self.plus.advantage_estimator if self.plus is not None else None
+        name = self._estimator_name
         if name is None or not ESTIMATORS[name].needs_prompts:
             return None
         return hashlib.sha256(json.dumps(prompt, sort_keys=True, default=_content).encode()).hexdigest()[:16]
@@ -107,20 +110,18 @@ class GRPOPlusTrainer(TRLSeam):
     def running_state(self) -> dict[str, Any]:
         """What the estimator remembers, and where beta has moved to."""
         state: dict[str, Any] = {}
-        if self.plus is not None and self.estimator_state:
-            state = {"estimator": self.plus.advantage_estimator, "estimator_state": self.estimator_state}
+        if self.estimator_state:
+            state = {"estimator": self._estimator_name, "estimator_state": self.estimator_state}
         if self.plus is not None and self.plus.kl_target is not None:
             state["beta"] = self.beta
         return state
 
     def load_running_state(self, state: dict[str, Any]) -> None:
         """Take both up again, where the run still has a use for them."""
-        if self.plus is None:
-            return
-        if self.plus.kl_target is not None:
+        if self.plus is not None and self.plus.kl_target is not None:
             self.beta = state.get("beta", self.beta)
-        name, saved = self.plus.advantage_estimator, state.get("estimator")
-        if name is not None and saved == name:
+        name, saved = self._estimator_name, state.get("estimator")
+        if "estimator_state" in state and saved == name:
             self.estimator_state.update(state["estimator_state"])
         elif name is not None and ESTIMATORS[name].stateful:
             found = "nothing that an estimator remembers" if saved is None else f"what {saved!r} remembers"

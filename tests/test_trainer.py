@@ -322,6 +322,19 @@ def test_a_checkpoint_without_the_estimators_state_is_warned_about(tmp_path, sav
     assert fresh.estimator_state == {"": [0.5, 0.5]}
 
 
+@pytest.mark.parametrize("config_class", [GRPOConfig, GRPOPlusConfig])
+def test_what_an_overridden_hook_remembers_survives_a_checkpoint(tmp_path, config_class):
+    class Remembering(GRPOPlusTrainer):
+        def estimate_advantages(self, rewards):
+            self.estimator_state["batches"] = self.estimator_state.get("batches", 0) + 1
+
+    settings = {"trainer_class": Remembering, "config_class": config_class, "save_strategy": "steps", "save_steps": 2}
+    make_trainer(tmp_path / "saved", **settings).train()
+    resumed = make_trainer(tmp_path / "resumed", **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "saved" / "checkpoint-2"))
+    assert resumed.estimator_state == {"batches": 3}
+
+
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [

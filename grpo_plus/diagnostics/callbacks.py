@@ -189,6 +189,10 @@ class AdvantageTableCallback(TrainerCallback):
         task_of: gives the task of a prompt as the table holds it (text, or a list of messages) for a column `task`.
     """
 
+    _logged_at: int
+    _mixed: bool
+    _unlogged: bool
+
     def __init__(self, task_of: Callable[[Any], str] | None = None) -> None:
         self.task_of = task_of
         self._refused: set[Path] = set()
