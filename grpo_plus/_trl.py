@@ -63,6 +63,8 @@ GENERATES, PREPARES = "_generate", "_generate_and_score_completions"
 STATE_FILE = "grpo_plus_state.json"
 DIVISOR = "grpo_plus_divisor"
 
+TASK_SHARE = "advantages/task_share/"
+
 # Columns of TRL's completions table that a reward function may fill through `log_extra` with lists, one per completion.
 STEP_COLUMNS = ("step_rewards", "step_ends")
 
@@ -194,7 +196,7 @@ class TRLSeam(GRPOTrainer):
         return {}
 
     def load_running_state(self, state: dict[str, Any]) -> None:
-        """Take up what `running_state` returned before the checkpoint."""
+        """Take up what `running_state` returned before the checkpoint, {} where it left nothing there."""
 
     def live_rows(self, advantages: Tensor) -> Tensor | None:
         """(B,) booleans: which rows of a micro-batch can have a gradient; None: all.
@@ -242,13 +244,16 @@ class TRLSeam(GRPOTrainer):
     ) -> Tensor:
         rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         lengths = torch.tensor([len(ids) for ids in completion_ids_list], device=rewards_per_func.device)
+        tasks = [self.task_of(example) for example in inputs]
+        if tasks[0] is not None and "task" not in (*self._pending_extra_logs, *self.reward_func_names):
+            self._log_completion_extra("task", tasks)
         self._rewards = Rewards.from_table(
             rewards_per_func,
             num_generations=self.num_generations if self.model.training else self.num_generations_eval,
             weights=self.reward_weights,
             names=tuple(self.reward_func_names),
             lengths=gather(lengths),
-            tasks=_gather_labels([self.task_of(example) for example in inputs]),
+            tasks=_gather_labels(tasks),
             prompts=_gather_labels([self.prompt_key(prompt) for prompt in prompts]),
             steps=self._gather_steps(len(prompts)),
         )
@@ -535,8 +540,22 @@ class TRLSeam(GRPOTrainer):
         if len(logged) < rows:
             return  # an evaluation batch that is larger than TRL's log
         advantages = torch.tensor(logged, dtype=torch.float64).view_as(self._rewards.judged)
-        for name, value in self.advantage_metrics(self._rewards, advantages).items():
-            self._metrics["train" if self.model.training else "eval"][f"advantages/{name}"].append(value)
+        values = {
+            f"advantages/{name}": value for name, value in self.advantage_metrics(self._rewards, advantages).items()
+        }
+        mode = "train" if self.model.training else "eval"
+        self._share_with_absent_tasks(mode, values)
+        for name, value in values.items():
+            self._metrics[mode][name].append(value)
+
+    def _share_with_absent_tasks(self, mode: str, values: dict[str, float]) -> None:
+        """A share of 0 for the batches of this log without the task: TRL averages over the values that are there."""
+        logged = self._metrics[mode]
+        shares = {name for name in (*logged, *values) if name.startswith(TASK_SHARE)}
+        batches = max((len(logged[name]) for name in shares), default=0)
+        for name in shares:
+            values.setdefault(name, 0.0)
+            logged[name].extend([0.0] * (batches - len(logged[name])))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
@@ -549,8 +568,9 @@ class TRLSeam(GRPOTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and (path := Path(checkpoint) / STATE_FILE).exists():
-            self.load_running_state(json.loads(path.read_text()))
+        if checkpoint is not None:
+            path = Path(checkpoint) / STATE_FILE
+            self.load_running_state(json.loads(path.read_text()) if path.exists() else {})
 
     def _replace_advantages(self, output: dict[str, Any], advantages: Tensor) -> None:
         """Put all processes' advantages, (P, G) or (P, G, T), in the place of TRL's: this rank's rows for the loss, as

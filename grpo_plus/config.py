@@ -40,7 +40,8 @@ class GRPOPlusConfig(GRPOConfig):
         kl_estimator: "k1", "k2" or "k3", of the KL to the reference under such a loss.
         kl_target: where set, `beta` is only the start and moves after each optimizer step to bring the logged KL per
             token near this value (Ziegler et al.'s controller); under any loss.
-        kl_horizon: completions after which a KL off by 20 % or more has changed beta by about a fifth.
+        kl_horizon: completions after which a KL off by 20 % or more has changed beta by about a fifth; one step changes
+            it by a fifth at most.
 
         packing: how rows go through the model. "shared_prompt": without padding, each prompt once for all of its
             completions; "padding_free": without padding; "none": as TRL does; "auto": the first of these that a check
@@ -142,6 +143,8 @@ class GRPOPlusConfig(GRPOConfig):
                     f"kl_target={self.kl_target} moves beta, which is 0. Set beta to where it should start."
                 )
             AdaptiveBeta(self.beta, self.kl_target, self.kl_horizon)
+        elif self.kl_horizon != type(self).kl_horizon:
+            raise ValueError(f"kl_horizon={self.kl_horizon} has no effect without kl_target. Set kl_target too.")
         _check_refills(self)
         self.advantage_kwargs = _as_dictionary("advantage_kwargs", self.advantage_kwargs)
         self.advantage_modifiers = _as_dictionary("advantage_modifiers", self.advantage_modifiers)
@@ -169,7 +172,9 @@ class GRPOPlusConfig(GRPOConfig):
             keywords = ", ".join(f"{name}={value}" for name, value in given.items())
             advantages = " + ".join((f"{self.advantage_estimator}({keywords})", *(self.advantage_modifiers or {})))
         refills = f"; up to {self.max_refills} refills" if self.max_refills else ""
-        return f"grpo_plus {__version__}: advantages {advantages}; loss {self.loss_type}{refills}"
+        return (
+            f"grpo_plus {__version__}: advantages {advantages}; loss {self.loss_type}; packing {self.packing}{refills}"
+        )
 
 
 def _as_dictionary(name: str, given: dict[str, Any] | str | None) -> dict[str, Any]:
@@ -222,4 +227,5 @@ def _check_estimator(config: GRPOPlusConfig) -> None:
             check_keywords(estimator, keywords, num_generations=num_generations)
     except ValueError as error:
         raise ValueError(f"advantage_kwargs={keywords} does not fit {estimator.name!r}: {error}") from error
-    check_modifiers(_as_dictionary("advantage_modifiers", config.advantage_modifiers))
+    modifiers = _as_dictionary("advantage_modifiers", config.advantage_modifiers)
+    check_modifiers(modifiers, num_generations=config.num_generations)

@@ -54,7 +54,26 @@ def check_loss(config: GRPOConfig) -> None:
         raise ValueError(
             f"Unknown kl_estimator {config.kl_estimator!r}.{suggestion(config.kl_estimator, KL_ESTIMATORS)}"
         )
+    _check_kl_estimator(config)
     check_loss_keywords(loss, config.loss_kwargs)
+
+
+def _check_kl_estimator(config: GRPOConfig) -> None:
+    """Refuse an estimator without effect, and warn of one whose gradient is another than its name says."""
+    given = f"kl_estimator={config.kl_estimator!r}"
+    if config.beta == 0 and config.kl_estimator != OURS_ONLY["kl_estimator"]:
+        raise ValueError(f"{given} has no effect with beta=0. Set beta, or drop kl_estimator.")
+    if config.kl_estimator == "k1" and not config.use_bias_correction_kl:
+        raise ValueError(
+            f"{given} with use_bias_correction_kl=False has a gradient of 0 on average, whatever beta is. Set "
+            "use_bias_correction_kl=True, or take kl_estimator='k2' or 'k3'."
+        )
+    if config.beta != 0 and config.kl_estimator == "k2" and config.use_bias_correction_kl:
+        warnings.warn(
+            f"{given} has the KL's gradient by itself; use_bias_correction_kl=True multiplies it by the ratio and adds "
+            "the gradient of k2's bias. Set use_bias_correction_kl=False.",
+            stacklevel=2,
+        )
 
 
 def _warn_of_traps(config: GRPOConfig) -> None:

@@ -75,9 +75,14 @@ def std(values: Tensor, *, ddof: int = 1, weights: Tensor | None = None) -> Tens
 
 def divide(values: Tensor, scale: Tensor, *, eps: float) -> Tensor:
     """values / (scale + eps), and exactly 0 where the scale is 0; NaN stays NaN."""
+    check_eps(eps)
+    return (values / (scale + eps)).where((scale > 0) | values.isnan(), 0.0)
+
+
+def check_eps(eps: float) -> None:
+    """Raise ValueError for an eps that is no small number to add to a std."""
     if not 0 <= eps < torch.inf:
         raise ValueError(f"eps={eps!r} is negative or infinite. Use 0 or a small positive number such as 1e-4.")
-    return (values / (scale + eps)).where((scale > 0) | values.isnan(), 0.0)
 
 
 def zscore(values: Tensor, *, ddof: int = 1, eps: float, weights: Tensor | None = None) -> Tensor:

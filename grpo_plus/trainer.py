@@ -10,33 +10,43 @@ import copy
 import hashlib
 import json
 import warnings
-from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from grpo_plus._trl import TRLSeam
-from grpo_plus.advantages import ESTIMATORS, Rewards, State, estimate
-from grpo_plus.config import GRPOPlusConfig
-from grpo_plus.config_speed import why_not_regroup, why_not_skip
+from grpo_plus.advantages import ESTIMATORS, Rewards, State, apply_to_rewards, check_state, clip_limits, estimate
+from grpo_plus.config_run import check_estimator, check_plain_loss, check_task_column
 from grpo_plus.diagnostics.metrics import advantage_metrics
 from grpo_plus.losses import AdaptiveBeta, LossInputs, PolicyLoss, policy_loss
-from grpo_plus.packing import Head, Packed, Packer, PaddedRows, dropout_of, single_pass_head, why_not_packed
+from grpo_plus.trainer_speed import SpeedUps
 
 
-class GRPOPlusTrainer(TRLSeam):
+class GRPOPlusTrainer(SpeedUps):
     """TRL's GRPOTrainer with pluggable advantages and losses. Takes its arguments, and a GRPOPlusConfig as `args`.
 
-    With a plain GRPOConfig, or a GRPOPlusConfig whose own fields are unset, it trains what GRPOTrainer trains, to the
-    last bit. Override `estimate_advantages` for advantages that need more than the rewards.
+    With a GRPOPlusConfig whose own fields are unset it trains what GRPOTrainer trains, to rounding and faster; with a
+    plain GRPOConfig, or with `packing="none"` and `skip_zero_advantage=False`, to the last bit. Override
+    `estimate_advantages` for advantages that need more than the rewards.
     """
 
-    @cached_property
-    def plus(self) -> GRPOPlusConfig | None:
-        """`args` where they are ours; None for a plain GRPOConfig."""
-        return self.args if isinstance(self.args, GRPOPlusConfig) else None
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.plus is None:
+            if type(self).policy_loss is GRPOPlusTrainer.policy_loss:
+                check_plain_loss(self.loss_type)
+            return
+        for dataset in (self.train_dataset, self.eval_dataset):
+            for part in dataset.values() if isinstance(dataset, dict) else [dataset]:
+                check_task_column(self.plus.task_column, part)
+        # An overridden hook may change the rewards before it calls ours.
+        if type(self).estimate_advantages is GRPOPlusTrainer.estimate_advantages:
+            names, weights = self.reward_func_names, self.reward_weights.tolist()
+            check_estimator(self.plus, names, weights, num_generations=self.num_generations)
+
+    @property
+    def _estimator_name(self) -> str | None:
+        return self.plus.advantage_estimator if self.plus is not None else None
 
     @cached_property
     def estimator_state(self) -> State:
@@ -65,85 +75,33 @@ class GRPOPlusTrainer(TRLSeam):
     def _estimate(self, rewards: Rewards, state: State) -> Tensor | None:
         if self.plus is None or self.plus.advantage_estimator is None:
             return None
-        return estimate(
+        first = not state
+        advantages = estimate(
             self.plus.advantage_estimator,
             rewards,
             self.plus.advantage_kwargs,  # type: ignore[arg-type]  # a dictionary after the configuration's checks
             modifiers=self.plus.advantage_modifiers,  # type: ignore[arg-type]  # likewise
             state=state,
         )
+        if first:
+            check_state(self.plus.advantage_estimator, state)
+        return advantages
 
     def advantage_metrics(self, rewards: Rewards, advantages: Tensor) -> dict[str, float]:
         """Which rewards and tasks drive the update, and how much of the batch takes part in it."""
+        estimator = None if self._estimator_name is None else ESTIMATORS[self._estimator_name]
         modifiers: Any = self.plus.advantage_modifiers if self.plus is not None else {}
-        return advantage_metrics(rewards, advantages, limit=modifiers.get("clip", {}).get("max"))
-
-    @cached_property
-    def packer(self) -> Packer | None:
-        """What forwards the rows without padding and shared prompts once; None where TRL's forward does it."""
-        if self.plus is None or self.plus.packing == "none":
-            return None
-        reason = why_not_packed(self.accelerator.unwrap_model(self.model))
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            reason = "the weights are spread over the processes by FSDP or DeepSpeed, and packing was not tested there"
-        if reason is None:
-            reentrant = self.args.gradient_checkpointing and (self.args.gradient_checkpointing_kwargs or {}).get(
-                "use_reentrant", False
-            )
-            return Packer(
-                self.plus.packing,
-                head=self._head(),
-                gradient_check=not reentrant,
-                note="skipping zero-advantage rows" if self.skips else None,
-            )
-        if self.plus.packing != "auto":
-            raise ValueError(f"packing={self.plus.packing!r} is not possible: {reason}. Set packing='none'.")
-        warnings.warn(f"packing: none, rows stay padded. {reason}.", stacklevel=2)
-        return None
-
-    def _head(self) -> Head | None:
-        """The single-pass head where it is asked for, or where it is known to be faster and no entropy is trained."""
-        backend = self.plus.logprob_backend if self.plus is not None else "trl"
-        if backend == "auto" and not self.args.entropy_coef and not self.args.use_adaptive_entropy:
-            backend = "torch" if self.accelerator.device.type == "cpu" else "trl"
-        if backend != "torch":
-            return None
-        return single_pass_head(temperature=self.temperature, float32=self.args.cast_lm_head_to_fp32)
-
-    def logps(
-        self,
-        model: Any,
-        base: PreTrainedModel,
-        rows: PaddedRows,
-        padded_logps: Callable[[Tensor, Tensor, int], Tensor],
-        *,
-        max_tokens: int | None,
-    ) -> Packed | None:
-        """Log-probabilities through packed rows where `packing` allows, checked against TRL's forward once."""
-        if self.packer is None:
-            return None
-        return self.packer.logps(model, base, rows, padded_logps, max_tokens=max_tokens)
-
-    @cached_property
-    def skips(self) -> bool:
-        """Whether completions with zero advantage stay out of the forward."""
-        if self.plus is None or self.plus.skip_zero_advantage is False:
-            return False
-        reason = why_not_skip(self.plus) or ("the model has a router loss" if self.aux_loss_enabled else None)
-        reason = reason or dropout_of(self.model)
-        if reason is not None and self.plus.skip_zero_advantage:
-            raise ValueError(f"skip_zero_advantage=True would change the gradients: {reason}. Leave it unset.")
-        return reason is None
-
-    def live_rows(self, advantages: Tensor) -> Tensor | None:
-        """(B,) booleans: rows with an advantage other than 0, where the others have no gradient."""
-        return advantages.reshape(len(advantages), -1).ne(0).any(1) if self.skips else None
-
-    def keeps_prompts_together(self) -> bool:
-        """Whether a shared prompt needs its completions in one micro-batch."""
-        if self.plus is None or self.packer is None or self.plus.packing == "padding_free":
-            return False
-        return why_not_regroup(self.plus) is None
+        rewards = apply_to_rewards(rewards, modifiers)
+        trls = estimator is None and type(self).estimate_advantages is GRPOPlusTrainer.estimate_advantages
+        trl_normalizes_each = trls and self.args.multi_objective_aggregation == "normalize_then_sum"
+        return advantage_metrics(
+            rewards,
+            advantages,
+            limit=clip_limits(rewards, modifiers),
+            normalizes_each=trl_normalizes_each if estimator is None else estimator.normalizes_each,
+            by_steps=estimator is not None and estimator.needs_steps,
+            rounded=trls,
+        )
 
     def task_of(self, example: dict[str, Any]) -> str | None:
         """The row's value in `task_column`."""
@@ -156,22 +114,33 @@ class GRPOPlusTrainer(TRLSeam):
 
     def prompt_key(self, prompt: Any) -> str | None:
         """A digest of the prompt, for the estimators that remember prompts."""
-        name = self.plus.advantage_estimator if self.plus is not None else None
+        name = self._estimator_name
         if name is None or not ESTIMATORS[name].needs_prompts:
             return None
-        return hashlib.sha256(json.dumps(prompt, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(prompt, sort_keys=True, default=_content).encode()).hexdigest()[:16]
 
     def running_state(self) -> dict[str, Any]:
         """What the estimator remembers, and where beta has moved to."""
-        state: dict[str, Any] = {"estimator": self.estimator_state} if self.estimator_state else {}
+        state: dict[str, Any] = {}
+        if self.estimator_state:
+            state = {"estimator": self._estimator_name, "estimator_state": self.estimator_state}
         if self.plus is not None and self.plus.kl_target is not None:
             state["beta"] = self.beta
         return state
 
     def load_running_state(self, state: dict[str, Any]) -> None:
-        """Take both up again."""
-        self.estimator_state.update(state.get("estimator", {}))
-        self.beta = state.get("beta", self.beta)
+        """Take both up again, where the run still has a use for them."""
+        if self.plus is not None and self.plus.kl_target is not None:
+            self.beta = state.get("beta", self.beta)
+        name, saved = self._estimator_name, state.get("estimator")
+        if "estimator_state" in state and saved == name:
+            self.estimator_state.update(state["estimator_state"])
+        elif name is not None and ESTIMATORS[name].stateful:
+            found = "nothing that an estimator remembers" if saved is None else f"what {saved!r} remembers"
+            warnings.warn(
+                f"The checkpoint holds {found}: advantage_estimator={name!r} starts without memory, as in a new run.",
+                stacklevel=2,
+            )
 
     def next_beta(self, kl: float, completions: int) -> float:
         """Beta, moved towards `kl_target` where one is set."""
@@ -194,3 +163,14 @@ class GRPOPlusTrainer(TRLSeam):
             max_length=self.max_completion_length,
             accumulation_steps=accumulation_steps,
         )
+
+
+def _content(part: Any) -> list[Any]:
+    """What tells apart a part of a prompt that is no JSON: an image or an array by its bytes."""
+    if not callable(getattr(part, "tobytes", None)):
+        raise ValueError(
+            f"A prompt holds a {type(part).__name__}, which cannot be recognized in a later batch. Use text and "
+            "images, override prompt_key, or take an advantage_estimator that does not remember prompts."
+        )
+    shape = [getattr(part, name, None) for name in ("mode", "size", "dtype", "shape")]
+    return [str(shape), hashlib.sha256(part.tobytes()).hexdigest()]

@@ -1,18 +1,40 @@
-"""The README's tables, made from the registries: `python -m tests.readme` writes them into README.md."""
+"""The README's tables, made from registries and results: `python -m tests.readme` writes them into README.md."""
 
+import json
 import re
 from pathlib import Path
 
 from grpo_plus.cli.ls import advantage_rows, loss_rows
 
 README = Path(__file__).parents[1] / "README.md"
-TABLES = {"advantages": advantage_rows, "losses": loss_rows}
+RESULTS = README.parent / "benchmarks" / "results"
+
+
+def update_rows() -> list[tuple[str, ...]]:
+    """Speed-up and peak memory of an update by shape and variant, from the CPU's results."""
+    rows = json.loads((RESULTS / "update_cpu.json").read_text())["rows"]
+    variants = list(dict.fromkeys(row["variant"] for row in rows))
+    cells = {(tuple(row["shape"]), row["variant"]): row for row in rows}
+    table = [("prompt, longest completion, G", "tokens", *variants)]
+    for shape in dict.fromkeys(shape for shape, _ in cells):
+        measured = [cells.get((shape, variant)) for variant in variants]
+        ratio = next(row["token_ratio"] for row in measured if row)
+        figures = [f"{row['speed_up']:.1f}x, {row['memory_ratio']:.1f}x" if row else "" for row in measured]
+        table.append((", ".join(map(str, shape)), f"{ratio:.1f}x fewer", *figures))
+    return table
+
+
+TABLES = {"advantages": advantage_rows, "losses": loss_rows, "update": update_rows}
 
 
 def markdown(rows: list[tuple[str, ...]]) -> str:
     header, *body = rows
-    lines = [header, ("---",) * len(header), *[(f"`{name}`", *map(_cell, rest)) for name, *rest in body]]
+    lines = [header, ("---",) * len(header), *[(_name(name), *map(_cell, rest)) for name, *rest in body]]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _name(text: str) -> str:
+    return f"`{text}`" if text.isidentifier() else text
 
 
 def _cell(text: str) -> str:

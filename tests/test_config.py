@@ -75,7 +75,17 @@ def config(**fields) -> GRPOPlusConfig:
         ),
         ({"kl_target": 0.1}, "kl_target=0.1 moves beta, which is 0"),
         ({"kl_target": -0.1, "beta": 0.1}, "target_kl"),
+        ({"kl_horizon": 500}, "kl_horizon=500 has no effect without kl_target"),
+        ({"loss_type": "gmpo", "kl_estimator": "k1"}, "kl_estimator='k1' has no effect with beta=0"),
+        (
+            {"loss_type": "gmpo", "kl_estimator": "k1", "beta": 0.1, "use_bias_correction_kl": False},
+            "kl_estimator='k1' with use_bias_correction_kl=False has a gradient of 0",
+        ),
         ({"advantage_estimator": "rloo", "advantage_modifiers": {"pods": {"keep": 1}}}, "keep=1 does not fit"),
+        (
+            {"advantage_estimator": "rloo", "advantage_modifiers": {"pods": {"keep": 9}}},
+            "keep=9 does not fit: groups have num_generations=8",
+        ),
         ({"loss_type": None}, "Unknown loss_type None"),
         ({"advantage_kwargs": {"ddof": 0}}, "Set advantage_estimator too"),
         (
@@ -141,6 +151,12 @@ def test_a_loss_that_cannot_differ_is_warned_about():
         UserWarning, match="'gmpo' with one update per batch of completions has the gradient of 'reinforce'"
     ):
         config(loss_type="gmpo")
+
+
+@pytest.mark.parametrize(("corrected", "warned"), [(True, True), (False, False)])
+def test_k2_times_the_ratio_is_warned_about(corrected, warned, recwarn):
+    config(loss_type="gmpo", num_iterations=2, kl_estimator="k2", beta=0.1, use_bias_correction_kl=corrected)
+    assert any("adds the gradient of k2's bias" in str(warning.message) for warning in recwarn) == warned
 
 
 @pytest.mark.parametrize(

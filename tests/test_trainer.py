@@ -1,14 +1,15 @@
 import pandas as pd
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForSequenceClassification, TrainerCallback
 from trl import GRPOConfig
 
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer, Rewards
-from grpo_plus.advantages import ESTIMATORS, register
+from grpo_plus.advantages import ESTIMATORS, State, register
 from grpo_plus.demo.tiny import tiny_tokenizer
+from grpo_plus.losses import policy_loss
 from tests.training import PROMPTS, brevity, logs_of, make_trainer, vowels, weights_of
 
 
@@ -307,6 +308,66 @@ def has_vowel(completions, **_):
     return [float(any(letter in "aeiou" for letter in text)) for text in completions]
 
 
+@pytest.mark.parametrize(
+    ("saved", "found"), [("rloo", "nothing that an estimator remembers"), ("popart", "what 'popart' remembers")]
+)
+def test_a_checkpoint_without_the_estimators_state_is_warned_about(tmp_path, saved, found):
+    settings = {"max_steps": 3, "save_strategy": "steps", "save_steps": 2, "reward_funcs": [has_vowel]}
+    plus(tmp_path / "saved", advantage_estimator=saved, **settings).train()
+    resumed = plus(tmp_path / "resumed", advantage_estimator="ema_task", **settings)
+    with pytest.warns(UserWarning, match=f"holds {found}: advantage_estimator='ema_task' starts without memory"):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "saved" / "checkpoint-2"))
+    fresh = plus(tmp_path / "fresh", advantage_estimator="ema_task", **settings)
+    fresh.load_running_state({"estimator": "ema_task", "estimator_state": {"": [0.5, 0.5]}})
+    assert fresh.estimator_state == {"": [0.5, 0.5]}
+
+
+@pytest.mark.parametrize("config_class", [GRPOConfig, GRPOPlusConfig])
+def test_what_an_overridden_hook_remembers_survives_a_checkpoint(tmp_path, config_class):
+    class Remembering(GRPOPlusTrainer):
+        def estimate_advantages(self, rewards):
+            self.estimator_state["batches"] = self.estimator_state.get("batches", 0) + 1
+
+    settings = {"trainer_class": Remembering, "config_class": config_class, "save_strategy": "steps", "save_steps": 2}
+    make_trainer(tmp_path / "saved", **settings).train()
+    resumed = make_trainer(tmp_path / "resumed", **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "saved" / "checkpoint-2"))
+    assert resumed.estimator_state == {"batches": 3}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        (3, 1.0, r"'counting' has the key 3, which a checkpoint would turn into a string. Write str\(3\)"),
+        ("mean", torch.zeros(2), r"'counting'\['mean'\] is a Tensor, which a checkpoint cannot hold"),
+        ("per_task", {"a": [0.5, {1: 2}]}, r"'counting'\['per_task'\]\['a'\]\[1\] has the key 1"),
+    ],
+)
+def test_a_state_that_no_checkpoint_can_hold_is_refused_in_the_first_step(tmp_path, registered, key, value, message):
+    @registered("counting", stateful=True)
+    def counting_state(rewards: Rewards, state: State) -> torch.Tensor:
+        state[key] = value
+        return rewards.total() * 0
+
+    trainer = plus(tmp_path, advantage_estimator="counting")
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+
+
+def test_images_in_a_prompt_are_told_apart_by_their_content(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    trainer = plus(tmp_path, advantage_estimator="spo", reward_funcs=[has_vowel])
+
+    def key(colour: int, size: tuple[int, int] = (2, 3)) -> str:
+        part = {"type": "image", "image": image.new("L", size, colour)}
+        return trainer.prompt_key([{"role": "user", "content": [part]}])
+
+    assert key(1) == key(1)
+    assert len({key(1), key(2), key(1, (3, 2))}) == 3
+    with pytest.raises(ValueError, match="A prompt holds a object, which cannot be recognized"):
+        trainer.prompt_key([{"role": "user", "content": object()}])
+
+
 def test_evaluation_leaves_no_trace_in_the_state(tmp_path):
     evaluated = {"eval_dataset": TASKS.select(range(4))}
     trainer = plus(
@@ -320,9 +381,102 @@ def test_evaluation_leaves_no_trace_in_the_state(tmp_path):
 
 
 def test_a_task_column_that_is_not_there_is_named(tmp_path):
-    trainer = plus(tmp_path, advantage_estimator="ema_task", task_column="tusk", train_dataset=TASKS)
+    settings = {"advantage_estimator": "ema_task", "task_column": "tusk"}
+    message = "task_column='tusk' is no column of the dataset. Did you mean 'task'.*Known: prompt, answer, task"
+    with pytest.raises(ValueError, match=message):
+        plus(tmp_path, train_dataset=TASKS, **settings)
+    tusks = TASKS.rename_column("task", "tusk")
+    with pytest.raises(ValueError, match=message):
+        plus(tmp_path, train_dataset=tusks, trainer_arguments={"eval_dataset": {"all": TASKS}}, **settings)
+    # A stream that does not know its columns shows them in the first batch.
+    stream = IterableDataset.from_generator(lambda: iter(TASKS))
     with pytest.raises(ValueError, match="task_column='tusk' is no column of the dataset. Known: prompt, answer, task"):
-        trainer.train()
+        plus(tmp_path, train_dataset=stream, **settings).train()
+
+
+def test_a_task_that_is_absent_from_a_batch_has_a_share_of_zero_there(tmp_path):
+    # Two prompts per batch: the third task occurs in one of the logs only, and in half of its batches at most.
+    rare = Dataset.from_list([{**row, "task": "rare" if i == 0 else "common"} for i, row in enumerate(PROMPTS)])
+    settings = {"task_column": "task", "train_dataset": rare, "advantage_estimator": "dr_grpo", "max_steps": 10}
+    trainer = plus(tmp_path, logging_steps=5, log_completions=True, **settings)
+    trainer.train()
+    shares = [
+        entry["advantages/task_share/rare"]
+        for entry in trainer.state.log_history
+        if "advantages/task_share/rare" in entry
+    ]
+    for entry in trainer.state.log_history[:2]:
+        logged = [value for name, value in entry.items() if name.startswith("advantages/task_share/")]
+        assert sum(logged) == pytest.approx(1.0)
+    assert len(shares) == 1
+    assert 0 < shares[0] <= 1 / 5
+
+
+def test_the_completions_table_shows_the_tasks(tmp_path):
+    trainer = plus(tmp_path, task_column="task", train_dataset=TASKS, log_completions=True)
+    trainer.train()
+    table = completions_table(tmp_path)
+    task_of = {row["prompt"]: row["task"] for row in TASKS}
+    assert table["task"].tolist() == [task_of[prompt] for prompt in table["prompt"]]
+    assert set(table["task"]) == {"even", "odd"}
+
+
+def twice(name: str):
+    def reward(completions, **_):
+        return vowels(completions)
+
+    reward.__name__ = name
+    return reward
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"advantage_modifiers": {"filter_zero_std": {"by": "vowel"}}},
+            "advantage_modifiers=.*no reward 'vowel'. Did you mean 'vowels'",
+        ),
+        (
+            {"advantage_estimator": "sa_mrpo", "advantage_kwargs": {"bounds": {"brevety": [0, 1]}}},
+            "advantage_kwargs=.*no reward 'brevety'. Did you mean 'brevity'",
+        ),
+        ({"advantage_estimator": "process"}, "'vowels', 'brevity' would not all have an effect"),
+        ({"reward_funcs": [twice("same"), twice("same")]}, "Two reward functions are called 'same'"),
+    ],
+)
+def test_what_does_not_fit_the_reward_functions_is_refused_at_construction(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        plus(tmp_path, **({"advantage_estimator": "dr_grpo"} | settings))
+
+
+def test_functions_that_are_only_watched_fit_process_rewards(tmp_path):
+    plus(tmp_path, advantage_estimator="process", reward_weights=[1.0, 0.0])
+
+
+def test_two_functions_of_one_name_are_left_to_trl_where_trl_estimates(tmp_path):
+    plus(tmp_path, reward_funcs=[twice("same"), twice("same")], max_steps=1).train()
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "message"),
+    [
+        ("gmpo", "loss_type='gmpo' is none of TRL's.*Write args=GRPOPlusConfig"),
+        ("dappo", "Unknown loss_type 'dappo'. Did you mean 'dapo'"),
+    ],
+)
+def test_a_loss_that_a_plain_config_cannot_describe_is_refused_at_construction(tmp_path, loss_type, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, trainer_class=GRPOPlusTrainer, loss_type=loss_type)
+
+
+def test_an_overridden_loss_needs_no_config_of_ours(tmp_path):
+    class Own(GRPOPlusTrainer):
+        def policy_loss(self, inputs, *, num_items, accumulation_steps):
+            return policy_loss("reinforce", inputs, num_items=num_items)
+
+    trainer = make_trainer(tmp_path, trainer_class=Own, loss_type="mine", max_steps=1)
+    trainer.train()
+    assert "grad_norm" in trainer.state.log_history[0]
 
 
 def test_what_the_advantages_are_like_is_logged(tmp_path):
@@ -363,6 +517,12 @@ def test_an_adapted_beta_survives_a_checkpoint(tmp_path):
     resumed = with_kl(tmp_path / "resumed", **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     assert resumed.beta == whole.beta
+
+
+def test_without_a_target_a_checkpoint_does_not_set_beta(tmp_path):
+    trainer = with_kl(tmp_path)
+    trainer.load_running_state({"beta": 0.123})
+    assert trainer.beta == 0.5
 
 
 def test_without_a_target_beta_stays(tmp_path):

@@ -43,7 +43,7 @@ from grpo_plus.advantages import (  # noqa: F401  (they register themselves)
     running,
     unnormalized,
 )
-from grpo_plus.advantages.checks import check_keywords, check_rewards, checked
+from grpo_plus.advantages.checks import check_keywords, check_rewards, check_state, checked
 from grpo_plus.advantages.estimator import ESTIMATORS, Estimator, State, register
 from grpo_plus.advantages.modifiers import (
     MODIFIERS,
@@ -51,6 +51,7 @@ from grpo_plus.advantages.modifiers import (
     apply_to_advantages,
     apply_to_rewards,
     check_modifiers,
+    clip_limits,
 )
 from grpo_plus.advantages.process import process_advantages
 from grpo_plus.advantages.rewards import Rewards, UnknownRewardError
@@ -65,9 +66,12 @@ __all__ = [
     "State",
     "Steps",
     "UnknownRewardError",
+    "apply_to_rewards",
     "check_keywords",
     "check_modifiers",
+    "check_state",
     "checked",
+    "clip_limits",
     "estimate",
     "process_advantages",
     "register",

@@ -131,7 +131,9 @@ def _solved(name: str, rewards: Rewards) -> Tensor:
     solved = total.round()
     rounded = (total - solved).abs() <= RESOLUTION
     if not ((rounded & ((solved == 0) | (solved == 1))) | total.isnan()).all():
-        raise ValueError(f"{name} needs a reward of 0 or 1, but {_describe(rewards)}. Use one such reward function.")
+        raise ValueError(
+            f"{name} needs a reward of 0 or 1, but {rewards.described_total()}. Use one such reward function."
+        )
     return solved
 
 
@@ -142,14 +144,7 @@ def _unit(rewards: Rewards, low: float, high: float) -> Tensor:
     unit = (rewards.total() - low) / (high - low)
     if ((unit < -RESOLUTION) | (unit > 1 + RESOLUTION)).any():
         raise ValueError(
-            f"bnpo_advantage needs rewards from low={low} to high={high}, but {_describe(rewards)}. Set low and high "
-            "to the least and greatest reward that a completion can get."
+            f"bnpo_advantage needs rewards from low={low} to high={high}, but {rewards.described_total()}. Set low and "
+            "high to the least and greatest reward that a completion can get."
         )
     return unit.clamp(0, 1)
-
-
-def _describe(rewards: Rewards) -> str:
-    total = rewards.total()
-    seen = [round(value, 6) for value in total[~total.isnan()].unique().tolist()]
-    values = ", ".join(map(str, seen[:4])) + (f", … {seen[-1]}" if len(seen) > 4 else "")
-    return f"the weighted sum of {', '.join(map(repr, rewards.names))} takes the values {values}"

@@ -13,13 +13,19 @@ from grpo_plus.registry import suggestion
 
 
 def check_keywords(
-    estimator: Estimator, keywords: Mapping[str, Any], *, num_generations: int = 2, names: Sequence[str] | None = None
+    estimator: Estimator,
+    keywords: Mapping[str, Any],
+    *,
+    num_generations: int = 2,
+    names: Sequence[str] | None = None,
+    weights: Sequence[float] | None = None,
 ) -> None:
     """Refuse hyper-parameters that cannot work before the run, by trying them on a small made-up batch.
 
     Args:
         num_generations: the run's own, in training or evaluation: k of `passk` must not exceed it.
         names: the run's reward functions. Where None, `bounds` of `sa_mrpo` may name anything.
+        weights: theirs, of which only 0 is told from the rest; where None they all count.
 
     Raises:
         ValueError: an unknown keyword or a value out of range; UnknownRewardError, a subclass, for a reward's name.
@@ -34,7 +40,8 @@ def check_keywords(
     names = names or list(keywords.get("bounds") or {}) or ["sample"]
     try:
         # Rewards at the bounds that the keywords give: others would be refused for the wrong reason.
-        sample = sample_rewards(num_generations, names, keywords.get("low", 0.0), keywords.get("high", 1.0))
+        low, high = keywords.get("low", 0.0), keywords.get("high", 1.0)
+        sample = sample_rewards(num_generations, names, low, high, weights=weights)
         data: tuple[Any, ...] = (sample, {}) if estimator.stateful else (sample,)
         inspect.signature(estimator.function).bind(*data, **keywords)
         # A user's own function may need more than a made-up batch holds.
@@ -63,6 +70,28 @@ def checked(source: str, advantages: Any, rewards: Rewards) -> Tensor:
     advantages = torch.where(counts, advantages.detach().cpu().double(), 0.0)
     _check_finite(source, advantages, rewards)
     return advantages
+
+
+def check_state(name: str, state: Any) -> None:
+    """Raise ValueError if a checkpoint could not give back what an estimator remembers: JSON, with strings as keys."""
+    pending = [(repr(name), state)]
+    while pending:
+        where, value = pending.pop()
+        if isinstance(value, Mapping):
+            odd = [key for key in value if not isinstance(key, str)]
+            if odd:
+                raise ValueError(
+                    f"The state of the advantage estimator {where} has the key {odd[0]!r}, which a checkpoint would "
+                    f"turn into a string. Write str({odd[0]!r})."
+                )
+            pending += [(f"{where}[{key!r}]", item) for key, item in value.items()]
+        elif isinstance(value, (list, tuple)):
+            pending += [(f"{where}[{index}]", item) for index, item in enumerate(value)]
+        elif not (value is None or isinstance(value, (str, int, float))):
+            raise ValueError(
+                f"The state of the advantage estimator {where} is a {type(value).__name__}, which a checkpoint cannot "
+                "hold. Store numbers, strings, lists and dictionaries: a tensor's .tolist() or .item()."
+            )
 
 
 def check_rewards(rewards: Rewards) -> None:

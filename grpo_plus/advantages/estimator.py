@@ -29,10 +29,12 @@ class Estimator(Described):
         scale_invariant: multiplying every reward by a positive constant changes nothing (up to eps).
         sums_to_zero: the advantages of a group sum to zero.
         multi_reward: the reward functions' columns matter one by one, not only their weighted sum.
+        normalizes_each: every reward function is divided by its own spread before the sum, so its unit does not matter.
         domain: the weighted sums it takes: "real" for any, "unit" for 0 to 1, "binary" for 0 and 1 only.
         needs_lengths: it needs the completions' lengths.
         trains_without_spread: a group of equal rewards may get advantages other than 0.
-        stateful: the function takes, after the rewards, a dictionary of numbers that it reads and updates.
+        stateful: the function takes, after the rewards, a dictionary that it reads and updates: JSON with strings as
+            keys.
         needs_prompts: it tells prompts apart across batches.
         needs_steps: it needs the rewards of the completions' steps, and returns advantages per token.
     """
@@ -44,6 +46,7 @@ class Estimator(Described):
     scale_invariant: bool = False
     sums_to_zero: bool = False
     multi_reward: bool = False
+    normalizes_each: bool = False
     domain: Domain = "real"
     needs_lengths: bool = False
     trains_without_spread: bool = False
@@ -73,6 +76,7 @@ def register(
     scale_invariant: bool = False,
     sums_to_zero: bool = False,
     multi_reward: bool = False,
+    normalizes_each: bool = False,
     domain: Domain = "real",
     needs_lengths: bool = False,
     trains_without_spread: bool = False,
@@ -98,6 +102,7 @@ def register(
             scale_invariant=scale_invariant,
             sums_to_zero=sums_to_zero,
             multi_reward=multi_reward,
+            normalizes_each=normalizes_each,
             domain=domain,
             needs_lengths=needs_lengths,
             trains_without_spread=trains_without_spread,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from grpo_plus.advantages.estimator import register
 from grpo_plus.advantages.rewards import Rewards
-from grpo_plus.reductions import centre_on_others, others, std, zscore
+from grpo_plus.reductions import centre_on_others, check_eps, others, std, zscore
 
 
 @register("grpo", scope="group", shift_invariant=True, scale_invariant=True, sums_to_zero=True)
@@ -50,6 +50,7 @@ def loo_std(rewards: Rewards, *, eps: float = 1e-6) -> Tensor:
     The baseline: Ahmadian et al., "Back to Basics" (https://huggingface.co/papers/2402.14740); the std has no paper,
     it is NeMo RL's GRPOAdvantageEstimator.
     """
+    check_eps(eps)
     total = rewards.total()
     spread = std(others(total), ddof=1).squeeze(-1)
     return centre_on_others(total) / (spread + eps).where(spread > 0, 1.0)

@@ -138,11 +138,28 @@ def apply_to_advantages(rewards: Rewards, advantages: Tensor, modifiers: Modifie
     return advantages
 
 
-def check_modifiers(modifiers: Modifiers, names: Sequence[str] | None = None) -> None:
+def clip_limits(rewards: Rewards, modifiers: Modifiers) -> Tensor | None:
+    """(P, G) the |A| at which `clip` stopped each completion, as the modifiers after it left it; None without `clip`.
+
+    Args:
+        rewards: as the estimator saw them.
+    """
+    names = list(modifiers)
+    if "clip" not in names:
+        return None
+    later = {name: modifiers[name] for name in names[names.index("clip") + 1 :]}
+    limit = torch.full_like(rewards.values[..., 0], modifiers["clip"]["max"])
+    return apply_to_advantages(rewards, limit, later)
+
+
+def check_modifiers(
+    modifiers: Modifiers, names: Sequence[str] | None = None, *, num_generations: int | None = None
+) -> None:
     """Refuse what cannot work before the run: unknown names and keywords, missing ones, and values out of range.
 
     Args:
         names: the run's reward functions. Where None, a modifier's `by` may name anything.
+        num_generations: the run's own in training. Evaluation may have smaller groups, which `pods` keeps whole.
 
     Raises:
         ValueError: something is wrong; UnknownRewardError, a subclass, if it is the name of a reward.
@@ -159,6 +176,11 @@ def check_modifiers(modifiers: Modifiers, names: Sequence[str] | None = None) ->
             apply_to_rewards(sample, {name: keywords})
         except TypeError as error:
             raise ValueError(f"{dict(keywords)} does not fit the advantage modifier {name!r}: {error}") from error
+        if name == "pods" and num_generations is not None and keywords["keep"] > num_generations:
+            raise ValueError(
+                f"keep={keywords['keep']} does not fit: groups have num_generations={num_generations} completions, so "
+                "nothing would be dropped. Use a smaller number."
+            )
 
 
 def _check_keywords(name: str, keywords: Mapping[str, Any]) -> None:

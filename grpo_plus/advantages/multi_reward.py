@@ -16,7 +16,9 @@ from grpo_plus.advantages.rewards import Rewards
 from grpo_plus.reductions import centre, divide, has_spread, mean, std, zscore
 
 
-@register("gdpo", shift_invariant=True, scale_invariant=True, sums_to_zero=True, multi_reward=True)
+@register(
+    "gdpo", shift_invariant=True, scale_invariant=True, sums_to_zero=True, multi_reward=True, normalizes_each=True
+)
 def gdpo(rewards: Rewards, *, ddof: int = 1, eps: float = 1e-4, batch_over: str = "all") -> Tensor:
     """Normalize each reward in its group, sum, normalize over the batch, as TRL's "normalize_then_sum".
 
@@ -34,7 +36,15 @@ def gdpo(rewards: Rewards, *, ddof: int = 1, eps: float = 1e-4, batch_over: str 
     return _over_batch(_normalize_then_sum(rewards, ddof=ddof, eps=eps), ddof=ddof, eps=eps, batch_over=batch_over)
 
 
-@register("mo_grpo", scope="group", shift_invariant=True, scale_invariant=True, sums_to_zero=True, multi_reward=True)
+@register(
+    "mo_grpo",
+    scope="group",
+    shift_invariant=True,
+    scale_invariant=True,
+    sums_to_zero=True,
+    multi_reward=True,
+    normalizes_each=True,
+)
 def mo_grpo(rewards: Rewards, *, ddof: int = 1, eps: float = 1e-4) -> Tensor:
     """Normalize each reward in its group and sum: `gdpo` without its batch step.
 
@@ -66,7 +76,7 @@ def dvao(rewards: Rewards, *, ddof: int = 1, eps: float = 1e-4) -> Tensor:
     return divide(rewards.weighted_sum(centre(by_function).transpose(1, 2)), spread.sum(-1, keepdim=True), eps=eps)
 
 
-@register("sa_mrpo", sums_to_zero=True, multi_reward=True)
+@register("sa_mrpo", sums_to_zero=True, multi_reward=True, normalizes_each=True)
 def sa_mrpo(
     rewards: Rewards,
     *,

@@ -116,6 +116,13 @@ class Rewards:
         total = total.where(total.abs() > RESOLUTION * parts.abs().nansum(-1), 0.0)
         return total.where(self.judged, torch.nan)
 
+    def described_total(self) -> str:
+        """The weighted sums that occur, for an error message: "the weighted sum of ... takes the values ..."."""
+        total = self.total()
+        seen = [round(value, 6) for value in total[~total.isnan()].unique().tolist()]
+        values = ", ".join(map(str, seen[:4])) + (f", … {seen[-1]}" if len(seen) > 4 else "")
+        return f"the weighted sum of {', '.join(map(repr, self.names))} takes the values {values}"
+
     def index(self, name: str) -> int:
         """Which of the K columns is the reward called `name`; raises UnknownRewardError if there is none."""
         if name not in self.names:
@@ -135,11 +142,20 @@ class Rewards:
 
 
 def sample_rewards(
-    num_generations: int = 2, names: Sequence[str] = ("sample",), low: float = 0.0, high: float = 1.0
+    num_generations: int = 2,
+    names: Sequence[str] = ("sample",),
+    low: float = 0.0,
+    high: float = 1.0,
+    *,
+    weights: Sequence[float] | None = None,
 ) -> Rewards:
-    """A made-up batch to try hyper-parameters on: one completion gets `low`, the others and a second group `high`."""
+    """A made-up batch to try hyper-parameters on: one completion gets `low`, the others and a second group `high`.
+
+    The sums are in those bounds too: reward functions of weight 0 keep it, the others share a weight of 1.
+    """
     values = torch.full((2, num_generations, len(names)), high, dtype=torch.float64)
     values[0, 0] = low
-    weights = torch.full((len(names),), 1 / len(names), dtype=torch.float64)
+    counts = torch.tensor([1.0] * len(names) if weights is None else weights, dtype=torch.float64) != 0
+    shares = counts / counts.sum().clamp(min=1).double()
     steps = Steps(values[..., :1], torch.zeros(2, num_generations, 1, dtype=torch.long))
-    return Rewards(values, weights, tuple(names), torch.ones(2, num_generations), steps=steps)
+    return Rewards(values, shares, tuple(names), torch.ones(2, num_generations), steps=steps)

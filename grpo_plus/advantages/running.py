@@ -8,6 +8,7 @@ The state is a dictionary of numbers that the function reads and updates in plac
 evaluation works on a copy. Every process sees all rewards and so keeps the same state.
 """
 
+import math
 from collections import defaultdict
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from grpo_plus.advantages.estimator import State, register
 from grpo_plus.advantages.rewards import Rewards
-from grpo_plus.reductions import centre, divide, zscore
+from grpo_plus.reductions import RESOLUTION, centre, check_eps, divide, zscore
 
 
 @register("ema_task", stateful=True, sums_to_zero=True)
@@ -29,6 +30,10 @@ def ema_task(rewards: Rewards, state: State, *, decay: float = 0.99, max_abs: fl
     jump of the rewards by more than about that factor is not kept.
     "OneThinker", EMA-GRPO (https://huggingface.co/papers/2512.03043).
     """
+    if not max_abs > 0:
+        raise ValueError(
+            f"max_abs={max_abs!r} would send every group to its own std. Use a positive number such as 5.0."
+        )
     total = rewards.total()
     sigma = torch.ones_like(total[:, :1])
     for task, prompts in _groups_of(rewards.tasks, total).items():
@@ -51,6 +56,7 @@ def popart(rewards: Rewards, state: State, *, decay: float = 0.99, eps: float = 
     van Hasselt et al., "Learning values across many orders of magnitude" (https://huggingface.co/papers/1602.07714),
     section 2.1; per task as Hessel et al. (https://huggingface.co/papers/1809.04474).
     """
+    check_eps(eps)
     total = rewards.total()
     advantages = torch.zeros_like(total)
     for task, prompts in _groups_of(rewards.tasks, total).items():
@@ -76,12 +82,17 @@ def spo(
     """
     _check_share("rho", rho)
     _check_share("prior", prior)
+    if not 0 < strength < math.inf:
+        raise ValueError(f"strength={strength!r} is no number of completions. Use a positive one, such as 8.0.")
     total = rewards.total()
+    _check_unit(rewards, total)
     centred = torch.full_like(total, torch.nan)
     for prompt, rows in _groups_of(rewards.prompts, total).items():
         alpha, beta = state.get(prompt, (strength * prior, strength * (1 - prior)))
         centred[rows] = total[rows] - alpha / (alpha + beta)
         judged = total[rows][~total[rows].isnan()]
+        if judged.numel() == 0:
+            continue  # a visit without a verdict tells nothing, and must not fade what is known
         state[prompt] = [rho * alpha + judged.sum().item(), rho * beta + (1 - judged).sum().item()]
     return zscore(centred.flatten(), eps=eps).view_as(centred)
 
@@ -104,6 +115,14 @@ def _update_moments(state: State, task: str, values: Tensor, decay: float) -> li
     before = state.get(task, batch)
     state[task] = [decay * old + (1 - decay) * new for old, new in zip(before, batch, strict=True)]
     return state[task]
+
+
+def _check_unit(rewards: Rewards, total: Tensor) -> None:
+    if ((total < -RESOLUTION) | (total > 1 + RESOLUTION)).any():
+        raise ValueError(
+            f"spo needs rewards from 0 to 1, but {rewards.described_total()}. Scale them, or set reward_weights that "
+            "sum to 1."
+        )
 
 
 def _check_share(name: str, value: float) -> None:

@@ -58,8 +58,17 @@ def _active() -> list[str]:
     return [
         f"advantages: TRL's by default; {len(ESTIMATORS)} more by name (grpo-plus ls advantages)",
         f"losses: TRL's {len(TRL_LOSSES)}, and {len(LOSSES) - len(TRL_LOSSES)} that it lacks (grpo-plus ls losses)",
-        "forward and backward: TRL's own; this version has no fast path of its own to switch on",
+        "forward: packed where a check on the first rows finds it exact (packing), without zero-advantage rows",
+        f"log-probabilities (logprob_backend): {_head()}",
     ]
+
+
+def _head() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return "TRL's fused head; 'torch' is not measured on a GPU"
+    return "a frozen head in a single pass ('torch'); TRL's fused head where the head trains"
 
 
 def _seam() -> list[str]:

@@ -1,6 +1,7 @@
 """`grpo-plus train`: `trl grpo` with GRPOPlusTrainer. Every flag of TRL's and `--config file.yaml`, parsed by TRL."""
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -75,11 +76,21 @@ def train(
         peft_config=get_peft_config(model),
     )
     trainer.accelerator.print(config.describe())
+    if trainer.accelerator.is_main_process:
+        _show_information()
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     trainer.save_model(config.output_dir)
     trainer.accelerator.print(f"Saved the model to {config.output_dir}")
     if config.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset_name)
+
+
+def _show_information() -> None:
+    """Print what grpo_plus logs about its choices, such as the form that rows take through the model."""
+    logger = logging.getLogger("grpo_plus")
+    logger.setLevel(logging.INFO)
+    if not logger.handlers:
+        logger.addHandler(logging.StreamHandler())
 
 
 def _with_config_file(arguments: list[str]) -> list[str]:

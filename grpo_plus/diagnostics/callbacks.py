@@ -17,7 +17,10 @@ from transformers import TrainerControl as Control
 from transformers import TrainerState as State
 from transformers import TrainingArguments as Arguments
 
+from grpo_plus.advantages import ESTIMATORS
+
 LENGTH, ENTROPY = "completions/mean_length", "entropy"
+DEAD_GROUPS = "advantages/dead_groups"
 ZERO_SPREAD, REWARD_SHARE = "advantages/zero_spread/", "advantages/reward_share/"
 # TRL writes float32 statistics: equal rewards can show a std of about 1e-7 of their value.
 ROUNDING = 1e-6
@@ -35,7 +38,7 @@ class RewardHealthCallback(TrainerCallback):
 
     Args:
         patience: logs in a row; also how many first logs are averaged into what length and entropy are compared with.
-        dead_groups: share of groups whose completions all got the same reward, from which most of the batch is idle.
+        dead_groups: share of groups whose advantages are all 0, from which most of the batch is idle.
         reward_share: share of the centred reward above which one function drives the update alone.
         length_ratio: factor by which the mean length may grow or shrink.
         length_correlation: largest harmless |correlation| of advantage and length.
@@ -78,11 +81,11 @@ class RewardHealthCallback(TrainerCallback):
         """Start anew, or from the log of the checkpoint that is resumed."""
         self._forget()
         for entry in state.log_history:
-            self._read(entry)
+            self._read(entry, args)
 
     def on_log(self, args: Arguments, state: State, control: Control, logs: Logs | None = None, **kwargs: Any) -> None:
         """Warn of what has shown for `patience` logs."""
-        for cause, message in self._read(logs or {}):
+        for cause, message in self._read(logs or {}, args):
             if message and self._streak[cause] >= self.patience and cause not in self._warned:
                 self._warned.add(cause)
                 if state.is_world_process_zero:
@@ -92,14 +95,14 @@ class RewardHealthCallback(TrainerCallback):
         self._streak: defaultdict[str, int] = defaultdict(int)
         self._first: defaultdict[str, list[float]] = defaultdict(list)
 
-    def _read(self, logs: Logs) -> list[Finding]:
+    def _read(self, logs: Logs, args: Arguments) -> list[Finding]:
         """Count one log; a cause that this log says nothing about keeps its streak."""
         # TRL logs None where no completion of the window had a value; some integrations turn that into NaN.
         numbers = {key: value for key, value in logs.items() if isinstance(value, int | float) and math.isfinite(value)}
         for key in (LENGTH, ENTROPY):
             if key in numbers and len(self._first[key]) < self.patience:
                 self._first[key].append(numbers[key])
-        findings = [*self._dead(numbers), *self._saturated(numbers), *self._dominant(numbers)]
+        findings = [*self._dead(numbers), *self._saturated(numbers), *self._dominant(numbers, args)]
         findings += [*self._drifted(numbers), *self._collapsed(numbers)]
         for cause, message in findings:
             self._streak[cause] = self._streak[cause] + 1 if message else 0
@@ -107,11 +110,11 @@ class RewardHealthCallback(TrainerCallback):
 
     def _dead(self, logs: Logs) -> Iterator[Finding]:
         # Under scale_rewards="batch" TRL's figure is a flag of the whole batch; ours stays a share of groups.
-        share = logs.get(f"{ZERO_SPREAD}total", logs.get("frac_reward_zero_std"))
+        share = logs.get(DEAD_GROUPS, logs.get("frac_reward_zero_std"))
         if share is None:
             return
         message = (
-            f"in {share:.0%} of the groups every completion got the same reward, and these groups teach nothing. "
+            f"in {share:.0%} of the groups no completion is better or worse than another, and these teach nothing. "
             "Try prompts of another difficulty, a larger num_generations, a higher temperature, or a reward with "
             "partial credit."
         )
@@ -123,7 +126,8 @@ class RewardHealthCallback(TrainerCallback):
                 continue
             name = key.removeprefix("rewards/").removesuffix("/std")
             mean = logs.get(f"rewards/{name}/mean", 0.0)
-            constant = std <= ROUNDING * abs(mean) or logs.get(ZERO_SPREAD + name, 0.0) >= 1
+            # Where rewards of steps decide, what the function returned may be constant; our figure knows.
+            constant = logs.get(ZERO_SPREAD + name, float(std <= ROUNDING * abs(mean))) >= 1
             message = (
                 f"reward {name!r} (mean {mean:.4g}) does not tell the completions of any group apart, and so teaches "
                 "nothing. If it is at its best, drop it or make it harder; if at its worst, check its parsing on the "
@@ -131,14 +135,15 @@ class RewardHealthCallback(TrainerCallback):
             )
             yield f"saturated/{name}", message if constant else None
 
-    def _dominant(self, logs: Logs) -> Iterator[Finding]:
+    def _dominant(self, logs: Logs, args: Arguments) -> Iterator[Finding]:
+        normalize = ', or an estimator that normalizes each reward by itself: advantage_estimator="gdpo"'
+        advice = "a smaller weight for it in reward_weights" + ("" if _normalizes_each(args) else normalize)
         for key, share in logs.items():
             if key.startswith(REWARD_SHARE):
                 name = key.removeprefix(REWARD_SHARE)
                 message = (
                     f"reward {name!r} makes up {share:.0%} of the differences between completions; the other rewards "
-                    "hardly count. Try a smaller weight for it in reward_weights, or an estimator that normalizes each "
-                    'reward by itself: advantage_estimator="gdpo".'
+                    f"hardly count. Try {advice}."
                 )
                 yield f"dominant/{name}", message if share > self.reward_share else None
 
@@ -177,23 +182,39 @@ class AdvantageTableCallback(TrainerCallback):
     """Adds `group`, the index of the row's prompt in its batch, to the tables of completions that TRL writes.
 
     With log_completions=True TRL writes a parquet file per log under output_dir/completions; with the group one can
-    compare each completion with those it competed against. A column that a file already has is left alone.
+    compare each completion with those it competed against. A column that a file already has is left alone, such as the
+    `task` that GRPOPlusTrainer writes where task_column is set.
 
     Args:
         task_of: gives the task of a prompt as the table holds it (text, or a list of messages) for a column `task`.
     """
 
+    _logged_at: int
+    _mixed: bool
+    _unlogged: bool
+
     def __init__(self, task_of: Callable[[Any], str] | None = None) -> None:
         self.task_of = task_of
-        self._evaluated_at: int | None = None
+        self._refused: set[Path] = set()
+        self._start(0)
 
     def on_train_begin(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
         """Say at the start if there will be no tables."""
+        self._start(state.global_step)
         if state.is_world_process_zero and not getattr(args, "log_completions", False):
             warnings.warn(
                 "AdvantageTableCallback has no tables to complete. Set log_completions=True, or remove the callback.",
                 stacklevel=2,
             )
+
+    def on_log(self, args: Arguments, state: State, control: Control, logs: Logs | None = None, **kwargs: Any) -> None:
+        """Notice whether new completions have taken the place of those of an evaluation."""
+        if "loss" not in (logs or {}):
+            return  # not a log of training steps
+        if "reward" in (logs or {}) and not self._unlogged:
+            self._mixed = False
+        self._unlogged = False
+        self._logged_at = state.global_step
 
     # TRL writes a step's table right after on_log, so each of these comes next and finds it complete.
     def on_step_begin(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
@@ -202,12 +223,18 @@ class AdvantageTableCallback(TrainerCallback):
 
     def on_evaluate(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
         """Complete the table that the evaluation wrote in place of the step's."""
-        self._evaluated_at = state.global_step
+        self._mixed = True
+        self._unlogged = self._logged_at != state.global_step
         self._complete(args, state)
 
     def on_train_end(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
         """Complete the last table."""
         self._complete(args, state)
+
+    def _start(self, step: int) -> None:
+        self._logged_at = step
+        self._mixed = False  # whether the table may hold rows of an evaluation
+        self._unlogged = False  # whether the next log may tell of completions from before that evaluation
 
     def _complete(self, args: Arguments, state: State) -> None:
         path = Path(args.output_dir, "completions", f"completions_{state.global_step:05d}.parquet")
@@ -234,8 +261,7 @@ class AdvantageTableCallback(TrainerCallback):
         size = args.num_generations
         evaluated = args.num_generations_eval or size
         # After an evaluation TRL's table can hold rows of both kinds, and does not say which is which.
-        ambiguous = self._evaluated_at is not None and evaluated != size
-        if ambiguous and path.name == f"completions_{self._evaluated_at:05d}.parquet":
+        if self._mixed and evaluated != size:
             reason = f"it may mix groups of num_generations={size} and of num_generations_eval={evaluated}"
         elif len(prompts) % size:
             reason = f"its {len(prompts)} rows are not a multiple of num_generations={size}"
@@ -243,8 +269,18 @@ class AdvantageTableCallback(TrainerCallback):
             reason = f"its rows are not blocks of num_generations={size} equal prompts"
         else:
             return [row // size for row in range(len(prompts))]
-        warnings.warn(f"{path} gets no column 'group': {reason}.", stacklevel=2)
+        if path not in self._refused:
+            self._refused.add(path)
+            warnings.warn(f"{path} gets no column 'group': {reason}.", stacklevel=2)
         return None
+
+
+def _normalizes_each(args: Arguments) -> bool:
+    """Whether the run divides each reward function by its own spread already."""
+    name = getattr(args, "advantage_estimator", None)
+    if name is None:
+        return getattr(args, "multi_objective_aggregation", None) == "normalize_then_sum"
+    return ESTIMATORS[name].normalizes_each
 
 
 def _mean(values: list[float]) -> float:

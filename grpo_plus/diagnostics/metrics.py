@@ -4,28 +4,42 @@ import torch
 from torch import Tensor
 
 from grpo_plus.advantages.rewards import Rewards
-from grpo_plus.reductions import RESOLUTION, centre, has_spread
+from grpo_plus.reductions import RESOLUTION, centre, has_spread, zscore
 
 
-def advantage_metrics(rewards: Rewards, advantages: Tensor, *, limit: float | None = None) -> dict[str, float]:
+def advantage_metrics(
+    rewards: Rewards,
+    advantages: Tensor,
+    *,
+    limit: Tensor | float | None = None,
+    normalizes_each: bool = False,
+    by_steps: bool = False,
+    rounded: bool = False,
+) -> dict[str, float]:
     """Everything below for one batch; a number that the batch cannot give (one reward, no lengths) is left out.
 
     Args:
+        rewards: as the estimator saw them, after the modifiers of rewards.
         advantages: (P, G) as they reach the loss.
-        limit: what the `clip` modifier limits |A| to, if it is on.
+        limit: what the `clip` modifier limited |A| to, if it is on; (P, G) if later modifiers moved that.
+        normalizes_each: whether the estimator divides each reward function by its own spread before it sums.
+        by_steps: whether it judges the rewards of steps, and not what the function returned.
+        rounded: whether it leaves rounding where rewards have no spread, as TRL does; ours give exactly 0.
     """
     size = advantages.abs()
     metrics = {
         "frac_zero": (size == 0).double().mean().item(),
+        "dead_groups": dead_groups(rewards, advantages, normalizes_each=normalizes_each, rounded=rounded),
         "max_abs": size.max().item(),
         "effective_samples": effective_samples(advantages),
     }
     if limit is not None:
         # In float32, as they reach the loss, a clipped value is the limit to rounding.
-        metrics["frac_clipped"] = (size >= limit * (1 - RESOLUTION)).double().mean().item()
-    metrics |= {f"zero_spread/{name}": share for name, share in zero_spread(rewards).items()}
-    if len(rewards.names) > 1:
-        metrics |= {f"reward_share/{name}": share for name, share in reward_shares(rewards).items()}
+        metrics["frac_clipped"] = ((size >= limit * (1 - RESOLUTION)) & (size > 0)).double().mean().item()
+    metrics |= {f"zero_spread/{name}": share for name, share in zero_spread(rewards, by_steps=by_steps).items()}
+    if rewards.weights.count_nonzero() > 1:
+        shares = reward_shares(rewards, normalizes_each=normalizes_each)
+        metrics |= {f"reward_share/{name}": share for name, share in shares.items()}
         metrics["conflict"] = conflict(rewards)
     if rewards.tasks is not None:
         metrics |= {f"task_share/{task}": share for task, share in task_shares(rewards.tasks, advantages).items()}
@@ -34,24 +48,45 @@ def advantage_metrics(rewards: Rewards, advantages: Tensor, *, limit: float | No
     return metrics
 
 
-def zero_spread(rewards: Rewards) -> dict[str, float]:
-    """Share of groups in which a reward function gave every completion the same reward, and so teaches nothing.
+def dead_groups(rewards: Rewards, advantages: Tensor, *, normalizes_each: bool = False, rounded: bool = False) -> float:
+    """Share of groups in which every advantage is 0: they take part in no update.
+
+    Not the same as a sum of rewards without spread: `gdpo` trains a group whose parts differ and cancel, `ngrpo` one of
+    failures only. With `rounded` a group whose rewards have no spread counts too, whatever rounding left of it.
+    """
+    dead = (advantages == 0).all(-1)
+    if rounded:
+        weighted = rewards.values[..., rewards.weights != 0]
+        differs = has_spread(weighted.transpose(1, 2)).any(1) if normalizes_each else has_spread(rewards.total())
+        dead |= ~differs.squeeze(-1)
+    return dead.double().mean().item()
+
+
+def zero_spread(rewards: Rewards, *, by_steps: bool = False) -> dict[str, float]:
+    """Share of groups in which a reward function gave every completion the same reward, of the groups that it judged.
 
     "total" is the weighted sum. TRL logs one figure for all functions, and a flag of the batch instead of a share under
-    scale_rewards="batch" and normalize_then_sum.
+    scale_rewards="batch" and normalize_then_sum. With `by_steps` the rewards of all steps stand for those of the
+    functions that count.
     """
     columns = {name: rewards.values[..., k] for k, name in enumerate(rewards.names)} | {"total": rewards.total()}
-    return {name: (~has_spread(values)).double().mean().item() for name, values in columns.items()}
+    if by_steps and rewards.steps is not None:
+        steps = rewards.steps.rewards.masked_fill(~rewards.judged.unsqueeze(-1), torch.nan).flatten(1)
+        columns |= dict.fromkeys([*_counting(rewards), "total"], steps)
+    judged = {name: values[~values.isnan().all(-1)] for name, values in columns.items()}
+    return {name: (~has_spread(values)).double().mean().item() for name, values in judged.items() if len(values)}
 
 
-def reward_shares(rewards: Rewards) -> dict[str, float]:
+def reward_shares(rewards: Rewards, *, normalizes_each: bool = False) -> dict[str, float]:
     """How much of the weighted, centred reward comes from each function: Σᵢ|cᵢₖ| / Σᵢₗ|cᵢₗ|, cᵢₖ = wₖ(rᵢₖ − mean(rₖ)).
 
-    One function near 1 drives the update alone, whatever the others' weights say.
+    One function near 1 drives the update alone, whatever the others' weights say. With `normalizes_each` c is divided
+    by the function's std in the group. Functions of weight 0 have no share.
     """
-    size = _contributions(rewards).abs().nansum((0, 1))
+    size = _contributions(rewards, normalizes_each=normalizes_each).abs().nansum((0, 1))
     total = size.sum().clamp(min=torch.finfo(size.dtype).tiny)
-    return dict(zip(rewards.names, (size / total).tolist(), strict=True))
+    shares = dict(zip(rewards.names, (size / total).tolist(), strict=True))
+    return {name: shares[name] for name in _counting(rewards)}
 
 
 def conflict(rewards: Rewards) -> float:
@@ -95,6 +130,13 @@ def correlation(advantages: Tensor, lengths: Tensor, judged: Tensor) -> float:
     return (covariance / variances.prod().sqrt()).clamp(-1, 1).item()
 
 
-def _contributions(rewards: Rewards) -> Tensor:
+def _contributions(rewards: Rewards, *, normalizes_each: bool = False) -> Tensor:
     """(P, G, K) weighted, centred rewards; NaN where a function abstained."""
-    return centre(rewards.values.transpose(1, 2)).transpose(1, 2) * rewards.weights
+    by_function = rewards.values.transpose(1, 2)
+    centred = zscore(by_function, eps=0.0) if normalizes_each else centre(by_function)
+    return centred.transpose(1, 2) * rewards.weights
+
+
+def _counting(rewards: Rewards) -> list[str]:
+    """The functions whose weight is not 0."""
+    return [name for name, weight in zip(rewards.names, rewards.weights.tolist(), strict=True) if weight != 0]

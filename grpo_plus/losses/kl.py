@@ -73,9 +73,10 @@ def kl_to_reference(
 class AdaptiveBeta:
     """A weight for the KL term that keeps the KL near a target.
 
-    β ← β · (1 + clip(KL / target − 1, ±0.2) · completions / horizon)
+    β ← β · (1 + clip(KL / target − 1, ±0.2) · min(completions / horizon, 1))
 
-    Fixing the distance instead of its price: the same beta means another distance for another reward scale.
+    Fixing the distance instead of its price: the same beta means another distance for another reward scale. The
+    minimum is ours: a step of more completions than the horizon would otherwise make beta jump, or negative.
     Ziegler et al., "Fine-Tuning Language Models from Human Preferences" (https://huggingface.co/papers/1909.08593),
     section 2.2.
 
@@ -106,4 +107,4 @@ class AdaptiveBeta:
         if math.isnan(kl):
             raise ValueError("AdaptiveBeta.update got kl=nan. Look for a NaN among the log-probabilities.")
         error = min(max(kl / self.target_kl - 1, -0.2), 0.2)
-        return replace(self, beta=self.beta * (1 + error * completions / self.horizon))
+        return replace(self, beta=self.beta * (1 + error * min(completions / self.horizon, 1.0)))

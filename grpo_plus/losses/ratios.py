@@ -51,7 +51,7 @@ def saturating_exp(log_ratio: Tensor) -> Tensor:
 def clip_range(epsilon: float, epsilon_high: float | None) -> tuple[float, float]:
     """(1 − epsilon, 1 + epsilon_high); None for `epsilon_high` means the same as `epsilon`."""
     epsilon_high = epsilon if epsilon_high is None else epsilon_high
-    if epsilon < 0 or epsilon_high < 0:
+    if not (epsilon >= 0 and epsilon_high >= 0):  # NaN is neither
         raise ValueError(
             f"epsilon={epsilon!r}, epsilon_high={epsilon_high!r}: a ratio cannot be clipped to less than "
             "nothing. Use small numbers such as 0.2 and 0.28."

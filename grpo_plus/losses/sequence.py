@@ -5,6 +5,7 @@ token to token, `gmpo` clips the tokens before it averages them, `kl_to_old` doe
 near the one that generated.
 """
 
+import math
 from functools import partial
 
 import torch
@@ -44,7 +45,7 @@ def gmpo(inputs: LossInputs, *, epsilon: float = 0.4, epsilon_high: float | None
     Zhao et al., "Geometric-Mean Policy Optimization" (https://huggingface.co/papers/2507.20673).
     """
     epsilon_high = epsilon if epsilon_high is None else epsilon_high
-    if epsilon < 0 or epsilon_high < 0:
+    if not (epsilon >= 0 and epsilon_high >= 0):  # NaN is neither
         raise ValueError(
             f"epsilon={epsilon!r}, epsilon_high={epsilon_high!r} must not be negative; the paper uses 0.4."
         )
@@ -76,8 +77,8 @@ def kl_to_old(inputs: LossInputs, *, beta_old: float = 0.04, kl_estimator: KLEst
     Args:
         beta_old: weight of this KL; GRPOConfig's `beta` remains that of the KL to the reference model.
     """
-    if beta_old < 0:
-        raise ValueError(f"beta_old={beta_old!r} would reward leaving the old policy. Use 0 or a positive number.")
+    if not 0 <= beta_old < math.inf:
+        raise ValueError(f"beta_old={beta_old!r} holds no policy near the old one. Use 0 or a positive number.")
     share = sequence_ratio(inputs, length_normalised=False) * inputs.advantages / inputs.lengths
     kl = kl_divergence(inputs.logps, inputs.old_logps, kl_estimator)
     # Without its weight the KL must go: 0 times its overflow is NaN.

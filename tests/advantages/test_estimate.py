@@ -53,6 +53,12 @@ def test_a_table_is_cut_into_groups_in_row_order():
     assert rewards.lengths.tolist() == [[0, 1, 2], [3, 4, 5]]
 
 
+def test_labels_come_per_row_and_are_kept_per_group():
+    rows = {"tasks": ["x"] * 3 + ["y"] * 3, "prompts": ["p"] * 3 + ["q"] * 3}
+    rewards = Rewards.from_table(torch.zeros(6, 1), num_generations=3, weights=torch.ones(1), names=("a",), **rows)
+    assert (rewards.tasks, rewards.prompts) == (("x", "y"), ("p", "q"))
+
+
 def test_an_incomplete_group_is_refused():
     with pytest.raises(ValueError, match="7 rows, which is not a multiple of the group size 3: group 2 has only 1"):
         Rewards.from_table(torch.zeros(7, 1), num_generations=3, weights=torch.ones(1), names=("a",))

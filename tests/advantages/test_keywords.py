@@ -52,6 +52,12 @@ def test_equal_lengths_make_opo_dr_grpo(rewards: Rewards):
         ("grpo", {"ddof": 2}, "ddof=2 is not a standard deviation"),
         ("maxrl", {"eps": -1.0}, r"eps=-1\.0 is negative"),
         ("grpo", {"eps": float("nan")}, "eps=nan is negative"),
+        ("loo_std", {"eps": -1.0}, r"eps=-1\.0 is negative"),
+        ("popart", {"eps": -1.0}, r"eps=-1\.0 is negative"),
+        ("ema_task", {"max_abs": 0.0}, r"max_abs=0\.0 would send every group"),
+        ("ema_task", {"max_abs": float("nan")}, "max_abs=nan would send every group"),
+        ("spo", {"strength": 0.0}, r"strength=0\.0 is no number of completions"),
+        ("spo", {"strength": -8.0}, r"strength=-8\.0 is no number of completions"),
         ("reinforce_pp_baseline", {"weight": "tokens"}, "weight='tokens' is not a choice. Did you mean 'token'"),
         ("gdpo", {"batch_over": "alive"}, "batch_over='alive' is not a choice. Did you mean 'live'"),
         ("sa_mrpo", {"gamma": -1}, "gamma=-1 is negative"),
@@ -69,6 +75,14 @@ def test_defaults_pass_the_check_of_every_estimator(name: str):
     check_keywords(ESTIMATORS[name], {})
     names = ["correctness"] if ESTIMATORS[name].needs_steps else ["correctness", "length"]
     check_keywords(ESTIMATORS[name], {}, num_generations=7, names=names)
+
+
+def test_functions_of_weight_zero_do_not_count_in_the_check():
+    names = ["steps", "watched"]
+    check_keywords(ESTIMATORS["process"], {}, names=names, weights=[2.0, 0.0])
+    check_keywords(ESTIMATORS["process"], {}, names=names, weights=[0.0, 0.0])
+    with pytest.raises(ValueError, match="'steps', 'watched' would not all have an effect"):
+        check_keywords(ESTIMATORS["process"], {}, names=names, weights=[2.0, 1.0])
 
 
 def test_the_check_tries_rewards_that_the_keywords_allow():

@@ -164,6 +164,27 @@ def test_scaling_every_reward_changes_nothing(name: str, rewards: Rewards):
     assert_close("scaled", advantages_of(name, scaled, **keywords), advantages_of(name, rewards, **keywords), rtol=1e-9)
 
 
+@which(normalizes_each=True)
+@given(rewards=batches())
+def test_the_unit_of_one_reward_changes_nothing(name: str, rewards: Rewards):
+    keywords = {"eps": 0.0} | ({"gamma": 0.0} if name == "sa_mrpo" else {})
+    scaled = rewards.values.clone()
+    scaled[..., 0] *= 8
+    assert_close(
+        "scaled",
+        estimate(name, replace(rewards, values=scaled), keywords),
+        estimate(name, rewards, keywords),
+        rtol=1e-9,
+    )
+
+
+@which(normalizes_each=False, multi_reward=True)
+def test_the_unit_of_one_reward_matters_elsewhere(name: str):
+    rewards = rewards_of([[[1, 0], [0, 1], [0, 0.3]]])
+    scaled = replace(rewards, values=rewards.values * torch.tensor([8.0, 1.0]))
+    assert (estimate(name, scaled) - estimate(name, rewards)).abs().max() > 0.1
+
+
 @which(sums_to_zero=True)
 @given(rewards=batches())
 def test_a_group_sums_to_zero(name: str, rewards: Rewards):

@@ -37,6 +37,27 @@ def test_ema_task_falls_back_to_the_group_beyond_its_bound():
     assert run("ema_task", [[SIGNED], sixfold], {})[0, -1].item() == pytest.approx(1.080123, abs=1e-5)
 
 
+@pytest.mark.parametrize(("size", "advantage"), [(4.9, 4.9), (5.1, 1.0)])
+def test_ema_task_keeps_a_size_of_up_to_five(size, advantage):
+    # A frozen scale of 1: beyond 5 the group's own std, which is `size`.
+    last = run("ema_task", [[[-size, size]]], {"": [0.0, 1.0]}, {"decay": 1.0})
+    assert last[0].tolist() == pytest.approx([-advantage, advantage], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["ema_task", "popart"])
+def test_a_task_without_variance_has_a_std_of_a_thousandth(name):
+    # .5 throughout the task's history: sqrt(1e-6), not the rounding of .25 - .5 * .5.
+    last = run(name, [[[0.4985, 0.5015]]], {"": [0.5, 0.25]}, {"decay": 1.0})
+    assert last[0].tolist() == pytest.approx([-0.0015 / 0.001001, 0.0015 / 0.001001], rel=1e-4)
+
+
+def test_spo_starts_a_prompt_at_its_prior():
+    # prior .25 worth 8: alpha 2, beta 6; then .9 of each, and one success of two.
+    state: State = {}
+    run("spo", [[[1, 0]]], state, {"prior": 0.25}, prompts=("a",))
+    assert state == {"a": pytest.approx([2.8, 6.4])}
+
+
 @pytest.mark.parametrize("name", ["ema_task", "popart"])
 def test_tasks_do_not_share_their_moments(name):
     both = [[0, 1], [0, 100]]
@@ -69,7 +90,7 @@ def test_a_batch_that_nobody_judged_leaves_no_trace(name):
     state: State = {}
     run(name, [[[0, 1]], [[1, 0]]], state, prompts=("a",))
     before = {key: list(value) for key, value in state.items()}
-    advantages = run(name, [[[None, None]]], state, {"rho": 1.0} if name == "spo" else {}, prompts=("a",))
+    advantages = run(name, [[[None, None]]], state, prompts=("a",))
     assert state == before
     assert (advantages == 0).all()
 
@@ -87,6 +108,13 @@ def test_without_a_state_nothing_is_remembered(name):
 def test_a_share_out_of_range_is_refused(name, keyword):
     with pytest.raises(ValueError, match=f"{keyword}=1.5 is not a share"):
         estimate(name, rewards_of([[0, 1]]), {keyword: 1.5})
+
+
+@pytest.mark.parametrize("odd", [2.0, -1.0])
+def test_spo_refuses_rewards_that_are_no_share(odd):
+    values = ", ".join(map(str, sorted([odd, 1.0])))
+    with pytest.raises(ValueError, match=f"spo needs rewards from 0 to 1, but .*'reward_0' takes the values {values}"):
+        estimate("spo", rewards_of([[odd, 1]]))
 
 
 def test_as_many_labels_as_prompts_are_needed():

@@ -23,15 +23,13 @@ HEALTHY = {
     "completions/clipped_ratio": 0.1,
     "advantages/zero_spread/correct": 0.5,
     "advantages/zero_spread/format": 0.6,
-    "advantages/zero_spread/total": 0.25,
+    "advantages/dead_groups": 0.25,
     "advantages/reward_share/correct": 0.6,
     "advantages/reward_share/format": 0.4,
     "advantages/length_correlation": 0.3,
 }
 SICK = [
-    pytest.param({"advantages/zero_spread/total": 1.0}, "100% of the groups", id="dead"),
-    pytest.param({"rewards/format/std": 0.0}, "reward 'format'", id="constant"),
-    pytest.param({"rewards/format/std": 6e-8}, "reward 'format'", id="constant up to rounding"),
+    pytest.param({"advantages/dead_groups": 1.0}, "100% of the groups", id="dead"),
     pytest.param({"advantages/zero_spread/format": 1.0}, "reward 'format'", id="constant in each group"),
     pytest.param({"advantages/reward_share/correct": 0.96}, "reward 'correct' makes up 96%", id="dominant"),
     pytest.param({"completions/mean_length": 201.0}, "201 tokens on average and had 100", id="longer"),
@@ -41,7 +39,7 @@ SICK = [
     pytest.param({"entropy": 0.19}, "entropy fell to 0.19 from 2", id="entropy"),
 ]
 ALMOST_SICK = {
-    "advantages/zero_spread/total": 0.94,
+    "advantages/dead_groups": 0.94,
     "rewards/format/std": 1e-3,
     "advantages/zero_spread/format": 0.99,
     "advantages/reward_share/correct": 0.95,
@@ -88,8 +86,39 @@ def test_without_our_figures_trls_share_of_dead_groups_decides():
     assert "95% of the groups" in message
 
 
+@pytest.mark.parametrize(("std", "warned"), [(0.0, 1), (6e-8, 1), (1e-3, 0)])
+def test_without_our_figures_trls_std_tells_a_constant_reward(std, warned):
+    stock = {key: value for key, value in HEALTHY.items() if not key.startswith("advantages/")}
+    messages = on_main(RewardHealthCallback(patience=2), [stock | {"rewards/format/std": std}] * 4)
+    assert len([message for message in messages if "reward 'format'" in message]) == warned
+
+
+def test_constant_returns_beside_varied_steps_are_healthy():
+    # Under advantage_estimator="process" zero_spread is that of the steps.
+    steps = HEALTHY | {"rewards/format/std": 0.0, "advantages/zero_spread/format": 0.2}
+    assert on_main(RewardHealthCallback(patience=2), [steps] * 4) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "suggested"),
+    [
+        ({"advantage_estimator": "rloo"}, True),
+        ({"advantage_estimator": "gdpo"}, False),
+        ({"multi_objective_aggregation": "normalize_then_sum"}, False),
+        ({}, True),
+    ],
+)
+def test_normalizing_is_not_suggested_to_a_run_that_does(tmp_path, settings, suggested):
+    callback = RewardHealthCallback(patience=1)
+    dominated = HEALTHY | {"advantages/reward_share/correct": 0.99}
+    config = GRPOPlusConfig(str(tmp_path), use_cpu=True, bf16=False, **settings)
+    with pytest.warns(UserWarning, match="makes up 99%.*in reward_weights") as caught:
+        callback.on_log(config, TrainerState(), TrainerControl(), logs=dominated)
+    assert ("gdpo" in str(caught[0].message)) == suggested
+
+
 def test_two_causes_are_two_warnings():
-    sick = HEALTHY | {"rewards/format/std": 0.0, "rewards/correct/std": 0.0}
+    sick = HEALTHY | {"advantages/zero_spread/format": 1.0, "advantages/zero_spread/correct": 1.0}
     assert len(on_main(RewardHealthCallback(patience=2), [sick] * 5)) == 2
 
 
@@ -262,6 +291,38 @@ def test_a_table_that_an_evaluation_wrote_gets_groups_unless_its_groups_have_ano
         (table,) = tables(tmp_path / str(size)).values()
         assert table.get("group") == ([0] * 4 + [1] * 4 if size == 4 else None)
         assert any("num_generations_eval=2" in str(warning.message) for warning in caught) == (size == 2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "grouped"),
+    [
+        # Three steps use one generation, so the table of step 3 still holds the evaluation of step 2.
+        ({"num_iterations": 3, "eval_steps": 2}, {1: True, 2: False, 3: False, 4: False, 5: False, 6: False}),
+        ({"num_iterations": 3, "eval_steps": 5}, {1: True, 2: True, 3: True, 4: True, 5: False, 6: False}),
+        ({"num_iterations": 1, "eval_steps": 2}, {1: True, 2: False, 3: True, 4: False, 5: True, 6: False}),
+        # The log of step 3 tells of the generation of step 1, from before the evaluation of step 2.
+        ({"num_iterations": 4, "eval_steps": 2, "logging_steps": 3}, {2: False, 3: False, 4: False, 6: False}),
+    ],
+)
+def test_tables_that_may_hold_rows_of_an_evaluation_get_no_groups(tmp_path, settings, grouped):
+    trainer = make_trainer(
+        tmp_path,
+        trainer_arguments={"callbacks": [AdvantageTableCallback()], "eval_dataset": PROMPTS.select(range(2))},
+        log_completions=True,
+        num_completions_to_print=1,
+        num_generations=2,
+        num_generations_eval=4,
+        eval_strategy="steps",
+        max_steps=6,
+        **settings,
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.train()
+    found = {int(name[12:17]): "group" in table for name, table in tables(tmp_path).items()}
+    assert found == grouped
+    refused = [str(warning.message) for warning in caught if "gets no column 'group'" in str(warning.message)]
+    assert len(refused) == len(set(refused)) == list(grouped.values()).count(False)
 
 
 def test_without_log_completions_it_says_so(tmp_path):

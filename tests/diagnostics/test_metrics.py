@@ -1,7 +1,9 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
-from grpo_plus.advantages import Rewards
+from grpo_plus.advantages import Rewards, Steps
 from grpo_plus.diagnostics import metrics
 from tests.close import rewards_tensor
 
@@ -73,7 +75,9 @@ def test_clipped_advantages_are_counted_in_float32():
 
 def test_what_a_batch_cannot_tell_is_left_out():
     single = metrics.advantage_metrics(rewards_of([[1, 0]]), torch.tensor([[0.5, -0.5]]))
-    assert set(single) == {"frac_zero", "max_abs", "effective_samples", "zero_spread/correct", "zero_spread/total"}
+    assert set(single) == {
+        *("frac_zero", "dead_groups", "max_abs", "effective_samples", "zero_spread/correct", "zero_spread/total")
+    }
     several = metrics.advantage_metrics(
         rewards_of(VALUES, tasks=("a", "b", "a"), lengths=[[1, 2], [3, 4], [5, 6]]),
         torch.tensor([[0.5, -0.5], [0.0, 0.0], [0.0, 0.0]]).double(),
@@ -83,3 +87,67 @@ def test_what_a_batch_cannot_tell_is_left_out():
     assert several["task_share/a"] == pytest.approx(1.0)
     # Σ A (L − 3.5) = .5·(−2.5) − .5·(−1.5) = −.5; √(ΣA² · Σ(L − 3.5)²) = √(.5 · 17.5)
     assert several["length_correlation"] == pytest.approx(-0.5 / (0.5 * 17.5) ** 0.5)
+
+
+def test_the_length_of_a_completion_that_nobody_judged_does_not_count():
+    rewards = rewards_of([[3, 2, 1, None]], lengths=[[30, 20, 10, 999]])
+    metric = metrics.advantage_metrics(rewards, torch.tensor([[1.0, 0.0, -1.0, 0.0]]).double())
+    assert metric["length_correlation"] == pytest.approx(1.0)
+
+
+def test_a_group_is_dead_where_every_advantage_is_zero():
+    # Group 0 has no spread and trains, group 1 has some and does not.
+    rewards = rewards_of([[0, 0], [1, 0]])
+    advantages = torch.tensor([[-1.0, -1.0], [0.0, 0.0]])
+    assert metrics.dead_groups(rewards, advantages) == 0.5
+    assert metrics.dead_groups(rewards, advantages + 1e-9) == 0.0
+
+
+def test_what_trl_leaves_of_rounding_does_not_make_a_group_live():
+    rounding = torch.full((3, 2), 6e-4)
+    assert metrics.dead_groups(rewards_of([[1, 1], [1, 0], [0, 0]]), rounding, rounded=True) == pytest.approx(2 / 3)
+    # Parts that cancel train under normalize_then_sum, a part of weight 0 does not.
+    rewards = rewards_of([[[1, 0], [0, 1]], [[1, 1], [1, 1]]])
+    assert metrics.dead_groups(rewards, rounding[:2], rounded=True) == 1.0
+    assert metrics.dead_groups(rewards, rounding[:2], rounded=True, normalizes_each=True) == 0.5
+    unweighted = rewards_of([[[1, 0], [1, 1]], [[1, 1], [1, 1]]], [1.0, 0.0])
+    assert metrics.dead_groups(unweighted, rounding[:2], rounded=True, normalizes_each=True) == 1.0
+
+
+def test_zero_spread_is_a_share_of_the_groups_that_were_judged():
+    rewards = rewards_of([[[1, None], [1, None]], [[1, 0], [0, 1]], [[1, 1], [0, 1]]])
+    assert metrics.zero_spread(rewards) == pytest.approx({"correct": 1 / 3, "format": 1 / 2, "total": 2 / 3})
+    assert metrics.zero_spread(rewards_of([[[1, None], [0, None]]])) == {"correct": 0.0, "total": 0.0}
+
+
+def test_zero_spread_may_be_that_of_the_steps():
+    lengths = torch.full((2, 2), 2)
+    steps = Steps.from_rows([[1, 0], [1, 0], [1, 1], [1]], [[0, 1], [0, 1], [0, 1], [0]], lengths=lengths)
+    rewards = replace(rewards_of([[[1, 3], [1, 4]], [[0, 3], [1, 3]]], [1.0, 0.0]), lengths=lengths, steps=steps)
+    assert metrics.zero_spread(rewards) == {"correct": 0.5, "format": 0.5, "total": 0.5}
+    # Of the steps the first group's differ, the second's do not; format has no weight and is only watched.
+    watched = replace(rewards, values=torch.cat([rewards.values[..., :1], torch.ones(2, 2, 1)], -1))
+    assert metrics.zero_spread(watched, by_steps=True) == {"correct": 0.5, "format": 1.0, "total": 0.5}
+    flipped = replace(watched, steps=replace(steps, rewards=torch.ones(2, 2, 2).double()))
+    assert metrics.zero_spread(flipped, by_steps=True)["correct"] == 1.0
+
+
+def test_shares_of_rewards_that_are_normalized_do_not_depend_on_their_unit():
+    # Centred: correct ±.5 in both groups, format ±50 in the first; z-scores are alike.
+    rewards = rewards_of([[[1, 100], [0, 0]], [[1, 50], [0, 50]]])
+    assert metrics.reward_shares(rewards)["format"] == pytest.approx(100 / 102)
+    assert metrics.reward_shares(rewards, normalizes_each=True) == pytest.approx({"correct": 2 / 3, "format": 1 / 3})
+
+
+def test_a_reward_of_weight_zero_has_no_share():
+    rewards = rewards_of([[[1, 0, 7], [0, 1, 9]]], [1.0, 1.0, 0.0])
+    assert metrics.reward_shares(rewards) == pytest.approx({"correct": 0.5, "format": 0.5})
+    alone = metrics.advantage_metrics(rewards_of(VALUES, [1.0, 0.0]), torch.ones(3, 2))
+    assert not [name for name in alone if name.startswith("reward_share") or name == "conflict"]
+
+
+def test_the_limit_of_a_clip_may_differ_from_completion_to_completion():
+    advantages = torch.tensor([[0.7, -0.3], [0.35, 0.3], [0.0, 0.0]]).double()
+    limit = torch.tensor([[0.7], [0.35], [0.0]])
+    metric = metrics.advantage_metrics(rewards_of([[1, 0]] * 3), advantages, limit=limit)
+    assert metric["frac_clipped"] == pytest.approx(2 / 6)

@@ -3,10 +3,11 @@
 import pytest
 import torch
 from peft import LoraConfig
+from trl import GRPOTrainer
 
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
 from grpo_plus.losses import LOSSES, register
-from tests.training import logs_of, make_trainer, weights_of
+from tests.training import PROMPTS, logs_of, make_trainer, weights_of
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
 
@@ -65,6 +66,66 @@ def test_three_steps_follow_trls(tmp_path, twin, loss, config, peft_config):
             {key: theirs[key] for key in shared}, rel=1e-3, abs=1e-6
         )
         assert theirs.keys() - mine.keys() <= {"clip_ratio/low_min", "clip_ratio/high_max"}
+
+
+class FromTools:
+    """What TRL's dictionary holds with vLLM and with tools, put in by hand; and advantages that do not sum to zero."""
+
+    def _generate_and_score_completions(self, inputs):
+        output = super()._generate_and_score_completions(inputs)
+        rows, tokens = output["completion_ids"].shape
+        numbers = torch.arange(rows * tokens).view(rows, tokens)
+        output["advantages"] = 0.5 + torch.arange(rows).float()
+        output["tool_mask"] = (numbers % 3 > 0).int()
+        output["importance_sampling_ratio"] = 0.5 + (numbers % 7) / 4
+        return output
+
+    def _compute_loss(self, model, inputs):
+        self.use_vllm = True  # TRL multiplies by the sampler's ratio under vLLM only
+        loss = super()._compute_loss(model, inputs)
+        self.use_vllm = False
+        return loss
+
+
+class StockWithTools(FromTools, GRPOTrainer):
+    pass
+
+
+class OursWithTools(FromTools, GRPOPlusTrainer):
+    pass
+
+
+@pytest.mark.parametrize("loss", ["dapo", "grpo"])
+def test_tools_a_sampler_and_evaluation_follow_trls(tmp_path, twin, loss):
+    # Two optimizer steps of two micro-batches per generation: in evaluation neither of the two may count.
+    common = {
+        "optim": "sgd",
+        "learning_rate": 0.5,
+        "max_completion_length": 16,
+        "max_steps": 2,
+        "gradient_accumulation_steps": 2,
+        "steps_per_generation": 4,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "per_device_eval_batch_size": 8,
+        "trainer_arguments": {"eval_dataset": PROMPTS.select(range(2))},
+    }
+    stock = make_trainer(tmp_path / "stock", trainer_class=StockWithTools, loss_type=loss, **common)
+    stock.train()
+    ours = make_trainer(
+        tmp_path / "ours",
+        trainer_class=OursWithTools,
+        config_class=GRPOPlusConfig,
+        loss_type=twin(loss),
+        **common,
+    )
+    ours.train()
+    mine, theirs = ([entry[key] for entry in logs_of(trainer) for key in ("loss", "eval_loss") if key in entry]
+                    for trainer in (ours, stock))  # fmt: skip
+    assert len(mine) == 4
+    assert mine == pytest.approx(theirs, rel=1e-4)
+    for name, weight in weights_of(stock).items():
+        torch.testing.assert_close(weights_of(ours)[name], weight, rtol=1e-5, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize("loss", [name for name in LOSSES if LOSSES[name].origin == "grpo_plus"])

@@ -99,6 +99,12 @@ def test_adaptive_beta_moves_towards_its_target(kl: float, beta: float):
     assert start.beta == 0.1
 
 
+@pytest.mark.parametrize(("kl", "factor"), [(0.0, 0.8), (60.0, 1.2)])
+def test_a_step_beyond_the_horizon_changes_beta_by_a_fifth_at_most(kl: float, factor: float):
+    # Without a bound 1 - 0.2 * 512 / 64 would make it negative.
+    assert AdaptiveBeta(beta=0.1, target_kl=6.0, horizon=64).update(kl, 512).beta == pytest.approx(0.1 * factor)
+
+
 def test_adaptive_beta_finds_the_target_of_a_policy_that_answers_to_it():
     controller = AdaptiveBeta(beta=1.0, target_kl=0.05, horizon=100)
     for _ in range(200):

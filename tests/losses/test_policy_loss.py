@@ -3,7 +3,7 @@ import sys
 import pytest
 import torch
 
-from grpo_plus.losses import LOSSES, Loss, LossInputs, TokenLoss, policy_loss, register
+from grpo_plus.losses import LOSSES, Loss, LossInputs, TokenLoss, check_loss_keywords, policy_loss, register
 from tests.close import assert_close
 
 
@@ -36,6 +36,33 @@ def test_the_sampling_ratio_multiplies_the_loss_and_not_the_kl():
     result = policy_loss("reinforce", given, beta=0.1, kl_estimator="k1", kl_ratio=None, num_items=1)
     assert_close("loss", result.loss, torch.tensor(0.5 + 4.0 + 0.0 + 0.1 * 0.5), rtol=1e-6)
     assert_close("kl", result.metrics["kl"][1, 0], torch.tensor(0.5), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "keywords", "flagged"),
+    [
+        # Ratios 1.5 and .5 with A = 1, then with A = -1. The second clip stops 1.5 > c where A < 0.
+        ("dual_clip", {"c": 1.4}, {"clip_ratio/dual_mean": [[0, 0], [1, 0]]}),
+        ("cispo_two_sided", {}, {"clip_ratio/low_mean": [[0, 1], [0, 1]], "clip_ratio/high_mean": [[1, 0], [1, 0]]}),
+        # Its bounds stop a token only in the direction of its advantage.
+        ("gmpo", {"epsilon": 0.3}, {"clip_ratio/low_mean": [[0, 0], [0, 1]], "clip_ratio/high_mean": [[1, 0], [0, 0]]}),
+        ("grpo", {}, {"clip_ratio/low_mean": [[0, 0], [0, 1]], "clip_ratio/high_mean": [[1, 0], [0, 0]]}),
+    ],
+)
+def test_the_metrics_flag_the_tokens_that_were_clipped(name: str, keywords, flagged):
+    logps = torch.full((2, 2), -1.0)
+    ratios = torch.tensor([[1.5, 0.5], [1.5, 0.5]])
+    given = inputs(logps=logps, old_logps=logps - ratios.log(), mask=torch.ones(2, 2))
+    metrics = policy_loss(name, given, keywords, num_items=4).metrics
+    assert {key: metrics[key].tolist() for key in flagged} == flagged
+
+
+def test_clip_cov_drops_two_of_ten_thousand_tokens_by_default():
+    # Deviations of 1 and 2 with the same sign: a covariance of 2 everywhere, inside its default band.
+    signs = torch.tensor([1.0, -1.0]).repeat(60).unsqueeze(1)
+    logps = (2 * signs - 3).expand(120, 100)
+    given = LossInputs(logps, logps, signs, torch.ones(120, 100))
+    assert policy_loss("clip_cov", given, num_items=1).metrics["clip_cov/dropped_mean"].sum() == 2
 
 
 def test_vespo_takes_the_sampling_ratio_into_its_weight():
@@ -113,6 +140,10 @@ def test_shapes_that_do_not_fit_are_refused(fields, message: str):
         ("sapo", {"sapo_temperature_neg": 0.0}, "sapo_temperature_neg=0.0"),
         ("gmpo", {"epsilon_high": -0.1}, "epsilon_high=-0.1"),
         ("kl_to_old", {"beta_old": -0.1}, "beta_old=-0.1"),
+        ("kl_to_old", {"beta_old": float("nan")}, "beta_old=nan"),
+        ("dual_clip", {"epsilon": float("nan")}, "epsilon=nan"),
+        ("dual_clip", {"epsilon_high": float("nan")}, "epsilon_high=nan"),
+        ("gmpo", {"epsilon": float("nan")}, "epsilon=nan"),
         ("kl_to_old", {"kl_estimator": "k5"}, "'k5'"),
         ("clip_cov", {"clip_cov_ratio": 0.0}, "clip_cov_ratio=0.0"),
         ("clip_cov", {"clip_cov_lb": 5.0}, "clip_cov_lb=5.0"),
@@ -161,6 +192,17 @@ def test_a_function_of_the_user_is_found_by_its_path(tmp_path, monkeypatch):
     entry = LOSSES["my_losses.scaled"]
     assert (entry.reduction, entry.origin, entry.keywords) == ("token-mean", "grpo_plus", {"factor": 2.0})
     sys.modules.pop("my_losses")
+
+
+def test_a_loss_of_the_users_is_not_tried():
+    def mine(inputs: LossInputs, *, power: float) -> TokenLoss:
+        return TokenLoss(inputs.importance_sampling_ratio**power * inputs.logps)  # None on a made-up batch
+
+    check_loss_keywords(Loss("mine", mine), {"power": 2.0})
+    with pytest.raises(ValueError, match="does not fit 'mine': missing a required .*'power'"):
+        check_loss_keywords(Loss("mine", mine), {})
+    with pytest.raises(ValueError, match="takes no keyword 'powr'. Did you mean 'power'"):
+        check_loss_keywords(Loss("mine", mine), {"powr": 2.0})
 
 
 def test_names_that_share_a_function_describe_themselves():

@@ -1,0 +1,120 @@
+"""What goes through the model and how: the hooks of the seam that make an update cheaper without changing it.
+
+`packing` forwards rows without padding and a shared prompt once, `skip_zero_advantage` leaves out completions that
+have no gradient, `logprob_backend` says what turns hidden states into log-probabilities.
+"""
+
+import warnings
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from grpo_plus._trl import TRLSeam
+from grpo_plus.config import GRPOPlusConfig
+from grpo_plus.config_speed import why_not_regroup, why_not_skip
+from grpo_plus.packing import (
+    Head,
+    Packed,
+    Packer,
+    PaddedRows,
+    base_model,
+    dropout_of,
+    single_pass_head,
+    why_not_packed,
+    why_not_single_pass,
+)
+
+
+class SpeedUps(TRLSeam):
+    """TRL's trainer with the speed-ups that the configuration leaves on and that are exact on the model."""
+
+    @cached_property
+    def plus(self) -> GRPOPlusConfig | None:
+        """`args` where they are ours; None for a plain GRPOConfig."""
+        return self.args if isinstance(self.args, GRPOPlusConfig) else None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Both raise where something was asked for that cannot be exact.
+        _ = self.packer, self.skips
+
+    @cached_property
+    def packer(self) -> Packer | None:
+        """What forwards the rows without padding and shared prompts once; None where TRL's forward does it."""
+        if self.plus is None or self.plus.packing == "none":
+            return None
+        reason = self._why_not_packed()
+        if reason is not None and self.plus.packing != "auto":
+            raise ValueError(f"packing={self.plus.packing!r} is not possible: {reason}. Set packing='none'.")
+        if reason is not None:
+            warnings.warn(f"packing: none, rows stay padded. {reason}.", stacklevel=2)
+            return None
+        if self.plus.logprob_backend == "torch":
+            self._check_head()
+        reentrant = (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
+        return Packer(
+            self.plus.packing,
+            head=self._head(),
+            gradient_check=not (self.args.gradient_checkpointing and reentrant),
+            note="skipping zero-advantage rows" if self.skips else None,
+        )
+
+    def _why_not_packed(self) -> str | None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return "the weights are spread over the processes by FSDP or DeepSpeed, where packing is not tested"
+        return why_not_packed(self.accelerator.unwrap_model(self.model))
+
+    def _head(self) -> Head | None:
+        """The single-pass head where it is asked for, or where it is known to be faster and no entropy is trained."""
+        backend = self.plus.logprob_backend if self.plus is not None else "trl"
+        if backend == "auto" and not self.args.entropy_coef and not self.args.use_adaptive_entropy:
+            backend = "torch" if self.accelerator.device.type == "cpu" else "trl"
+        if backend != "torch":
+            return None
+        return single_pass_head(temperature=self.temperature, float32=self.args.cast_lm_head_to_fp32)
+
+    def _check_head(self) -> None:
+        reason = why_not_single_pass(base_model(self.accelerator.unwrap_model(self.model)))
+        if reason is not None:
+            raise ValueError(
+                f"logprob_backend='torch' is for a frozen head, but {reason}. Train adapters (peft_config) that leave "
+                "the head alone, or leave logprob_backend unset."
+            )
+
+    def logps(
+        self,
+        model: Any,
+        base: PreTrainedModel,
+        rows: PaddedRows,
+        padded_logps: Callable[[Tensor, Tensor, int], Tensor],
+        *,
+        max_tokens: int | None,
+    ) -> Packed | None:
+        """Log-probabilities through packed rows where `packing` allows, checked against TRL's forward once."""
+        if self.packer is None:
+            return None
+        return self.packer.logps(model, base, rows, padded_logps, max_tokens=max_tokens)
+
+    @cached_property
+    def skips(self) -> bool:
+        """Whether completions with zero advantage stay out of the forward."""
+        if self.plus is None or self.plus.skip_zero_advantage is False:
+            return False
+        reason = why_not_skip(self.plus) or ("the model has a router loss" if self.aux_loss_enabled else None)
+        reason = reason or dropout_of(self.model)
+        if reason is not None and self.plus.skip_zero_advantage:
+            raise ValueError(f"skip_zero_advantage=True would change the gradients: {reason}. Leave it unset.")
+        return reason is None
+
+    def live_rows(self, advantages: Tensor) -> Tensor | None:
+        """(B,) booleans: rows with an advantage other than 0, where the others have no gradient."""
+        return advantages.reshape(len(advantages), -1).ne(0).any(1) if self.skips else None
+
+    def keeps_prompts_together(self) -> bool:
+        """Whether a shared prompt needs its completions in one micro-batch."""
+        if self.plus is None or self.packer is None or self.plus.packing == "padding_free":
+            return False
+        return why_not_regroup(self.plus) is None

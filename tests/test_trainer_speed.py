@@ -1,0 +1,113 @@
+"""The switches of the speed-ups: what they refuse and when, what they say, and what falls back."""
+
+import logging
+import warnings
+
+import pytest
+import torch
+from peft import LoraConfig, PromptTuningConfig
+
+from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
+from tests.training import logs_of, make_trainer, weights_of
+
+LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+PROMPT_TUNING = PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+
+
+def trainer(output_dir, adapter=None, **config) -> GRPOPlusTrainer:
+    return make_trainer(
+        output_dir,
+        trainer_class=GRPOPlusTrainer,
+        config_class=GRPOPlusConfig,
+        trainer_arguments={"peft_config": adapter},
+        **config,
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"packing": "shared"}, "Unknown packing 'shared'. Did you mean 'shared_prompt'"),
+        ({"logprob_backend": "triton"}, "Unknown logprob_backend 'triton'"),
+        ({"skip_zero_advantage": True, "beta": 0.1}, "with beta=0.1 every completion has a KL gradient"),
+        ({"skip_zero_advantage": True, "entropy_coef": 0.1}, "the entropy bonus is a mean over the micro-batch"),
+        ({"skip_zero_advantage": True, "top_entropy_quantile": 0.5}, "top_entropy_quantile=0.5 compares the tokens"),
+        ({"skip_zero_advantage": True, "loss_type": "kl_to_old"}, "under loss_type='kl_to_old' a completion"),
+        ({"logprob_backend": "torch", "packing": "none"}, "packing='none'. Set packing='auto'"),
+        ({"logprob_backend": "torch", "entropy_coef": 0.1}, "no gradient of the entropy"),
+    ],
+)
+def test_a_switch_that_cannot_be_is_refused_with_the_configuration(tmp_path, fields, message):
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        GRPOPlusConfig(str(tmp_path), use_cpu=True, bf16=False, num_generations=2, **fields)
+
+
+def test_the_trainer_refuses_what_only_the_model_tells(tmp_path):
+    with pytest.raises(ValueError, match="packing='padding_free' is not possible: prompt-learning PEFT"):
+        trainer(tmp_path, PROMPT_TUNING, packing="padding_free")
+    with pytest.raises(ValueError, match="logprob_backend='torch' is for a frozen head, but its weight would get no"):
+        trainer(tmp_path, logprob_backend="torch")
+    with pytest.raises(ValueError, match=r"skip_zero_advantage=True would change the gradients: dropout 0.3 in"):
+        trainer(tmp_path, LoraConfig(r=4, lora_dropout=0.3, target_modules="all-linear"), skip_zero_advantage=True)
+
+
+def test_prompt_learning_stays_padded_with_one_warning(tmp_path):
+    stock = make_trainer(tmp_path / "stock", trainer_arguments={"peft_config": PROMPT_TUNING})
+    stock.train()
+    with pytest.warns(UserWarning, match="packing: none, rows stay padded. prompt-learning PEFT"):
+        ours = trainer(tmp_path / "ours", PROMPT_TUNING, skip_zero_advantage=False)
+    with warnings.catch_warnings(record=True) as later:
+        warnings.simplefilter("always")
+        ours.train()
+    assert not [warning for warning in later if "packing" in str(warning.message)]
+    for name, weight in weights_of(stock).items():
+        assert torch.equal(weights_of(ours)[name], weight), name
+
+
+def test_a_run_says_in_one_line_what_is_active(tmp_path, caplog):
+    with caplog.at_level(logging.INFO, "grpo_plus"):
+        trainer(tmp_path, LORA, max_steps=2).train()
+    lines = [record.getMessage() for record in caplog.records if "packing" in record.getMessage()]
+    assert len(lines) == 1
+    assert lines[0].startswith("packing: shared_prompt (segment attention), single-pass head, 1.")
+    assert lines[0].endswith("x fewer tokens in the first rows; skipping zero-advantage rows")
+
+
+def test_the_log_shows_what_was_saved(tmp_path):
+    # Every other prompt's group has no spread, and with it no advantage: half of the rows.
+    def constant_for_some(prompts, completions, **_):
+        return [float(len(c)) if p.startswith(("0", "2")) else 1.0 for p, c in zip(prompts, completions, strict=True)]
+
+    made = trainer(tmp_path, reward_funcs=[constant_for_some], advantage_estimator="dr_grpo", max_steps=4)
+    made.train()
+    logs = [entry for entry in logs_of(made) if "packing/live_fraction" in entry]
+    assert len(logs) == 4
+    for entry in logs:
+        # One row goes through where there is none with an advantage.
+        assert entry["packing/live_fraction"] == pytest.approx(max(1 - entry["advantages/frac_zero"], 1 / 8))
+        assert entry["packing/token_ratio"] >= 1 / entry["packing/live_fraction"]
+
+
+def test_completions_of_a_prompt_meet_in_one_micro_batch(tmp_path):
+    met = []
+
+    class Spy(GRPOPlusTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            met.append(len({tuple(prompt) for prompt in inputs["prompt_ids"].tolist()}))
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    config = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "max_steps": 2, "num_generations": 4}
+    for packing in ("shared_prompt", "padding_free"):
+        make_trainer(tmp_path, trainer_class=Spy, config_class=GRPOPlusConfig, packing=packing, **config).train()
+    assert met[:8] == [1] * 8
+    assert max(met[8:]) > 1  # as TRL shuffles them
+
+
+def test_resuming_in_packed_form_gives_the_uninterrupted_weights(tmp_path):
+    config = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "packing": "shared_prompt"}
+    whole = trainer(tmp_path / "whole", **config)
+    whole.train()
+    resumed = trainer(tmp_path / "resumed", **config)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    for name, weight in weights_of(whole).items():
+        assert torch.equal(weights_of(resumed)[name], weight), name
