@@ -66,7 +66,7 @@ def test_prompt_learning_stays_padded_with_one_warning(tmp_path):
 
 def test_a_run_says_in_one_line_what_is_active(tmp_path, caplog):
     with caplog.at_level(logging.INFO, "grpo_plus"):
-        trainer(tmp_path, LORA, max_steps=2).train()
+        trainer(tmp_path, LORA, max_steps=2, temperature=0.9).train()
     lines = [record.getMessage() for record in caplog.records if "packing" in record.getMessage()]
     assert len(lines) == 1
     assert lines[0].startswith("packing: shared_prompt (segment attention), single-pass head, 1.")

@@ -32,11 +32,16 @@ class Segments:
     """What the attention layers get to know of a packed row.
 
     spans: the groups, with their indices on the model's device.
-    batched: whether a group's completions share one padded call, or have one each.
+    pairs_per_call: pairs of query and key that cost as much as one more call. A group's completions share one padded
+        call where the padding is cheaper than a call for each.
     """
 
     spans: tuple[Span, ...]
-    batched: bool
+    pairs_per_call: float
+
+    def together(self, span: Span) -> bool:
+        """Whether the completions of the group share a call."""
+        return span.padding_pairs <= self.pairs_per_call * len(span.ends)
 
 
 class UnsupportedLayerError(ValueError):
@@ -121,7 +126,6 @@ def segment_attention(
         return attend(module, q, k, v, mask, is_causal=mask is None, **kwargs)[0]
 
     states = (query, key, value)
-    completions = _together if segments.batched else _one_by_one
     outputs = []
     for span in segments.spans:
         if len(span.ends) == 1:  # one completion: prompt and completion are one causal sequence
@@ -129,7 +133,7 @@ def segment_attention(
             continue
         if span.prefix > span.start:
             outputs.append(call(_slice(states, span.start, span.prefix)))
-        outputs += completions(call, states, span)
+        outputs += (_together if segments.together(span) else _one_by_one)(call, states, span)
     return torch.cat(outputs, dim=1)
 
 
@@ -138,7 +142,7 @@ def _slice(states: Sequence[Tensor], start: int, end: int) -> list[Tensor]:
 
 
 def _one_by_one(call: Callable[..., Tensor], states: Sequence[Tensor], span: Span) -> list[Tensor]:
-    """A call for each completion: nothing is padded."""
+    """A call for each completion, nothing padded."""
     _, keys, values = _slice(states, span.start, span.prefix)
     outputs = []
     for start, end in pairwise((span.prefix, *span.ends)):
@@ -149,7 +153,7 @@ def _one_by_one(call: Callable[..., Tensor], states: Sequence[Tensor], span: Spa
 
 
 def _together(call: Callable[..., Tensor], states: Sequence[Tensor], span: Span) -> list[Tensor]:
-    """One call for all completions, padded: a device is busy with it, rather than with launches."""
+    """One call for all completions, padded to one length."""
     rows = len(span.ends)
     _, keys, values = (state.expand(rows, -1, -1, -1) for state in _slice(states, span.start, span.prefix))
     query, key, value = (_rows(state, span) for state in states)

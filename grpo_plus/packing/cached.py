@@ -21,7 +21,10 @@ Key = tuple[str, int, int]  # what is recorded, layer, which of the layer's stat
 
 
 class PromptRecord(DynamicCache):
-    """Keeps what the layers write while a prompt goes through, once: a recomputed layer writes again."""
+    """Keeps what the layers write while a prompt goes through.
+
+    A checkpointed layer writes again in the backward. That is not kept: its graph would live as long as the record.
+    """
 
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__(config=config)

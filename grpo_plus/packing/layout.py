@@ -60,6 +60,12 @@ class Span:
         """One past the group's last token."""
         return self.ends[-1]
 
+    @property
+    def padding_pairs(self) -> int:
+        """Pairs of query and key that padding the completions to one length would add to their attention."""
+        rows, length = self.padded.shape
+        return (rows * length - (self.end - self.prefix)) * (self.prefix - self.start + length)
+
 
 @dataclass(frozen=True)
 class PackedRow:

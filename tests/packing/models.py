@@ -49,6 +49,8 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         SHAPE | GATED_DELTA | EXPERTS | {"num_hidden_layers": 4, "shared_expert_intermediate_size": 16},
     ),
     "qwen3_5": ("Qwen3_5TextConfig", SHAPE | GATED_DELTA | {"num_hidden_layers": 4}),
+    "granite": ("GraniteConfig", SHAPE | {"logits_scaling": 4.0}),
+    "cohere": ("CohereConfig", SHAPE | {"logit_scale": 0.3}),
     "lfm2": ("Lfm2Config", SHAPE | {"layer_types": ["conv", "full_attention"]}),
     "bamba": ("BambaConfig", SHAPE | MAMBA | {"attn_layer_indices": [1], "mamba_chunk_size": 16}),
     "gpt2": (

@@ -5,10 +5,14 @@ from functools import partial
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from trl.trainer import add_fused_lm_head
 
 from grpo_plus.packing import attention
-from grpo_plus.packing.forward import CACHED, PADDING_FREE, SEGMENTS
-from grpo_plus.packing.layout import group_rows, unpack
+from grpo_plus.packing.attention import Segments
+from grpo_plus.packing.cached import PromptRecord
+from grpo_plus.packing.forward import CACHED, PADDING_FREE, SEGMENTS, install_packed_forward
+from grpo_plus.packing.layout import Group, group_rows, pack, unpack
 from tests.close import assert_close
 from tests.packing.models import CONFIGS, HYBRIDS, OWN_ATTENTION, tiny
 from tests.packing.rows import COMPLETION, gradients, padded_batch, padded_output, rows_alone, rows_padded
@@ -23,8 +27,8 @@ def in_form(model, form, ids, mask):
     return unpack(logps, groups, zeros), unpack(entropies, groups, zeros)
 
 
-def assert_exact(model, form):
-    ids, mask = padded_batch()
+def assert_exact(model, form, lengths=None):
+    ids, mask = padded_batch(lengths)
     expected = gradients(model, lambda: rows_alone(model, ids, mask))
     padded = gradients(model, lambda: rows_padded(model, ids, mask))
     actual = gradients(model, lambda: in_form(model, form, ids, mask)[0])
@@ -41,12 +45,36 @@ def test_two_passes_through_the_cache_are_exact(name, checkpointing):
     assert_exact(tiny(name, checkpointing=checkpointing), CACHED)
 
 
-@pytest.mark.parametrize("batched", [False, True], ids=["one-by-one", "together"])
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_completions_of_one_token_are_exact(name):
+    # A recurrent layer takes a single token for a step of generation.
+    assert_exact(tiny(name), CACHED, {23: (1, 1, 0), 14: (1,)})
+
+
+@pytest.mark.parametrize("pairs", [-1.0, float("inf")], ids=["one-by-one", "together"])
 @pytest.mark.parametrize("name", SEGMENTED)
-def test_segment_attention_is_exact(monkeypatch, name, batched):
-    monkeypatch.setattr("grpo_plus.packing.forward.batches_attention", lambda device: batched)
+def test_segment_attention_is_exact(monkeypatch, name, pairs):
+    monkeypatch.setattr("grpo_plus.packing.forward.pairs_per_call", lambda device: pairs)
     # Checkpointing on one of the two, so that each model meets it.
-    assert_exact(tiny(name, checkpointing=batched), SEGMENTS)
+    assert_exact(tiny(name, checkpointing=pairs < 0), SEGMENTS)
+
+
+def test_completions_share_a_call_where_padding_is_cheaper():
+    # 10 prompt tokens before lengths 4, 3 and 2: three padded queries, each with 10 + 4 keys.
+    group = Group(torch.arange(11), (0, 1, 2), tuple(torch.arange(length) for length in (4, 3, 2)))
+    (span,) = pack([group]).spans
+    assert span.padding_pairs == 3 * 14
+    assert Segments((span,), pairs_per_call=14.0).together(span)
+    assert not Segments((span,), pairs_per_call=13.9).together(span)
+
+
+def test_a_recomputed_layer_does_not_replace_the_record():
+    # Its graph would be kept alive until the record goes, and with it what checkpointing saves.
+    record = PromptRecord(tiny("llama").config)
+    first, again = torch.zeros(1, 2, 3, 8), torch.ones(1, 2, 3, 8)
+    record.update(first, first, 0)
+    record.update(again, again, 0)
+    assert record.states["attention", 0, 0][0] is first
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt_oss"])
@@ -73,6 +101,23 @@ def test_lora_is_exact(form, checkpointing):
             torch.nn.init.normal_(parameter, std=0.1)
     if checkpointing:
         model.enable_input_require_grads()
+    assert_exact(model, form)
+
+
+@pytest.mark.parametrize("form", [SEGMENTS, CACHED], ids=lambda form: form.detail)
+def test_adapters_on_a_4_bit_base_are_exact(tmp_path, form):
+    tiny("qwen3", hidden_size=64, head_dim=16, intermediate_size=128).save_pretrained(tmp_path)
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    )
+    base = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=quantization, dtype=torch.float32)
+    assert any("4bit" in type(module).__name__ for module in base.modules())
+    add_fused_lm_head(base, temperature=1.3, outputs=("log_probs", "entropy"))
+    install_packed_forward(base)
+    model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear"))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
     assert_exact(model, form)
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from grpo_plus.packing import attention, packer
+from grpo_plus.packing.head import single_pass_head
 from grpo_plus.packing.packer import Packer, PaddedRows
 from tests.close import assert_close
 from tests.packing.models import tiny
@@ -109,6 +110,45 @@ def test_a_wrong_gradient_is_caught(monkeypatch):
     monkeypatch.setattr(packer, "why_not_segments", lambda model: "not in this test")
     with pytest.raises(ValueError, match="not exact"):
         packed(tiny("llama"), "shared_prompt")
+
+
+HEAD = single_pass_head(temperature=1.3, float32=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "single_pass"), [("gemma2", True), ("cohere", True), ("llama", True), ("granite", False)]
+)
+def test_a_frozen_head_takes_a_single_pass_where_that_is_exact(name, single_pass):
+    # Granite divides its logits by a field that the single pass does not read: the check sends it to the model's own.
+    model = tiny(name)
+    model.get_output_embeddings().requires_grad_(False)
+    ids, mask = padded_batch()
+    chosen = Packer("auto", head=HEAD)
+    result = chosen.logps(model, model, PaddedRows(ids, mask, COMPLETION), padded(model))
+    assert chosen.describe().endswith("single-pass head") == single_pass
+    assert_close("log-probabilities", result.logps, rows_alone(model, ids, mask), rtol=2e-6)
+
+
+def test_a_head_that_trains_stays_the_models_own():
+    model = tiny("llama")
+    chosen = Packer("auto", head=HEAD)
+    chosen.logps(model, model, PaddedRows(*padded_batch(), COMPLETION), padded(model))
+    assert not chosen.describe().endswith("head")
+
+
+def test_a_small_constant_error_is_caught(caplog):
+    # Its gradient is right, so only the values tell.
+    def off(model, hidden, targets):
+        logps, entropies = HEAD(model, hidden, targets)
+        return logps + 1e-4, entropies
+
+    model = tiny("llama")
+    model.get_output_embeddings().requires_grad_(False)
+    chosen = Packer("auto", head=off)
+    with caplog.at_level(logging.INFO, "grpo_plus"):
+        chosen.logps(model, model, PaddedRows(*padded_batch(), COMPLETION), padded(model))
+    assert not chosen.describe().endswith("head")
+    assert "log-probabilities differ by 1.0e-04" in caplog.text
 
 
 def test_dropout_is_not_shared():
