@@ -81,8 +81,7 @@ def _train(model: Any, tokenizer: Any, steps: int, switches: dict[str, Any]) -> 
 
 def _medians(runs: list[Any]) -> dict[str, float]:
     entries = [entry for run in runs for entry in run[SETTLING:]]
-    names = [name for name in (f"profile/{phase}" for phase in PHASES)]
-    return {name.removeprefix("profile/"): statistics.median(entry[name] for entry in entries) for name in names}
+    return {phase: statistics.median(entry[f"profile/{phase}"] for entry in entries) for phase in PHASES}
 
 
 if __name__ == "__main__":

@@ -59,8 +59,22 @@ class SpeedUps(TRLSeam):
             self.plus.packing,
             head=self._head(),
             gradient_check=not (self.args.gradient_checkpointing and reentrant),
+            no_segments=self._why_not_segments(),
             note="skipping zero-advantage rows" if self.skips else None,
         )
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train, and leave the model with the attention that it came with."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if self.packer is not None:
+                self.packer.release()
+
+    def _why_not_segments(self) -> str | None:
+        if self.args.use_transformers_continuous_batching or self.args.use_transformers_paged:
+            return "transformers' continuous batching accepts no attention but its own"
+        return None
 
     def _why_not_packed(self) -> str | None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:

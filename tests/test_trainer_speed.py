@@ -73,6 +73,21 @@ def test_a_run_says_in_one_line_what_is_active(tmp_path, caplog):
     assert lines[0].endswith("x fewer tokens in the first rows; skipping zero-advantage rows")
 
 
+def test_the_model_leaves_the_training_with_its_own_attention(tmp_path):
+    made = trainer(tmp_path, max_steps=1)
+    made.train()
+    assert "segment attention" in made.packer.describe()
+    assert made.model.config._attn_implementation == "sdpa"
+    made.evaluate(made.train_dataset.select(range(2)))  # takes it up again
+    made.save_model()
+    assert "grpo_plus" not in (tmp_path / "config.json").read_text()
+
+
+def test_continuous_batching_keeps_the_attention_that_it_knows(tmp_path):
+    made = trainer(tmp_path, use_transformers_continuous_batching=True)
+    assert "continuous batching" in made.packer.no_segments
+
+
 def test_the_log_shows_what_was_saved(tmp_path):
     # Every other prompt's group has no spread, and with it no advantage: half of the rows.
     def constant_for_some(prompts, completions, **_):

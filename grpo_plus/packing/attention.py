@@ -65,13 +65,20 @@ def why_not_segments(model: PreTrainedModel) -> str | None:
 def install_segments(model: PreTrainedModel) -> None:
     """Let the model's attention layers take `segments=...`; without it they compute what they did before.
 
-    It stays: a checkpointed layer calls its attention again during the backward, long after the forward returned.
+    It stays until `uninstall_segments`: a checkpointed layer calls its attention again during the backward, long after
+    the forward returned.
     """
     for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
         name = config._attn_implementation
         if not name.startswith(PREFIX):
             _register(name)
             config._attn_implementation = PREFIX + name
+
+
+def uninstall_segments(model: PreTrainedModel) -> None:
+    """Give the model its attention's own name back; graphs that still wait for a backward must be gone."""
+    for config in (model.config, model.config.get_text_config()):
+        config._attn_implementation = config._attn_implementation.removeprefix(PREFIX)
 
 
 def _register(name: str) -> None:

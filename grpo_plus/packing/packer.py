@@ -7,13 +7,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import is_peft_available
 
-from grpo_plus.packing.attention import why_not_segments
+from grpo_plus.packing.attention import uninstall_segments, why_not_segments
 from grpo_plus.packing.check import PaddedLogps, choose
 from grpo_plus.packing.forward import CACHED, PADDING_FREE, SEGMENTS, Form, Head
 from grpo_plus.packing.head import why_not_single_pass
@@ -78,17 +79,25 @@ class Packer:
         packing: the configuration's field.
         head: what to try for frozen heads; None: the model's fused head.
         gradient_check: whether the self-check can ask for a gradient.
+        no_segments: why segment attention is out of the question; None: it is not.
         note: what else is active, for the line that says what was chosen.
     """
 
     def __init__(
-        self, packing: str, *, head: Head | None = None, gradient_check: bool = True, note: str | None = None
+        self,
+        packing: str,
+        *,
+        head: Head | None = None,
+        gradient_check: bool = True,
+        no_segments: str | None = None,
+        note: str | None = None,
     ) -> None:
         self.packing = packing
         self.head = head
         self.gradient_check = gradient_check
+        self.no_segments = no_segments
         self.note = note
-        self._choices: dict[int, Choice | None] = {}
+        self._choices: WeakKeyDictionary[PreTrainedModel, Choice | None] = WeakKeyDictionary()
 
     def logps(
         self,
@@ -118,9 +127,9 @@ class Packer:
         )
         if not groups:
             return None
-        if id(base) not in self._choices:
-            self._choices[id(base)] = self._decide(base, groups, padded_logps, rows)
-        choice = self._choices[id(base)]
+        if base not in self._choices:
+            self._choices[base] = self._decide(base, groups, padded_logps, rows)
+        choice = self._choices[base]
         if choice is None:
             return None
         form = choice.form
@@ -133,6 +142,11 @@ class Packer:
             form.tokens(groups),
         )
 
+    def release(self) -> None:
+        """Leave the models with the attention that they came with."""
+        for base in self._choices:
+            uninstall_segments(base)
+
     def describe(self) -> str:
         """What is active, in a few words."""
         choice = next(iter(self._choices.values()), None)
@@ -141,7 +155,7 @@ class Packer:
     def _decide(
         self, base: PreTrainedModel, groups: Sequence[Group], padded_logps: PaddedLogps, rows: PaddedRows
     ) -> Choice | None:
-        forms, reasons = candidates(self.packing, base)
+        forms, reasons = candidates(self.packing, base, self.no_segments)
         head = self.head if self.head is not None and why_not_single_pass(base) is None else None
         with _without_dropout(base):
             check = partial(choose, forms, base, groups, padded_logps, gradient=self.gradient_check)
@@ -150,6 +164,8 @@ class Packer:
                 head, reasons = None, [*reasons, *verdict.reasons]
                 verdict = check(None)
         reasons = [*reasons, *verdict.reasons]
+        if verdict.form not in (SEGMENTS, PADDING_FREE):
+            uninstall_segments(base)
         if verdict.form is None and self.packing != "auto":
             raise ValueError(
                 f"packing={self.packing!r} cannot be exact here: {'; '.join(reasons)}. Set packing='auto' to take the "
@@ -213,11 +229,11 @@ def why_not_packed(model: Any) -> str | None:
     return None
 
 
-def candidates(packing: str, base: PreTrainedModel) -> tuple[list[Form], list[str]]:
+def candidates(packing: str, base: PreTrainedModel, no_segments: str | None) -> tuple[list[Form], list[str]]:
     """Forms to try, best first, and why others are not among them."""
     forms, reasons = [], []
     dropout = dropout_of(base)
-    segments = why_not_segments(base)
+    segments = no_segments or why_not_segments(base)
     if packing != "padding_free":
         if dropout:
             reasons.append(f"{dropout}: a shared prompt would draw one dropout mask for all of its completions")

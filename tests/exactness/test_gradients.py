@@ -31,7 +31,12 @@ CASES = [
     ("dapo", "padding_free", {"entropy_coef": 0.1}, None),
     ("gmpo", "shared_prompt", {}, None),
     ("kl_to_old", "padding_free", {}, None),
-    ("clip_cov", "shared_prompt", {"loss_kwargs": {"clip_cov_ratio": 0.2}}, None),
+    (
+        "clip_cov",
+        "shared_prompt",
+        {"loss_kwargs": {"clip_cov_ratio": 0.3, "clip_cov_lb": -9.0, "clip_cov_ub": 9.0}},
+        None,
+    ),
     ("topr", "shared_prompt", {}, LORA),
 ]
 
@@ -66,6 +71,8 @@ def micro_batch(*, per_token: bool = False, on_policy: bool = False) -> dict[str
         prompt_ids[row, 5 - len(prompt) :], prompt_mask[row, 5 - len(prompt) :] = prompt, 1
     mask = (torch.arange(7) < lengths[:, None]).long()
     advantages = torch.randn(8, 7, generator=generator) if per_token else torch.randn(8, generator=generator)
+    if per_token:
+        advantages[:, 0] = 0.0  # such a row is live all the same
     advantages[list(DEAD)] = 0.0
     tool_mask = (torch.rand(8, 7, generator=generator) > 0.2).long()
     off_policy = {
@@ -134,6 +141,8 @@ def test_a_micro_batch_without_advantages_has_gradients_of_zero(tmp_path):
     assert loss == 0
     assert all(gradient is not None and not gradient.any() for gradient in gradients.values())
     assert ours._metrics["train"]["packing/live_fraction"] == [1 / 8]
+    # The shortest row that has something to score, of 5 + 1 tokens; the last one predicts nothing.
+    assert ours._metrics["train"]["packing/token_ratio"] == [8 * 12 / 5]
 
 
 def test_a_micro_batch_of_masked_completions_has_gradients_of_zero(tmp_path):

@@ -98,6 +98,14 @@ def test_an_explicit_form_that_is_not_exact_is_an_error():
         packed(forgetful(), "shared_prompt")
 
 
+def test_a_rejected_attention_is_taken_back(monkeypatch):
+    right = attention._causal_mask
+    monkeypatch.setattr(attention, "_causal_mask", lambda *args: torch.ones_like(right(*args)))
+    model = tiny("llama")
+    packed(model)
+    assert model.config._attn_implementation == "sdpa"
+
+
 def test_a_wrong_gradient_is_caught(monkeypatch):
     # Right log-probabilities, but nothing flows back through the prompt's keys.
     monkeypatch.setattr(
