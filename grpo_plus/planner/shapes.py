@@ -196,9 +196,14 @@ def _from_hub(model: str, revision: str | None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(hf_hub_download(model, "config.json", revision=revision))
+        # The cache first: a config hardly ever changes, and without a network the hub's client retries for long.
+        return Path(hf_hub_download(model, "config.json", revision=revision, local_files_only=True))
+    except LocalEntryNotFoundError:
+        pass
     except HFValidationError as error:
         raise ValueError(f"{model!r} is neither a local folder nor a name on the hub: {error}") from error
+    try:
+        return Path(hf_hub_download(model, "config.json", revision=revision))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(
             f"{model!r} is no local folder, and its config.json could not be fetched from the hub "
