@@ -275,10 +275,15 @@ def backward_activations(shape: ModelShape, layer: Layer, run: Run) -> float:
 
 
 def weight_copies(shape: ModelShape, layer: Layer, run: Run) -> float:
-    """Half-precision copies of a layer's float32 weights, which autocast makes and the graph keeps."""
+    """Bytes of other versions of a layer's weights that the graph keeps.
+
+    Autocast makes half-precision copies of float32 weights. PEFT adds the adapters of experts to their weights: the
+    product and the sum are as large as these.
+    """
+    adapted = 2 * run.weight_size * layer.experts if run.lora_r and layer.expert_lora else 0
     if run.load_in_4bit or not run.bf16 or run.weight_size != FULL:
-        return 0
-    return MIXED * (layer.weights + layer.experts)
+        return adapted
+    return adapted + MIXED * (layer.weights + layer.experts)
 
 
 def _dequantized(shape: ModelShape, run: Run) -> float:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from grpo_plus.registry import suggestion
 
@@ -21,6 +21,8 @@ class Family:
 
     sliding: which layers attend to a window where the config has no `layer_types`: "none", "all", "upper" (from
         `max_window_layers`, with `use_sliding_window`), or n for all but each n-th layer; 2 for every other.
+    expert_adapters: whether PEFT's "all-linear" means the experts and the router too, as it does for old checkpoints'
+        sake where a model had a linear layer for each expert.
     eager: no fused attention: the scores of every head exist.
     """
 
@@ -35,6 +37,7 @@ class Family:
     sliding: str | int = "none"
     experts: bool = False
     expert_bias: bool = False
+    expert_adapters: bool = False
     expert_width: str = "intermediate_size"
     sinks: bool = False
     eager: bool = False
@@ -44,10 +47,12 @@ class Family:
 FAMILIES = {
     "llama": Family(),
     "mistral": Family(sliding="all"),
-    "mixtral": Family(sliding="all", experts=True),
+    "mixtral": Family(sliding="all", experts=True, expert_adapters=True),
     "qwen2": Family(qkv_bias=True, output_bias=False, sliding="upper"),
     "qwen3": Family(qk_norm=True, head_dim=128, sliding="upper"),
-    "qwen3_moe": Family(qk_norm=True, experts=True, expert_width="moe_intermediate_size"),
+    "qwen3_moe": Family(
+        qk_norm=True, experts=True, expert_adapters=True, expert_width="moe_intermediate_size"
+    ),
     "qwen3_5_text": Family(qk_norm=True, head_dim=256, gated_attention=True),
     "gemma": Family(head_dim=256, tied=True),
     "gemma2": Family(head_dim=256, norms=4, tied=True, sliding=2, eager=True),
@@ -68,12 +73,13 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class Linear:
-    """One nn.Linear of a layer: what nf4 quantizes and LoRA adapts."""
+    """One nn.Linear of a layer: what nf4 quantizes and, where `adapted`, LoRA's "all-linear" adapts."""
 
     name: str
     inputs: int
     outputs: int
     bias: bool = False
+    adapted: bool = True
 
     @property
     def weights(self) -> int:
@@ -103,6 +109,7 @@ class Layer:
     small: int  # norm weights, sinks, routers, convolutions
     experts: int = 0
     routed: int = 0  # experts per token
+    expert_lora: int = 0  # parameters of the experts' and the router's adapters, per rank
     state: int = 0
     mixer: int = 0  # width of what a linear-attention layer projects
 
@@ -161,8 +168,10 @@ class ModelShape:
         return self.embedding + self.head + self.linear + self.experts + self.others
 
     def lora(self, rank: int) -> int:
-        """Parameters of LoRA adapters on all linear layers but the LM head: rank * Σ (inputs + outputs)."""
-        return rank * sum(linear.inputs + linear.outputs for layer in self.layers for linear in layer.linears)
+        """Parameters of LoRA adapters on "all-linear", the LM head aside: rank * Σ (inputs + outputs)."""
+        linears = (linear for layer in self.layers for linear in layer.linears if linear.adapted)
+        dense = sum(linear.inputs + linear.outputs for linear in linears)
+        return rank * (dense + sum(layer.expert_lora for layer in self.layers))
 
 
 def load_shape(model: str | Path, *, revision: str | None = None) -> ModelShape:
@@ -294,13 +303,20 @@ def _kinds(read: _Reader, family: Family, count: int) -> list[str]:
 def _layer(read: _Reader, family: Family, index: int, kind: str) -> Layer:
     hidden, heads = read.size("hidden_size"), read.size("num_attention_heads")
     norms = (hidden,) * family.norms
-    feed_linears, feed_forward, small, experts, routed = _feed_forward(read, family, index, hidden)
+    feed = _feed_forward(read, family, index, hidden)
     if kind == "linear_attention":
         linears, mixer, extra, state = _gated_delta_net(read, hidden)
         return Layer(
-            (*linears, *feed_linears), 0, 0, None, feed_forward, norms, sum(norms) + small + extra,
-            experts, routed, state, mixer,
-        )  # fmt: skip
+            linears=(*linears, *feed.linears),
+            query=0,
+            keys=0,
+            window=None,
+            feed_forward=feed.width,
+            norms=norms,
+            small=sum(norms) + feed.small + extra,
+            state=state,
+            mixer=mixer,
+        )
     head_dim = read.size("head_dim", family.head_dim or hidden // heads)
     query, keys = heads * head_dim, read.size("num_key_value_heads", heads) * head_dim
     bias = family.qkv_bias or read.flag("attention_bias", family.attention_bias)
@@ -315,37 +331,55 @@ def _layer(read: _Reader, family: Family, index: int, kind: str) -> Layer:
     attention = (*attention, Linear("o_proj", query, hidden, bias and family.output_bias))
     per_head = 2 * head_dim if family.qk_norm else 0
     return Layer(
-        linears=(*attention, *feed_linears),
+        linears=(*attention, *feed.linears),
         query=query,
         keys=keys,
         window=read.size("sliding_window") if kind == "sliding_attention" else None,
-        feed_forward=feed_forward,
+        feed_forward=feed.width,
         norms=(*norms, query, keys) if family.qk_norm else norms,
-        small=sum(norms) + per_head + (heads if family.sinks else 0) + small,
-        experts=experts,
-        routed=routed,
+        small=sum(norms) + per_head + (heads if family.sinks else 0) + feed.small,
+        experts=feed.experts,
+        routed=feed.routed,
+        expert_lora=feed.lora,
     )
 
 
-def _feed_forward(
-    read: _Reader, family: Family, index: int, hidden: int
-) -> tuple[tuple[Linear, ...], int, int, int, int]:
-    """Linear modules, width per token, small parameters, parameters of the experts, experts per token."""
+class _FeedForward(NamedTuple):
+    """What `Layer` wants to know of an MLP or of a mixture of experts."""
+
+    linears: tuple[Linear, ...]
+    width: int
+    small: int = 0
+    experts: int = 0
+    routed: int = 0
+    lora: int = 0
+
+
+def _feed_forward(read: _Reader, family: Family, index: int, hidden: int) -> _FeedForward:
     if not family.experts or not _is_sparse(read, index):
         width, bias = read.size("intermediate_size"), read.flag("mlp_bias")
+        adapted = not family.expert_adapters  # PEFT looks for these names among the experts only
         gates: tuple[Linear, ...] = (
-            Linear("gate_proj", hidden, width, bias),
-            Linear("up_proj", hidden, width, bias),
+            Linear("gate_proj", hidden, width, bias, adapted),
+            Linear("up_proj", hidden, width, bias, adapted),
         )
         if family.fused:
             gates = (Linear("gate_up_proj", hidden, 2 * width),)
-        return (*gates, Linear("down_proj", width, hidden, bias)), width, 0, 0, 0
+        return _FeedForward((*gates, Linear("down_proj", width, hidden, bias, adapted)), width)
     number = "num_experts" if "num_experts" in read.config else "num_local_experts"  # transformers 5 renames some
     width, count = read.size(family.expert_width), read.size(number)
     routed = read.size("num_experts_per_tok")
-    each = 3 * hidden * width + (2 * width + hidden if family.expert_bias else 0)
-    router = count * hidden + (count if family.expert_bias else 0)
-    return (), routed * width, router, count * each, routed
+    biases = 2 * width + hidden if family.expert_bias else 0
+    # PEFT gives gate and up, which transformers keeps in one parameter, adapters of twice the rank.
+    lora = count * (2 * (hidden + 2 * width) + width + hidden) + hidden + count if family.expert_adapters else 0
+    return _FeedForward(
+        linears=(),
+        width=routed * width,
+        small=count * hidden + (count if family.expert_bias else 0),
+        experts=count * (3 * hidden * width + biases),
+        routed=routed,
+        lora=lora,
+    )
 
 
 def _is_sparse(read: _Reader, index: int) -> bool:
