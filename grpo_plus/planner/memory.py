@@ -195,23 +195,23 @@ def layer_activations(shape: ModelShape, layer: Layer, run: Run) -> float:
     Norms keep their input in float32 (and, trained, what they scale); the MLP its two halves and their gate; a linear
     layer with an adapter, or trained, its input. That input is one tensor for all that read it, unless each casts it
     for itself: from a float32 residual under autocast, and as PEFT does for float32 adapters on a base that is not
-    quantized.
+    quantized. Dropout gives each its own, too.
     """
     output = run.weight_size if run.load_in_4bit or not run.bf16 else MIXED
     taken = MIXED if run.bf16 else (run.adapter_size if run.lora_r else run.weight_size)
-    apart = (run.bf16 and run.weight_size == FULL) or _casts_inputs(run)
-    trained_norms = 0 if run.lora_r else run.weight_size
+    apart = (run.bf16 and run.weight_size == FULL) or _casts_inputs(run) or run.lora_dropout > 0
+    trained_norms = 0 if run.lora_r else (FULL if shape.float_norms else run.weight_size)
     inputs = sum(linear.inputs for linear in layer.linears) if apart else _shared_inputs(layer)
-    if apart and not _casts_inputs(run):  # the attention's output is in half precision already
-        inputs -= layer.query
+    if apart and not _casts_inputs(run) and not run.lora_dropout:
+        inputs -= layer.query  # what attention returns is in half precision already
     routed = layer.routed * shape.hidden + (layer.feed_forward if layer.routed else 0)
-    dropped = sum(linear.inputs for linear in layer.linears) + layer.query if run.lora_dropout else 0
+    dropped = sum(linear.inputs for linear in layer.linears) if run.lora_dropout else 0
     linear_attention = 4 * layer.mixer  # ASSUMED: the projections, the convolved ones, and the recurrence's inputs
     return (
         (FULL + trained_norms) * sum(layer.norms)
         + taken * inputs
         + output * (3 * layer.feed_forward + routed + linear_attention)
-        + dropped * (1 + MIXED)
+        + dropped  # a byte each, on a GPU
     )
 
 

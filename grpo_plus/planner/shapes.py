@@ -24,6 +24,7 @@ class Family:
     expert_adapters: whether PEFT's "all-linear" means the experts and the router too, as it does for old checkpoints'
         sake where a model had a linear layer for each expert.
     eager: no fused attention: the scores of every head exist.
+    float_norms: norms scale in float32, whatever the weights' dtype.
     """
 
     head_dim: int | None = None
@@ -41,6 +42,7 @@ class Family:
     expert_width: str = "intermediate_size"
     sinks: bool = False
     eager: bool = False
+    float_norms: bool = False
     gated_attention: bool = False
 
 
@@ -54,9 +56,9 @@ FAMILIES = {
         qk_norm=True, experts=True, expert_adapters=True, expert_width="moe_intermediate_size"
     ),
     "qwen3_5_text": Family(qk_norm=True, head_dim=256, gated_attention=True),
-    "gemma": Family(head_dim=256, tied=True),
-    "gemma2": Family(head_dim=256, norms=4, tied=True, sliding=2, eager=True),
-    "gemma3_text": Family(head_dim=256, norms=4, qk_norm=True, tied=True, sliding=6),
+    "gemma": Family(head_dim=256, float_norms=True, tied=True),
+    "gemma2": Family(head_dim=256, float_norms=True, norms=4, tied=True, sliding=2, eager=True),
+    "gemma3_text": Family(head_dim=256, float_norms=True, norms=4, qk_norm=True, tied=True, sliding=6),
     "phi3": Family(fused=True, sliding="all"),
     "smollm3": Family(tied=True),
     "gpt_oss": Family(
@@ -136,6 +138,7 @@ class ModelShape:
     layers: tuple[Layer, ...] = field(repr=False)
     tied: bool
     eager: bool = False
+    float_norms: bool = False
 
     @property
     def embedding(self) -> int:
@@ -238,6 +241,7 @@ def shape_of(config: Mapping[str, Any], *, name: str = "config") -> ModelShape:
         layers=tuple(_layer(read, family, index, kind) for index, kind in enumerate(_kinds(read, family, layers))),
         tied=bool(config.get("tie_word_embeddings", family.tied)),
         eager=family.eager,
+        float_norms=family.float_norms,
     )
 
 
