@@ -12,7 +12,7 @@ HELP = "Say how much GPU memory a run will need, what fits, and what to change; 
 EPILOG = """Example: grpo-plus plan Qwen/Qwen3-4B --gpu 12GB --qlora --max_completion_length 1024
 
 The settings have the names and defaults of `grpo-plus train`. Sizes are for full-length completions. What arithmetic
-cannot know is assumed (grpo_plus/planner/constants.py); --calibrate takes what `python -m benchmarks.memory` measured."""
+cannot know is assumed (grpo_plus/planner/constants.py); --calibrate takes what benchmarks/memory.py measured."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     parser.epilog, parser.formatter_class = EPILOG, argparse.RawDescriptionHelpFormatter
     parser.add_argument("model", metavar="MODEL", help="a local folder, a config.json, or a name on the hub")
-    parser.add_argument("--gpu", metavar="SIZE", help="the card's memory, for example 12GB: says what fits, and advises")
+    parser.add_argument(
+        "--gpu", metavar="SIZE", help="the card's memory, for example 12GB: says what fits, and advises"
+    )
     parser.add_argument("--calibrate", metavar="FILE", help="JSON object of measured constants")
     parser.add_argument("--revision", help="of the model on the hub")
     parser.add_argument("--qlora", action="store_true", help="the settings of `grpo-plus train --qlora`")

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from math import isqrt
 from typing import Any
 
 from grpo_plus.planner.constants import GIB, Constants
@@ -189,23 +190,21 @@ def _merged(steps: list[Step], plans: list[MemoryPlan]) -> list[Suggestion]:
     return list(merged.values())
 
 
-def largest(
-    shape: ModelShape, run: Run, gpu_bytes: float, field: str, *, constants: Constants | None = None
-) -> int:
+def largest(shape: ModelShape, run: Run, gpu_bytes: float, field: str, *, constants: Constants | None = None) -> int:
     """The largest value of a size that still fits, all else equal; 0 where none does.
 
     "max_completion_length"; "num_generations", the group, with as many prompts per generation batch as before; or
     "per_device_train_batch_size", the micro-batch, of the generation batch as it is.
     """
-    limit = run.generation_rows if field == "per_device_train_batch_size" else LONGEST
 
     def fits(value: int) -> bool:
         return plan(shape, _resized(run, field, value), constants=constants).fits(gpu_bytes)
 
+    if field == "per_device_train_batch_size":
+        return max(filter(fits, _divisors(run.generation_rows)), default=0)
     low, high = 0, 1
-    while high <= limit and fits(high):
+    while high <= LONGEST and fits(high):
         low, high = high, 2 * high
-    high = min(high, limit + 1)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
@@ -215,22 +214,25 @@ def largest(
 def _resized(run: Run, field: str, value: int) -> Run:
     if field == "max_completion_length":
         return replace(run, max_completion_length=value)
-    rows, batch = run.generation_rows, run.per_device_train_batch_size
+    rows, batch = run.generation_rows, value
     if field == "num_generations":
-        prompts = rows // run.num_generations
-        # A micro-batch of whole groups or of equal parts of one cannot always be had: the next larger batch counts.
-        batch = min(batch, prompts * value)
-        steps = -(-prompts * value // batch)
-        while (batch * steps) % value:
-            steps += 1
-        return replace(run, num_generations=value, per_device_train_batch_size=batch,
-                       gradient_accumulation_steps=steps, steps_per_generation=None)  # fmt: skip
-    if field == "per_device_train_batch_size":
-        # As many rows are generated as before, or the next number that both divide.
-        steps = -(-rows // value)
-        while (value * steps) % run.num_generations:
-            steps += 1
-        return replace(run, per_device_train_batch_size=value, gradient_accumulation_steps=steps,
-                       steps_per_generation=None)  # fmt: skip
-    raise ValueError(f"field={field!r} has no largest value here. Use max_completion_length, num_generations or "
-                     "per_device_train_batch_size.")  # fmt: skip
+        rows = rows // run.num_generations * value
+        batch = max(size for size in _divisors(rows) if size <= run.per_device_train_batch_size)
+    elif field != "per_device_train_batch_size":
+        raise ValueError(
+            f"field={field!r} has no largest value here. Use max_completion_length, num_generations or "
+            "per_device_train_batch_size."
+        )
+    group = value if field == "num_generations" else run.num_generations
+    return replace(
+        run,
+        num_generations=group,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=rows // batch,
+        steps_per_generation=None,
+    )
+
+
+def _divisors(number: int) -> list[int]:
+    small = [size for size in range(1, isqrt(number) + 1) if number % size == 0]
+    return sorted({*small, *(number // size for size in small)})

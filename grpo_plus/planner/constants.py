@@ -51,9 +51,9 @@ def load_constants(path: str | Path) -> Constants:
     except OSError as error:
         raise ValueError(f"calibrate={str(path)!r} cannot be read: {error.strerror}. Name a JSON file.") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"calibrate={str(path)!r} is not JSON: {error}. Write {{\"fragmentation\": 1.1}}.") from error
+        raise ValueError(f'calibrate={str(path)!r} is not JSON: {error}. Write {{"fragmentation": 1.1}}.') from error
     if not isinstance(given, Mapping):
-        raise ValueError(f"calibrate={str(path)!r} is no JSON object. Write for example {{\"fragmentation\": 1.1}}.")
+        raise ValueError(f'calibrate={str(path)!r} is no JSON object. Write for example {{"fragmentation": 1.1}}.')
     known = [entry.name for entry in fields(Constants)]
     for name in given:
         if name not in known:

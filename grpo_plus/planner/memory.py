@@ -175,7 +175,9 @@ def update_bytes(shape: ModelShape, run: Run, constants: Constants) -> Bytes:
     saved = [tokens * layer_activations(shape, layer, run) * constants.activations
              + attention_activations(shape, layer, run) + weight_copies(shape, layer, run)
              for layer in shape.layers]  # fmt: skip
-    backward = max(tokens * backward_activations(shape, layer, run) for layer in shape.layers) + _dequantized(shape, run)
+    backward = max(tokens * backward_activations(shape, layer, run) for layer in shape.layers) + _dequantized(
+        shape, run
+    )
     masks = _masks(shape, run, MIXED if run.bf16 else run.weight_size)
     kept = inputs + masks if run.gradient_checkpointing else sum(saved) + masks
     layer = (max(saved) if run.gradient_checkpointing else 0) + backward + tokens * shape.hidden * run.weight_size
@@ -302,7 +304,7 @@ def _tile(shape: ModelShape, run: Run, scored: int, constants: Constants) -> flo
 
 
 def _head_backward(shape: ModelShape, run: Run, scored: int, constants: Constants) -> float:
-    """TRL's head: the scored positions' hidden states, their gradient in float32, one tile; the weight's, if trained."""
+    """TRL's head: hidden states of the scored positions, their gradient in float32, a tile; the weight's, if trained."""
     hidden = scored * shape.hidden * (2 * run.weight_size + FULL)
     weight = 0 if run.lora_r else shape.embedding * (FULL + run.weight_size)
     return hidden + _tile(shape, run, scored, constants) + weight

@@ -41,7 +41,7 @@ _POSITIVE_OR_NONE = ("steps_per_generation", "generation_chunk_size", "lora_r")
 
 @dataclass(frozen=True)
 class Run:
-    """Settings of a run on one GPU that generates with transformers. Defaults are TRL's, but for `packing`.
+    """Settings of a run on one GPU that generates with transformers. Defaults are TRL's, `lora_dropout` PEFT's.
 
     prompt_length: of the longest prompt, in tokens; every completion is taken to be of `max_completion_length`.
     lora_r: None trains all weights; else LoRA on all linear layers.
@@ -52,7 +52,7 @@ class Run:
     """
 
     prompt_length: int = 512
-    max_completion_length: int = 256
+    max_completion_length: int = 512
     per_device_train_batch_size: int = 8
     gradient_accumulation_steps: int = 1
     steps_per_generation: int | None = None
@@ -137,7 +137,9 @@ class Run:
 
 def flags(given: dict[str, Any]) -> str:
     """Settings as they are written on the command line."""
-    return " ".join(f"--{name} {str(value).lower() if isinstance(value, bool) else value}" for name, value in given.items())
+    return " ".join(
+        f"--{name} {str(value).lower() if isinstance(value, bool) else value}" for name, value in given.items()
+    )
 
 
 def known_settings() -> tuple[str, ...]:

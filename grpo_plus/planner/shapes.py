@@ -52,9 +52,7 @@ FAMILIES = {
     "mixtral": Family(sliding="all", experts=True, expert_adapters=True),
     "qwen2": Family(qkv_bias=True, output_bias=False, sliding="upper"),
     "qwen3": Family(qk_norm=True, head_dim=128, sliding="upper"),
-    "qwen3_moe": Family(
-        qk_norm=True, experts=True, expert_adapters=True, expert_width="moe_intermediate_size"
-    ),
+    "qwen3_moe": Family(qk_norm=True, experts=True, expert_adapters=True, expert_width="moe_intermediate_size"),
     "qwen3_5_text": Family(qk_norm=True, head_dim=256, gated_attention=True),
     "gemma": Family(head_dim=256, float_norms=True, tied=True),
     "gemma2": Family(head_dim=256, float_norms=True, norms=4, tied=True, sliding=2, eager=True),

@@ -246,13 +246,13 @@ def test_a_reference_is_a_second_model_only_without_adapters():
 
 
 def test_a_shared_prompt_is_kept_once():
-    # 8 rows of one prompt: 512 + 8 * 256 tokens in place of 8 * 768, 36 layer inputs of 2560 elements of two bytes.
+    # 8 rows of one prompt: 512 + 8 * 512 tokens in place of 8 * 1024, 36 layer inputs of 2560 elements of two bytes.
     shape, constants = shape_of(QWEN3_4B), Constants(fragmentation=1)
     shared = plan(shape, Run(**TUNED | {"packing": "auto"}), constants=constants).phases["update"]
     padded = plan(shape, Run(**TUNED), constants=constants).phases["update"]
-    assert shared["layer inputs"] == (512 + 8 * 256) * 36 * 2560 * 2
-    masks = 8 * 768 * 768
-    assert padded["layer inputs"] == 8 * 768 * 36 * 2560 * 2 + masks
+    assert shared["layer inputs"] == (512 + 8 * 512) * 36 * 2560 * 2
+    masks = 8 * 1024 * 1024
+    assert padded["layer inputs"] == 8 * 1024 * 36 * 2560 * 2 + masks
 
 
 def test_chunks_bound_what_is_generated_at_once():

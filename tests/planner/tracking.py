@@ -53,7 +53,8 @@ def count(config: dict[str, Any], run: Run, *, layers: int) -> Counted:
     size = {width: getattr(torch, name) for name, width in DTYPES.items() if name != "float16"}
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
-            AutoConfig.for_model(**config | {"num_hidden_layers": layers, "vocab_size": 128}), dtype=size[run.weight_size]
+            AutoConfig.for_model(**config | {"num_hidden_layers": layers, "vocab_size": 128}),
+            dtype=size[run.weight_size],
         )
         if run.lora_r:
             adapters = LoraConfig(r=run.lora_r, target_modules="all-linear", lora_dropout=run.lora_dropout)
