@@ -304,7 +304,7 @@ def _tile(shape: ModelShape, run: Run, scored: int, constants: Constants) -> flo
 
 
 def _head_backward(shape: ModelShape, run: Run, scored: int, constants: Constants) -> float:
-    """TRL's head: hidden states of the scored positions, their gradient in float32, a tile; the weight's, if trained."""
+    """TRL's head: hidden states of the scored positions, their gradient in float32, a tile; what trains."""
     hidden = scored * shape.hidden * (2 * run.weight_size + FULL)
     weight = 0 if run.lora_r else shape.embedding * (FULL + run.weight_size)
     return hidden + _tile(shape, run, scored, constants) + weight

@@ -5,6 +5,7 @@ import pytest
 from grpo_plus import cli
 from grpo_plus.planner import QLORA, Run, load_shape, plan
 from tests.planner.configs import QWEN3_4B
+from tests.readme import README
 
 
 @pytest.fixture
@@ -90,3 +91,14 @@ def test_a_flag_that_is_neither_true_nor_false_is_refused(model, capsys):
     with pytest.raises(SystemExit):
         cli.main(["plan", model, "--bf16", "yes"])
     assert "'yes' is neither true nor false" in capsys.readouterr().err
+
+
+def test_the_readmes_example_is_what_it_prints(tmp_path, monkeypatch, capsys):
+    (tmp_path / "Qwen").mkdir()
+    (tmp_path / "Qwen" / "Qwen3-4B").mkdir()
+    (tmp_path / "Qwen" / "Qwen3-4B" / "config.json").write_text(json.dumps(QWEN3_4B))
+    monkeypatch.chdir(tmp_path)
+    example = README.read_text().partition("$ grpo-plus ")[2].partition("```")[0]
+    command, _, output = example.replace("\\\n", " ").partition("\n")
+    cli.main(command.split())
+    assert capsys.readouterr().out == output
