@@ -61,6 +61,17 @@ def test_kernels_import_torch_the_standard_library_and_kernels(path):
     assert all(module.startswith("grpo_plus.kernels.") for module in imported(path) if module.startswith("grpo_plus"))
 
 
+@pytest.mark.parametrize("path", sorted((PACKAGE / "planner").rglob("*.py")), ids=relative)
+def test_the_planner_imports_the_standard_library_and_itself(path):
+    # Reading a config off the hub aside, which happens inside a function.
+    allowed = {"grpo_plus", "huggingface_hub"} | sys.stdlib_module_names
+    assert roots(path) <= allowed
+    ours = {module for module in imported(path) if module.startswith("grpo_plus")}
+    assert all(module.startswith(("grpo_plus.planner", "grpo_plus.registry")) for module in ours)
+    top = {node.module for node in ast.parse(path.read_text()).body if isinstance(node, ast.ImportFrom)}
+    assert not any((module or "").startswith("huggingface_hub") for module in top)
+
+
 @pytest.mark.parametrize("path", FILES, ids=relative)
 def test_trl_is_imported_where_it_belongs(path):
     modules = {module for module in imported(path) if module.partition(".")[0] == "trl"}

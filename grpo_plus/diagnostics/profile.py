@@ -4,6 +4,7 @@ import functools
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +27,10 @@ class StepProfile(TrainerCallback):
     optimizer steps since the last log; a step that trains on completions of an earlier one generates for 0 s.
 
     `peak_memory_gb` (10⁹ bytes) is the most that was allocated on the CUDA device, or on other machines the largest
-    resident size of the process, since the process began.
+    resident size of the process, since the process began. `generate_peak_gb`, `score_peak_gb`, `update_peak_gb`
+    (forward and backward) and `optimizer_peak_gb` are the largest of each phase since training began, on a CUDA device
+    and on Linux: the phases of `grpo-plus plan`. To tell them apart, the peaks that torch or Linux keep for the process
+    are reset at each phase.
 
     While training runs, two methods of this one trainer are wrapped. Each process measures itself; the main one logs.
     """
@@ -36,10 +40,12 @@ class StepProfile(TrainerCallback):
         self._wrapped: dict[str, Any] = {}
         self._seconds: dict[str, float] = {}
         self._began = 0.0
+        self._memory = PhasePeaks()
 
     def on_train_begin(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
         """Wrap the methods."""
         self._restore()  # after a training that ended in an error
+        self._memory = PhasePeaks(self.trainer.accelerator.device)
         for name in (GENERATES, PREPARES):
             self._seconds[name] = 0.0
             self._wrapped[name] = vars(self.trainer).get(name)
@@ -49,6 +55,15 @@ class StepProfile(TrainerCallback):
         """Start the clock."""
         self._seconds = dict.fromkeys(self._seconds, 0.0)  # an evaluation may have run since
         self._began = self._now()
+        self._memory.enter("update")
+
+    def on_pre_optimizer_step(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
+        """The gradients are complete and clipped."""
+        self._memory.enter("optimizer")
+
+    def on_optimizer_step(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
+        """The weights have moved."""
+        self._memory.enter("update")
 
     def on_step_end(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
         """Hand the step's numbers to TRL's log, before it is written."""
@@ -57,8 +72,11 @@ class StepProfile(TrainerCallback):
         phases = {"generate_s": generate, "score_s": prepare - generate, "update_s": step - prepare}
         for name, seconds in phases.items():
             log_value(self.trainer, f"profile/{name}", seconds)
-        if (peak := _peak_bytes(self.trainer.accelerator.device)) is not None:
-            log_value(self.trainer, "profile/peak_memory_gb", peak / 1e9, latest=True)
+        self._memory.enter(None)  # what follows, an evaluation or a save, is no part of a phase
+        for phase, peak in self._memory.peaks.items():
+            log_value(self.trainer, f"profile/{phase}_peak_gb", peak / 1e9, latest=True)
+        if (overall := self._memory.overall) is not None:
+            log_value(self.trainer, "profile/peak_memory_gb", overall / 1e9, latest=True)
 
     def on_train_end(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
         """Leave the trainer as it was."""
@@ -68,9 +86,14 @@ class StepProfile(TrainerCallback):
         @functools.wraps(method)
         def timed(*args: Any, **kwargs: Any) -> Any:
             began = self._now()
+            # Between steps nothing is measured: TRL generates within evaluations, too.
+            outer = self._memory.phase
+            if outer is not None:
+                self._memory.enter("generate" if name == GENERATES else "score")
             try:
                 return method(*args, **kwargs)
             finally:
+                self._memory.enter(outer)
                 self._seconds[name] += self._now() - began
 
         return timed
@@ -90,12 +113,55 @@ class StepProfile(TrainerCallback):
         return time.perf_counter()
 
 
+class PhasePeaks:
+    """The most memory in use in each phase, from counters that are read and reset wherever a phase ends.
+
+    device: None measures nothing.
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.device = device
+        self.phase: str | None = None
+        self.peaks: dict[str, int] = {}
+        self.overall = None if device is None else _peak_bytes(device)
+        self._resets = device is not None and _reset_peak(device)
+
+    def enter(self, phase: str | None) -> None:
+        """End the current phase and begin another; None: what belongs to none."""
+        if self.device is None:
+            return
+        if (peak := _peak_bytes(self.device)) is not None:
+            self.overall = max(self.overall or 0, peak)
+            if self._resets and self.phase is not None:
+                self.peaks[self.phase] = max(self.peaks.get(self.phase, 0), peak)
+        if self._resets:
+            _reset_peak(self.device)
+        self.phase = phase
+
+
+def _reset_peak(device: torch.device) -> bool:
+    """Let the peak begin anew; False where the system cannot."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    try:
+        # 5 resets the peak of the resident size and nothing else (proc(5)).
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
 def _peak_bytes(device: torch.device) -> int | None:
     """The most memory in use so far; None where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":
         return None
+    if (status := Path("/proc/self/status")).exists():
+        # What getrusage says on Linux can be the parent's, and never falls below that.
+        lines = status.read_text().splitlines()
+        return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
     import resource
 
     # Bytes on macOS, kibibytes elsewhere.

@@ -1,4 +1,3 @@
-import resource
 import time
 from typing import Any
 
@@ -107,15 +106,80 @@ def test_an_evaluation_is_no_part_of_a_step(tmp_path):
     assert max(logged(trainer, "score_s")) < PAUSE
 
 
-def test_the_peak_is_that_of_the_process(tmp_path):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+BLOCK = 400_000_000  # bytes, more than the tiny model's own ups and downs
+MEMORY_PHASES = ("generate", "score", "update", "optimizer")
+
+
+def hungrily(function):
+    def hungry(*args, **kwargs):
+        block = torch.ones(BLOCK // 4)
+        del block
+        return function(*args, **kwargs)
+
+    hungry.__name__ = "hungry"
+    return hungry
+
+
+class HungryOptimizer(TrainerCallback):
+    def on_train_begin(self, *args: Any, optimizer, **kwargs: Any) -> None:
+        optimizer.step = hungrily(optimizer.step)
+
+
+@pytest.mark.parametrize("classes", TRAINERS)
+@pytest.mark.parametrize("hungry", MEMORY_PHASES)
+def test_what_is_hungry_shows_in_its_phases_peak(tmp_path, classes, hungry):
+    rewards = (vowels, hungrily(brevity) if hungry == "score" else brevity)
+    trainer = profiled(tmp_path, reward_funcs=rewards, max_steps=2, **classes)
+    if hungry == "generate":
+        trainer.model.generate = hungrily(trainer.model.generate)
+    if hungry == "update":
+        trainer.compute_loss = hungrily(trainer.compute_loss)
+    if hungry == "optimizer":
+        trainer.add_callback(HungryOptimizer)
+    trainer.train()
+    peaks = {phase: logged(trainer, f"{phase}_peak_gb")[-1] for phase in MEMORY_PHASES}
+    others = max(peak for phase, peak in peaks.items() if phase != hungry)
+    assert peaks[hungry] > others + 0.8 * BLOCK / 1e9, peaks
+    assert logged(trainer, "peak_memory_gb")[-1] >= peaks[hungry]
+
+
+def test_the_largest_peak_stays_in_the_log(tmp_path):
+    block = hungrily(lambda: None)
+    block()
     trainer = profiled(tmp_path)
     trainer.train()
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # The block was freed before the training: it counts for the process, and for no phase.
     peaks = logged(trainer, "peak_memory_gb")
     assert len(peaks) == 3
     assert peaks == sorted(peaks)
-    assert before * 1024 / 1e9 <= peaks[0] <= peaks[-1] <= after * 1024 / 1e9
+    phases = [logged(trainer, f"{phase}_peak_gb") for phase in MEMORY_PHASES]
+    assert all(phase == sorted(phase) for phase in phases)
+
+
+def test_an_evaluations_memory_is_no_phases(tmp_path):
+    def hungry_in_evaluation(completions, **_: Any) -> list[float]:
+        return vowels(completions) if trainer.model.training else hungrily(vowels)(completions)
+
+    trainer = make_trainer(
+        tmp_path,
+        reward_funcs=[hungry_in_evaluation],
+        trainer_arguments={"eval_dataset": PROMPTS.select([0, 1])},
+        eval_strategy="steps",
+        eval_steps=1,
+        per_device_eval_batch_size=8,
+    )
+    trainer.add_callback(StepProfile(trainer))
+    trainer.train()
+    peaks = [logged(trainer, f"{phase}_peak_gb")[-1] for phase in MEMORY_PHASES]
+    assert logged(trainer, "peak_memory_gb")[-1] > max(peaks) + 0.8 * BLOCK / 1e9
+
+
+def test_without_a_resettable_peak_only_the_whole_is_logged(tmp_path, monkeypatch):
+    monkeypatch.setattr("grpo_plus.diagnostics.profile._reset_peak", lambda device: False)
+    trainer = profiled(tmp_path)
+    trainer.train()
+    assert logged(trainer, "peak_memory_gb")[-1] > 0
+    assert not any("_peak_gb" in key for entry in trainer.state.log_history for key in entry)
 
 
 @pytest.mark.parametrize("classes", TRAINERS)

@@ -1,0 +1,95 @@
+"""`grpo-plus plan`: how much GPU memory a run needs, what fits, and what to change, from config.json alone."""
+
+import argparse
+from dataclasses import MISSING, fields
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from grpo_plus.planner import MemoryPlan
+
+HELP = "Say how much GPU memory a run will need, what fits, and what to change; needs no GPU and no weights."
+
+EPILOG = """Example: grpo-plus plan Qwen/Qwen3-4B --gpu 12GB --qlora --max_completion_length 1024
+
+The settings have the names and defaults of `grpo-plus train`. Sizes are for full-length completions. What arithmetic
+cannot know is assumed (grpo_plus/planner/constants.py); --calibrate takes what benchmarks/memory.py measured."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The model, the card and the settings of `Run`."""
+    from grpo_plus.planner.run import Run
+
+    parser.epilog, parser.formatter_class = EPILOG, argparse.RawDescriptionHelpFormatter
+    parser.add_argument("model", metavar="MODEL", help="a local folder, a config.json, or a name on the hub")
+    parser.add_argument(
+        "--gpu", metavar="SIZE", help="the card's memory, for example 12GB: says what fits, and advises"
+    )
+    parser.add_argument("--calibrate", metavar="FILE", help="JSON object of measured constants")
+    parser.add_argument("--revision", help="of the model on the hub")
+    parser.add_argument("--qlora", action="store_true", help="the settings of `grpo-plus train --qlora`")
+    for entry in fields(Run):
+        default = f"default: {entry.default}" if entry.default not in (None, MISSING) else "default: unset"
+        kind, metavar = _kind(str(entry.type))
+        parser.add_argument(f"--{entry.name}", type=kind, metavar=metavar, help=default)
+
+
+def _kind(annotation: str) -> tuple[Any, str]:
+    if "bool" in annotation:
+        return _boolean, "BOOL"
+    for kind in (int, float):
+        if kind.__name__ in annotation:
+            return kind, "N"
+    return str, "NAME"
+
+
+def _boolean(text: str) -> bool:
+    """As TRL's parser reads it."""
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() == "true"
+
+
+def run(args: argparse.Namespace, rest: list[str]) -> int:
+    """Print the table; with --gpu, what fits and what to change. Exit status 1 where the run does not fit."""
+    from grpo_plus.planner import QLORA, Constants, Run, load_constants, load_shape, parse_bytes, plan
+
+    gpu_bytes = parse_bytes(args.gpu) if args.gpu is not None else None
+    constants = load_constants(args.calibrate) if args.calibrate is not None else Constants()
+    given = {entry.name: value for entry in fields(Run) if (value := getattr(args, entry.name)) is not None}
+    settings = Run(**((QLORA if args.qlora else {}) | given))
+    planned = plan(load_shape(args.model, revision=args.revision), settings, constants=constants)
+    print(_header(planned))
+    print(planned.table())
+    if gpu_bytes is None:
+        return 0
+    print(_verdict(planned, gpu_bytes))
+    return 0 if planned.fits(gpu_bytes) else 1
+
+
+def _header(planned: "MemoryPlan") -> str:
+    shape, settings = planned.shape, planned.run
+    trains = f"LoRA r={settings.lora_r}" if settings.lora_r else "all weights"
+    base = "nf4" if settings.load_in_4bit else settings.dtype
+    return (
+        f"{shape.name}: {shape.model_type}, {shape.parameters / 1e9:.2f} B parameters in {base}; trains {trains}\n"
+        f"{settings.generation_rows} completions per generation batch, {settings.generated_at_once} at once, "
+        f"{settings.per_device_train_batch_size} per pass; {settings.prompt_length} + {settings.max_completion_length} "
+        f"tokens; rows: {settings.rows}\n"
+    )
+
+
+def _verdict(planned: "MemoryPlan", gpu_bytes: int) -> str:
+    from grpo_plus.planner import advise, largest
+    from grpo_plus.planner.constants import GIB
+
+    usable = (gpu_bytes - planned.constants.unusable_bytes) / GIB
+    fits = "fits" if planned.fits(gpu_bytes) else "does not fit"
+    lines = [f"{usable:.2f} GiB of the card's {gpu_bytes / GIB:g} are usable: the run {fits}.\n"]
+    lines.append("largest that fits, each with all else equal")
+    for name in ("max_completion_length", "num_generations", "per_device_train_batch_size"):
+        size = largest(planned.shape, planned.run, gpu_bytes, name, constants=planned.constants)
+        lines.append(f"  {name:<28} {size or 'none'}")
+    if not planned.fits(gpu_bytes):
+        advice = advise(planned.shape, gpu_bytes, planned.run, constants=planned.constants)
+        lines += ["\nto make it fit, cheapest first", advice.text()]
+    return "\n".join(lines)

@@ -1,0 +1,35 @@
+"""How much GPU memory a GRPO run needs, from the model's config.json alone: no weights, no GPU, no torch.
+
+    shape = load_shape("Qwen/Qwen3-4B")
+    planned = plan(shape, Run(**QLORA, max_completion_length=1024))
+    print(planned.table())
+    if not planned.fits(parse_bytes("12GB")):
+        print(advise(shape, parse_bytes("12GB"), planned.run).text())
+
+`shapes` reads what the model is made of, `run` holds the settings of a run, `memory` the arithmetic, `constants` what
+had to be measured or assumed, `advise` what to change. One GPU, generation by transformers.
+"""
+
+from grpo_plus.planner.advise import Advice, Suggestion, advise, largest
+from grpo_plus.planner.constants import Constants, load_constants
+from grpo_plus.planner.memory import MemoryPlan, plan
+from grpo_plus.planner.run import QLORA, Run, parse_bytes
+from grpo_plus.planner.shapes import ModelShape, load_shape, read_config, shape_of
+
+__all__ = [
+    "QLORA",
+    "Advice",
+    "Constants",
+    "MemoryPlan",
+    "ModelShape",
+    "Run",
+    "Suggestion",
+    "advise",
+    "largest",
+    "load_constants",
+    "load_shape",
+    "parse_bytes",
+    "plan",
+    "read_config",
+    "shape_of",
+]

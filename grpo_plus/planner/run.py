@@ -1,0 +1,164 @@
+"""The settings of a run that decide how much memory it takes, under TRL's names, and sizes such as 24GB as bytes."""
+
+import re
+from dataclasses import dataclass, fields
+from typing import Any
+
+from grpo_plus.registry import suggestion
+
+DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
+PACKING = ("auto", "shared_prompt", "padding_free", "none")
+
+# Of each optimizer: its states per parameter, and the bytes of one element; None: as many as the parameter has.
+# bitsandbytes keeps 8-bit states in blocks of 256 elements with one float32 maximum each, else float32.
+BLOCKWISE_8BIT = 1 + 4 / 256
+OPTIMIZERS: dict[str, tuple[int, float | None]] = {
+    "adamw_torch": (2, None),
+    "adamw_torch_fused": (2, None),
+    "adamw_8bit": (2, BLOCKWISE_8BIT),
+    "adamw_bnb_8bit": (2, BLOCKWISE_8BIT),
+    "paged_adamw_8bit": (2, BLOCKWISE_8BIT),  # may spill to the host; planned as if it did not
+    "paged_adamw_32bit": (2, 4),
+    "lion_8bit": (1, BLOCKWISE_8BIT),
+    "lion_32bit": (1, 4),
+    "sgd": (0, None),
+}
+
+# What the recipe grpo_plus.qlora() and `grpo-plus train --qlora` set.
+QLORA: dict[str, Any] = {
+    "load_in_4bit": True,
+    "use_bnb_nested_quant": True,
+    "dtype": "bfloat16",
+    "lora_r": 16,
+    "adapter_dtype": "float32",
+    "optim": "adamw_8bit",
+}
+
+_POSITIVE = ("prompt_length", "max_completion_length", "per_device_train_batch_size", "gradient_accumulation_steps",
+             "num_generations", "num_iterations")  # fmt: skip
+_POSITIVE_OR_NONE = ("steps_per_generation", "generation_chunk_size", "lora_r")
+
+
+@dataclass(frozen=True)
+class Run:
+    """Settings of a run on one GPU that generates with transformers. Defaults are TRL's, `lora_dropout` PEFT's.
+
+    prompt_length: of the longest prompt, in tokens; every completion is taken to be of `max_completion_length`.
+    lora_r: None trains all weights; else LoRA on all linear layers.
+    dtype: of the loaded weights; with `load_in_4bit`, of what is not quantized and of the products.
+    bf16: whether the training's forward runs under autocast (TRL's default).
+    adapter_dtype: of the adapters; None: float32. TRL alone casts those of a quantized base to "bfloat16".
+    packing: as in GRPOPlusConfig; "none" plans trl.GRPOTrainer. "auto" is taken to find shared_prompt exact.
+    """
+
+    prompt_length: int = 512
+    max_completion_length: int = 512
+    per_device_train_batch_size: int = 8
+    gradient_accumulation_steps: int = 1
+    steps_per_generation: int | None = None
+    num_generations: int = 8
+    num_iterations: int = 1
+    generation_chunk_size: int | None = None
+    beta: float = 0.0
+    gradient_checkpointing: bool = True
+    packing: str = "auto"
+    optim: str = "adamw_torch_fused"
+    dtype: str = "float32"
+    bf16: bool = True
+    load_in_4bit: bool = False
+    use_bnb_nested_quant: bool = False
+    lora_r: int | None = None
+    lora_dropout: float = 0.0
+    adapter_dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what no run can have; each message names the field, its value and what to write."""
+        for name in _POSITIVE + _POSITIVE_OR_NONE:
+            value = getattr(self, name)
+            if value is None and name in _POSITIVE_OR_NONE:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+                raise ValueError(f"{name}={value!r} is not a positive whole number. Write 1 or more.")
+        for name, known in (("dtype", DTYPES), ("adapter_dtype", DTYPES), ("packing", PACKING), ("optim", OPTIMIZERS)):
+            value = getattr(self, name)
+            if value not in known and not (name == "adapter_dtype" and value is None):
+                raise ValueError(f"Unknown {name} {value!r}.{suggestion(str(value), known)}")
+        if self.beta < 0 or not 0 <= self.lora_dropout < 1:
+            name = "beta" if self.beta < 0 else "lora_dropout"
+            raise ValueError(f"{name}={getattr(self, name)!r} is out of range. Write 0, or what the run will use.")
+        if self.load_in_4bit and self.lora_r is None:
+            raise ValueError("load_in_4bit=True trains nothing without adapters. Set lora_r, for example to 16.")
+        if self.lora_dropout and self.packing == "shared_prompt":
+            raise ValueError(
+                f"packing='shared_prompt' is not exact with lora_dropout={self.lora_dropout}. Set lora_dropout=0."
+            )
+        if self.generation_rows % self.num_generations:
+            raise ValueError(
+                f"A generation batch of {self.generation_rows} rows (per_device_train_batch_size="
+                f"{self.per_device_train_batch_size} x {self.generation_rows // self.per_device_train_batch_size}) "
+                f"does not hold whole groups of num_generations={self.num_generations}. Change "
+                "gradient_accumulation_steps or num_generations."
+            )
+
+    @property
+    def generation_rows(self) -> int:
+        """Completions of one generation batch."""
+        return self.per_device_train_batch_size * (self.steps_per_generation or self.gradient_accumulation_steps)
+
+    @property
+    def generated_at_once(self) -> int:
+        """Completions that are generated together."""
+        return min(self.generation_rows, self.generation_chunk_size or self.generation_rows)
+
+    @property
+    def rows(self) -> str:
+        """The form that the rows have: "shared_prompt", "padding_free" or "none"."""
+        if self.packing != "auto":
+            return self.packing
+        return "padding_free" if self.lora_dropout else "shared_prompt"
+
+    @property
+    def scores(self) -> bool:
+        """Whether log-probabilities are computed before the update: of a reference, or of an older policy."""
+        accumulation = self.gradient_accumulation_steps
+        every = (self.steps_per_generation or accumulation) * self.num_iterations
+        return self.beta > 0 or accumulation % every != 0
+
+    @property
+    def weight_size(self) -> int:
+        """Bytes of an element of what is not quantized."""
+        return DTYPES[self.dtype]
+
+    @property
+    def adapter_size(self) -> int:
+        """Bytes of an element of the adapters."""
+        return DTYPES[self.adapter_dtype or "float32"]
+
+
+def flags(given: dict[str, Any]) -> str:
+    """Settings as they are written on the command line."""
+    return " ".join(
+        f"--{name} {str(value).lower() if isinstance(value, bool) else value}" for name, value in given.items()
+    )
+
+
+def known_settings() -> tuple[str, ...]:
+    """The fields of `Run`."""
+    return tuple(entry.name for entry in fields(Run))
+
+
+def parse_bytes(text: str) -> int:
+    """ "24GB" as bytes. A card's GB are 2³⁰ bytes, and so are GB here; MB and TB likewise.
+
+    Raises ValueError for a number without a unit, or none above 0.
+    """
+    match = re.fullmatch(r"\s*([-+]?\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    units = {"m": 2**20, "g": 2**30, "t": 2**40}
+    unit = match[2].lower().removesuffix("b").removesuffix("i") if match else ""
+    if match is None or (unit not in units):
+        hint = f" Write {match[1]}GB." if match is not None and not match[2] else " Write for example 24GB."
+        raise ValueError(f"gpu={text!r} is not a size with a unit.{hint}")
+    size = round(float(match[1]) * units[unit])
+    if size <= 0:
+        raise ValueError(f"gpu={text!r} is not above 0. Write the card's memory, for example 24GB.")
+    return size

@@ -1,0 +1,104 @@
+import json
+
+import pytest
+
+from grpo_plus import cli
+from grpo_plus.planner import QLORA, Run, load_shape, plan
+from tests.planner.configs import QWEN3_4B
+from tests.readme import README
+
+
+@pytest.fixture
+def model(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3_4B))
+    return str(tmp_path)
+
+
+def test_the_table_is_the_python_apis(model, capsys):
+    assert cli.main(["plan", model, "--qlora", "--max_completion_length", "1024", "--beta", "0.04"]) == 0
+    expected = plan(load_shape(model), Run(**QLORA, max_completion_length=1024, beta=0.04))
+    output = capsys.readouterr().out
+    assert expected.table() in output
+    assert "4.02 B parameters in nf4; trains LoRA r=16" in output
+    assert "rows: shared_prompt" in output
+
+
+def test_what_fits_is_said(model, capsys):
+    assert cli.main(["plan", model, "--qlora", "--gpu", "12GB"]) == 0
+    output = capsys.readouterr().out
+    assert "11.30 GiB of the card's 12 are usable: the run fits." in output
+    assert "max_completion_length" in output
+    assert "to make it fit" not in output
+
+
+def test_what_does_not_fit_exits_with_1_and_says_what_to_change(model, capsys):
+    assert cli.main(["plan", model, "--gpu", "12GB", "--gradient_checkpointing", "false"]) == 1
+    output = capsys.readouterr().out
+    assert "the run does not fit" in output
+    assert "--gradient_checkpointing true" in output or "--load_in_4bit true" in output
+    assert "GiB, in " in output.splitlines()[-1]
+    assert output.splitlines()[-1].endswith("fits.")
+
+
+def test_the_advised_flags_make_it_fit(model, capsys):
+    arguments = ["plan", model, "--gpu", "12GB", "--max_completion_length", "2048", "--packing", "none"]
+    assert cli.main(arguments) == 1
+    advised = [
+        line.partition(": --")[2].partition(" (")[0] for line in capsys.readouterr().out.splitlines() if ": --" in line
+    ]
+    flags = " ".join(f"--{flags}" for flags in advised).split()
+    assert cli.main([*arguments, *flags]) == 0
+
+
+def test_flags_override_the_recipe(model, capsys):
+    assert cli.main(["plan", model, "--qlora", "--lora_r", "64"]) == 0
+    assert "LoRA r=64" in capsys.readouterr().out
+
+
+def test_a_calibration_counts(model, tmp_path, capsys):
+    path = tmp_path / "constants.json"
+    path.write_text('{"context_bytes": 2147483648}')
+    assert cli.main(["plan", model, "--calibrate", str(path)]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("context"))
+    assert set(line.split()[1:]) == {"2.00"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gpu", "12"], "gpu='12' is not a size with a unit. Write 12GB."),
+        (["--gpu", "-8GB"], "gpu='-8GB' is not above 0"),
+        (["--prompt_length", "-5"], "prompt_length=-5 is not a positive whole number"),
+        (["--optim", "adam8"], "Unknown optim 'adam8'"),
+        (["--calibrate", "nowhere.json"], "calibrate='nowhere.json' cannot be read"),
+    ],
+)
+def test_bad_input_is_one_line(model, capsys, arguments, message):
+    arguments = [f"{arguments[0]}={arguments[1]}"]
+    assert cli.main(["plan", model, *arguments]) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_an_unknown_architecture_is_one_line(tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
+    assert cli.main(["plan", str(tmp_path)]) == 1
+    assert "model_type='mamba', an architecture that the planner does not know" in capsys.readouterr().err
+
+
+def test_a_flag_that_is_neither_true_nor_false_is_refused(model, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["plan", model, "--bf16", "yes"])
+    assert "'yes' is neither true nor false" in capsys.readouterr().err
+
+
+def test_the_readmes_example_is_what_it_prints(tmp_path, monkeypatch, capsys):
+    (tmp_path / "Qwen").mkdir()
+    (tmp_path / "Qwen" / "Qwen3-4B").mkdir()
+    (tmp_path / "Qwen" / "Qwen3-4B" / "config.json").write_text(json.dumps(QWEN3_4B))
+    monkeypatch.chdir(tmp_path)
+    example = README.read_text().partition("$ grpo-plus ")[2].partition("```")[0]
+    command, _, output = example.replace("\\\n", " ").partition("\n")
+    cli.main(command.split())
+    assert capsys.readouterr().out == output
