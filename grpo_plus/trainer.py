@@ -24,14 +24,23 @@ from grpo_plus.config_speed import why_not_regroup, why_not_skip
 from grpo_plus.diagnostics.metrics import advantage_metrics
 from grpo_plus.losses import AdaptiveBeta, LossInputs, PolicyLoss, policy_loss
 from grpo_plus.packing import Packed, Packer, PaddedRows, dropout_of, why_not_packed
+from grpo_plus.qlora.checks import check_adapter_folder, check_run
+from grpo_plus.qlora.frozen import FrozenAdapterCallback
+from grpo_plus.qlora.precision import chosen_dtype, has_adapters, keep_gradients_on_the_cpu, restore_adapters
 
 
 class GRPOPlusTrainer(TRLSeam):
     """TRL's GRPOTrainer with pluggable advantages and losses. Takes its arguments, and a GRPOPlusConfig as `args`.
 
     With a plain GRPOConfig, or a GRPOPlusConfig whose own fields are unset, it trains what GRPOTrainer trains, to the
-    last bit. Override `estimate_advantages` for advantages that need more than the rewards.
+    last bit; only the adapters of a quantized base are float32 under a GRPOPlusConfig (`adapter_dtype`). Override
+    `estimate_advantages` for advantages that need more than the rewards.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.plus is not None and has_adapters(self.model):
+            self.add_callback(FrozenAdapterCallback())
 
     @cached_property
     def plus(self) -> GRPOPlusConfig | None:
@@ -42,6 +51,21 @@ class GRPOPlusTrainer(TRLSeam):
     def estimator_state(self) -> State:
         """What a stateful estimator remembers; saved with every checkpoint."""
         return {}
+
+    def check_run(self, model: Any, args: Any, quantization_config: Any, peft_config: Any) -> None:
+        """Refuse what cannot work with a quantized base."""
+        check_run(model, args, quantization_config, peft_config)
+
+    def check_checkpoint(self, folder: str) -> None:
+        """Refuse the adapter of another base."""
+        check_adapter_folder(folder, self.model)
+
+    def restore_adapters(self, exact: dict[str, Tensor]) -> None:
+        """Bring the adapters to `adapter_dtype`, where they learn at small learning rates."""
+        keep_gradients_on_the_cpu(self.model)
+        dtype = chosen_dtype(self.plus.adapter_dtype, self.model) if self.plus is not None else None
+        if dtype is not None:
+            restore_adapters(self.model, dtype, exact)
 
     def estimate_advantages(self, rewards: Rewards) -> Tensor | None:
         """Advantages (P, G), or (P, G, T) per token, of all processes' rewards; None keeps TRL's own."""
