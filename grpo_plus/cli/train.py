@@ -27,8 +27,8 @@ class RecipeArguments:
     qlora: bool = field(
         default=False,
         metadata={
-            "help": "QLoRA: a base in nf4 with double quantization, bf16 computation, LoRA without dropout on all linear "
-            "layers, 8-bit Adam. Other values of the same flags win."
+            "help": "QLoRA: a base in nf4 with double quantization, bf16 computation, LoRA without dropout on all "
+            "linear layers, 8-bit Adam. Other values of the same flags win."
         },
     )
 

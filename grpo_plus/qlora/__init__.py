@@ -14,14 +14,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 _HOMES = {
+    "Export": "export",
     "FrozenAdapterCallback": "frozen",
     "QLoRA": "recipe",
     "qlora": "recipe",
+    "save_merged": "export",
 }
 
-__all__ = ["FrozenAdapterCallback", "QLoRA", "qlora"]
+__all__ = ["Export", "FrozenAdapterCallback", "QLoRA", "qlora", "save_merged"]
 
 if TYPE_CHECKING:
+    from grpo_plus.qlora.export import Export, save_merged
     from grpo_plus.qlora.frozen import FrozenAdapterCallback
     from grpo_plus.qlora.recipe import QLoRA, qlora
 
