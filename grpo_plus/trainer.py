@@ -27,6 +27,7 @@ from grpo_plus.packing import Packed, Packer, PaddedRows, dropout_of, why_not_pa
 from grpo_plus.qlora.checks import check_adapter_folder, check_run
 from grpo_plus.qlora.frozen import FrozenAdapterCallback
 from grpo_plus.qlora.precision import chosen_dtype, has_adapters, keep_gradients_on_the_cpu, restore_adapters
+from grpo_plus.qlora.settings import log_setting_check
 
 
 class GRPOPlusTrainer(TRLSeam):
@@ -41,6 +42,8 @@ class GRPOPlusTrainer(TRLSeam):
         super().__init__(*args, **kwargs)
         if self.plus is not None and has_adapters(self.model):
             self.add_callback(FrozenAdapterCallback())
+            if self.accelerator.is_main_process:
+                log_setting_check(self.model, self.plus)
 
     @cached_property
     def plus(self) -> GRPOPlusConfig | None:

@@ -19,14 +19,16 @@ _HOMES = {
     "QLoRA": "recipe",
     "qlora": "recipe",
     "save_merged": "export",
+    "setting_check": "settings",
 }
 
-__all__ = ["Export", "FrozenAdapterCallback", "QLoRA", "qlora", "save_merged"]
+__all__ = ["Export", "FrozenAdapterCallback", "QLoRA", "qlora", "save_merged", "setting_check"]
 
 if TYPE_CHECKING:
     from grpo_plus.qlora.export import Export, save_merged
     from grpo_plus.qlora.frozen import FrozenAdapterCallback
     from grpo_plus.qlora.recipe import QLoRA, qlora
+    from grpo_plus.qlora.settings import setting_check
 
 
 def __getattr__(name: str) -> Any:
