@@ -124,8 +124,8 @@ class FrozenAdapterCallback(TrainerCallback):
             return f"A step of learning_rate={rate} is below the rounding of {kind}. Set a larger learning_rate."
         return (
             f"{kind} is {str(dtype).removeprefix('torch.')}, where a step of learning_rate={rate} rounds to nothing. "
-            "Set adapter_dtype='float32' in GRPOPlusConfig (the default above a quantized base), or a learning_rate "
-            "of 1e-4 or more."
+            "Set adapter_dtype='float32' in GRPOPlusConfig (the default above a quantized base), or a larger "
+            "learning_rate."
         )
 
 

@@ -110,7 +110,7 @@ def _wide_embeddings(model: Any, args: Any) -> str | None:
     spare = sum(weight.numel() * 2 for weight in {id(weight): weight for weight in wide}.values()) / 2**30
     return (
         f"The embeddings are float32, and with them the residual stream and the cache of the generation; in bf16 the "
-        f"embeddings alone take {spare:.2f} GiB less. Load the model with dtype='bfloat16' (model_init_kwargs, --dtype)."
+        f"embeddings alone take {spare:.2f} GiB less. Load the model with dtype='bfloat16' (--dtype bfloat16)."
     )
 
 
