@@ -9,9 +9,9 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 
 
-def describe() -> dict[str, Any]:
-    """Processor, cores, Python and the versions that matter."""
-    packages = ("grpo_plus", "trl", "transformers", "torch")
+def describe(others: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Processor, cores, Python and the versions that matter, with those of `others`."""
+    packages = ("grpo_plus", "trl", "transformers", "torch", *others)
     return {
         "processor": _processor(),
         "cores": os.cpu_count(),

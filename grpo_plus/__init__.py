@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "AdvantageTableCallback": "grpo_plus.diagnostics.callbacks",
+    "FrozenAdapterCallback": "grpo_plus.qlora.frozen",
     "GRPOPlusConfig": "grpo_plus.config",
     "GRPOPlusTrainer": "grpo_plus.trainer",
     "RewardHealthCallback": "grpo_plus.diagnostics.callbacks",
@@ -21,6 +22,7 @@ _HOMES = {
 
 __all__ = [
     "AdvantageTableCallback",
+    "FrozenAdapterCallback",
     "GRPOPlusConfig",
     "GRPOPlusTrainer",
     "RewardHealthCallback",
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from grpo_plus.config import GRPOPlusConfig
     from grpo_plus.diagnostics.callbacks import AdvantageTableCallback, RewardHealthCallback
     from grpo_plus.diagnostics.profile import StepProfile
+    from grpo_plus.qlora.frozen import FrozenAdapterCallback
     from grpo_plus.trainer import GRPOPlusTrainer
 
 

@@ -28,6 +28,7 @@ from trl import GRPOTrainer
 from grpo_plus.advantages import Rewards, checked
 from grpo_plus.losses import TRL_LOSSES, LossInputs, PolicyLoss
 from grpo_plus.packing import Packed, PaddedRows, base_model, forward_live, regroup, reorder
+from grpo_plus.qlora.precision import adapter_values
 from grpo_plus.sampling import (
     Padding,
     draw_prompts,
@@ -42,15 +43,15 @@ from grpo_plus.sampling import (
 
 TESTED_TRL = SpecifierSet(">=1.15,<1.17")
 
-# Fingerprinted for each tested version. The first five are overridden and the next is called. Of the others the seam
-# assumes what they do with the advantages, `_prepare_inputs` carries them to the loss, `log` writes them out, and where
-# `_log_completion_extra` keeps the columns of a reward function.
+# Fingerprinted for each tested version. The first eight are overridden. Of the others the seam assumes what they do:
+# `log` writes the advantages out, `_log_completion_extra` keeps the columns of a reward function.
 RELIED_ON = (
     "_calculate_rewards",
     "_generate_and_score_completions",
     "_compute_loss",
     "_save_checkpoint",
     "_load_optimizer_and_scheduler",
+    "_load_from_checkpoint",
     "_get_per_token_logps_and_entropies",
     "_prepare_inputs",
     "log",
@@ -125,7 +126,11 @@ class TRLSeam(GRPOTrainer):
     beta: float
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        given = inspect.signature(GRPOTrainer).bind(*args, **kwargs).arguments
+        self.check_run(*(given.get(name) for name in ("model", "args", "quantization_config", "peft_config")))
+        exact = adapter_values(given["model"])
         super().__init__(*args, **kwargs)
+        self.restore_adapters(exact)
         self._last_draw = (-1, 0)  # the optimizer step, and which of its generation batches
         self._warned_of_dead_groups = False
         self._check_refills()
@@ -135,6 +140,20 @@ class TRLSeam(GRPOTrainer):
                 f"but router_aux_loss_coef={self.router_aux_loss_coef}, from the arguments or the model's config. Set "
                 "router_aux_loss_coef=0.0 in the arguments to train without it, or take one of TRL's losses."
             )
+
+    def check_run(self, model: Any, args: Any, quantization_config: Any, peft_config: Any) -> None:
+        """Refuse the trainer's arguments, before anything is loaded."""
+
+    def check_checkpoint(self, folder: str) -> None:
+        """Refuse a checkpoint that the run cannot resume from, before anything is loaded."""
+
+    def restore_adapters(self, exact: dict[str, Tensor]) -> None:
+        """Set the dtype of the adapters: TRL has cast them at construction, and PEFT when it loaded a checkpoint.
+
+        Args:
+            exact: trainable weights by name as they were before TRL rounded them; empty for adapters that TRL created
+                and after a checkpoint.
+        """
 
     @property
     def max_refills(self) -> int:
@@ -565,6 +584,11 @@ class TRLSeam(GRPOTrainer):
             unfinished = folder / f"{STATE_FILE}.tmp"
             unfinished.write_text(json.dumps(state))
             unfinished.replace(folder / STATE_FILE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self.check_checkpoint(resume_from_checkpoint)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.restore_adapters({})
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

@@ -11,6 +11,8 @@ from grpo_plus.advantages import ESTIMATORS, check_keywords, check_modifiers
 from grpo_plus.config_loss import check_loss
 from grpo_plus.config_speed import check_speed
 from grpo_plus.losses import AdaptiveBeta
+from grpo_plus.qlora.precision import ADAPTER_DTYPES
+from grpo_plus.registry import suggestion
 
 
 @dataclass
@@ -52,6 +54,9 @@ class GRPOPlusConfig(GRPOConfig):
         logprob_backend: what computes log-probabilities in packed rows. "trl": TRL's fused head; "torch": a frozen head
             in a single pass, two matrix products in place of three; "auto": "torch" on a CPU, where it is measured,
             wherever the head is frozen and no entropy is trained.
+        adapter_dtype: of adapters and Adam's state. "float32"; "bfloat16", in which steps of a small learning rate
+            round to nothing, is what TRL does above a base that bitsandbytes quantized; None: float32 above such a
+            base, else as PEFT made them.
 
     Raises:
         ValueError: an unknown estimator, loss or keyword, a keyword's value out of range, or a setting of TRL's that
@@ -125,6 +130,13 @@ class GRPOPlusConfig(GRPOConfig):
         default=None,
         metadata={"help": "Skip completions whose advantages are 0; unset: where they have no gradient."},
     )
+    adapter_dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "Dtype of the adapters and of Adam's state: float32, bfloat16 (as TRL above a quantized base), or "
+            "unset: float32 above a quantized base, else as PEFT made them."
+        },
+    )
 
     logprob_backend: str = field(
         default="auto",
@@ -137,6 +149,10 @@ class GRPOPlusConfig(GRPOConfig):
         self.loss_kwargs = _as_dictionary("loss_kwargs", self.loss_kwargs)
         check_loss(self)
         check_speed(self)
+        if self.adapter_dtype is not None and self.adapter_dtype not in ADAPTER_DTYPES:
+            raise ValueError(
+                f"Unknown adapter_dtype {self.adapter_dtype!r}.{suggestion(str(self.adapter_dtype), ADAPTER_DTYPES)}"
+            )
         if self.kl_target is not None:
             if self.beta == 0:
                 raise ValueError(

@@ -19,6 +19,10 @@ from grpo_plus.advantages import ESTIMATORS, Rewards, State, apply_to_rewards, c
 from grpo_plus.config_run import check_estimator, check_plain_loss, check_task_column
 from grpo_plus.diagnostics.metrics import advantage_metrics
 from grpo_plus.losses import AdaptiveBeta, LossInputs, PolicyLoss, policy_loss
+from grpo_plus.qlora.checks import check_adapter_folder, check_run
+from grpo_plus.qlora.frozen import FrozenAdapterCallback
+from grpo_plus.qlora.precision import chosen_dtype, has_adapters, keep_gradients_on_the_cpu, restore_adapters
+from grpo_plus.qlora.settings import log_setting_check
 from grpo_plus.trainer_speed import SpeedUps
 
 
@@ -26,8 +30,9 @@ class GRPOPlusTrainer(SpeedUps):
     """TRL's GRPOTrainer with pluggable advantages and losses. Takes its arguments, and a GRPOPlusConfig as `args`.
 
     With a GRPOPlusConfig whose own fields are unset it trains what GRPOTrainer trains, to rounding and faster; with a
-    plain GRPOConfig, or with `packing="none"` and `skip_zero_advantage=False`, to the last bit. Override
-    `estimate_advantages` for advantages that need more than the rewards.
+    plain GRPOConfig, or with `packing="none"` and `skip_zero_advantage=False`, to the last bit; only the adapters of a
+    quantized base are float32 under a GRPOPlusConfig (`adapter_dtype`). Override `estimate_advantages` for advantages
+    that need more than the rewards.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -43,6 +48,10 @@ class GRPOPlusTrainer(SpeedUps):
         if type(self).estimate_advantages is GRPOPlusTrainer.estimate_advantages:
             names, weights = self.reward_func_names, self.reward_weights.tolist()
             check_estimator(self.plus, names, weights, num_generations=self.num_generations)
+        if has_adapters(self.model):
+            self.add_callback(FrozenAdapterCallback())
+            if self.accelerator.is_main_process:
+                log_setting_check(self.model, self.plus)
 
     @property
     def _estimator_name(self) -> str | None:
@@ -52,6 +61,21 @@ class GRPOPlusTrainer(SpeedUps):
     def estimator_state(self) -> State:
         """What a stateful estimator remembers; saved with every checkpoint."""
         return {}
+
+    def check_run(self, model: Any, args: Any, quantization_config: Any, peft_config: Any) -> None:
+        """Refuse what cannot work with a quantized base."""
+        check_run(model, args, quantization_config, peft_config)
+
+    def check_checkpoint(self, folder: str) -> None:
+        """Refuse the adapter of another base."""
+        check_adapter_folder(folder, self.model)
+
+    def restore_adapters(self, exact: dict[str, Tensor]) -> None:
+        """Bring the adapters to `adapter_dtype`, where they learn at small learning rates."""
+        keep_gradients_on_the_cpu(self.model)
+        dtype = chosen_dtype(self.plus.adapter_dtype, self.model) if self.plus is not None else None
+        if dtype is not None:
+            restore_adapters(self.model, dtype, exact)
 
     def estimate_advantages(self, rewards: Rewards) -> Tensor | None:
         """Advantages (P, G), or (P, G, T) per token, of all processes' rewards; None keeps TRL's own."""

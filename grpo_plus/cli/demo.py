@@ -10,10 +10,11 @@ if TYPE_CHECKING:
 
 HELP = "Train a tiny model with GRPO on the CPU in about a minute; downloads nothing."
 
-NEXT = """Written to {output_dir}: the model and its tokenizer, log.jsonl, learning_curve.png, summary.json.
+NEXT = """Written to {output_dir}: the model and its tokenizer{merged}, log.jsonl, learning_curve.png, summary.json.
 
 Try next:
   grpo-plus demo --advantage_estimator {other:<9}the same run with other advantages
+  grpo-plus demo --qlora                        adapters on a 4-bit base, exported without bitsandbytes
   grpo-plus ls advantages                       all of them, with their papers
   grpo-plus train --help                        your own model, data and rewards"""
 
@@ -24,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--advantage_estimator", help="a name that `grpo-plus ls advantages` prints; default: TRL's own"
     )
     parser.add_argument("--loss_type", default="dapo", help="a name that `grpo-plus ls losses` prints; default: dapo")
+    parser.add_argument("--qlora", action="store_true", help="train adapters on the model in 4 bits, and export it")
     parser.add_argument("--seed", type=int, default=0, help="of the weights, the data and the sampling; default: 0")
     parser.add_argument("--max_steps", type=int, default=120, help="GRPO steps; default: 120")
     parser.add_argument("--output_dir", default="grpo_plus_demo", help="default: grpo_plus_demo")
@@ -46,12 +48,17 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
             max_steps=args.max_steps,
             advantage_estimator=args.advantage_estimator,
             loss_type=args.loss_type,
+            qlora=args.qlora,
         )
     console = Console(highlight=False)
     console.print()
     console.print(result_table(result))
     other = "rloo" if args.advantage_estimator == "dr_grpo" else "dr_grpo"
-    console.print(NEXT.format(output_dir=args.output_dir, other=other), markup=False, soft_wrap=True)
+    console.print(
+        NEXT.format(output_dir=args.output_dir, other=other, merged=" (merged/)" if args.qlora else ""),
+        markup=False,
+        soft_wrap=True,
+    )
     return 0
 
 

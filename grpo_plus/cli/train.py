@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from grpo_plus.registry import import_function, suggestion
@@ -20,6 +21,19 @@ HELP = "Train a model: every flag of `trl grpo`, --config FILE.yaml, and ours (t
 REWARD_NAMES = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward", "get_soft_overlong_punishment")
 
 
+@dataclass
+class RecipeArguments:
+    """Sets of flags under one name."""
+
+    qlora: bool = field(
+        default=False,
+        metadata={
+            "help": "QLoRA: a base in nf4 with double quantization, bf16 computation, LoRA without dropout on all "
+            "linear layers, 8-bit Adam. Other values of the same flags win."
+        },
+    )
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """No arguments of its own: TRL's parser reads them."""
 
@@ -31,16 +45,20 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
     from trl.scripts.grpo import GRPOScriptArguments
 
     from grpo_plus.config import GRPOPlusConfig
+    from grpo_plus.qlora.recipe import qlora_flags
 
     sys.path.insert(0, os.getcwd())  # dotted paths name the user's own modules, as in `trl grpo`
     arguments = _with_config_file(rest)
-    inputs: list[Any] = [GRPOScriptArguments, ModelConfig, DatasetMixtureConfig]
+    inputs: list[Any] = [RecipeArguments, GRPOScriptArguments, ModelConfig, DatasetMixtureConfig]
+    parser = TrlParser([*inputs, GRPOPlusConfig], prog="grpo-plus train")
     if not {"-h", "--help"} & set(arguments):
         # GRPOPlusConfig comes later: its own complaint (no GPU, say) would hide the more basic one.
         early = TrlParser(inputs, add_help=False).parse_args_and_config(arguments, return_remaining_strings=True)
-        _check(*early[:3])
-    parser = TrlParser([*inputs, GRPOPlusConfig], prog="grpo-plus train")
-    *parsed, unknown = parser.parse_args_and_config(arguments, return_remaining_strings=True)
+        _check(*early[:4])
+        if early[0].qlora:
+            # As defaults, so that every flag on the command line or in the file still has the last word.
+            parser.set_defaults_with_config(**qlora_flags())
+    _, *parsed, unknown = parser.parse_args_and_config(arguments, return_remaining_strings=True)
     _refuse(unknown)
     train(*parsed)
     # After the trainer is gone: a DDP model that outlives its process group waits for it forever under gloo.
@@ -119,8 +137,16 @@ def _refuse(unknown: list[str]) -> None:
     )
 
 
-def _check(script: "GRPOScriptArguments", model: "ModelConfig", mixture: "DatasetMixtureConfig") -> None:
+def _check(
+    recipe: RecipeArguments, script: "GRPOScriptArguments", model: "ModelConfig", mixture: "DatasetMixtureConfig"
+) -> None:
     """Refuse what cannot train before anything is loaded."""
+    from grpo_plus.qlora.checks import require_bitsandbytes
+
+    if recipe.qlora and model.load_in_8bit:
+        raise ValueError("--qlora loads the base in 4 bits, but load_in_8bit=True. Drop one of the two.")
+    if recipe.qlora or model.load_in_4bit or model.load_in_8bit:
+        require_bitsandbytes("A quantized base (--qlora, --load_in_4bit, --load_in_8bit)")
     if model.model_name_or_path is None:
         raise ValueError(
             "train needs --model_name_or_path: a hub name or a local folder. To see GRPO at work without a model, run "

@@ -1,6 +1,8 @@
 """The demo: a model that has only seen shuffled digits learns to sort them, from two rewards, on a CPU."""
 
 import inspect
+import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +12,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback
 
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
 from grpo_plus.demo import task
@@ -18,9 +20,13 @@ from grpo_plus.demo.outputs import DemoResult, discard_summary, draw_learning_cu
 from grpo_plus.demo.progress import HeldOutAccuracy, RewardsOnTheBar
 from grpo_plus.demo.tiny import tiny_model, tiny_tokenizer
 from grpo_plus.demo.warmup import warm_up
+from grpo_plus.qlora import QLoRA, save_merged
+from grpo_plus.qlora import qlora as qlora_recipe
+from grpo_plus.qlora.precision import keep_gradients_on_the_cpu
 
 MAX_STEPS = 120
 WARM_UP_STEPS = 160
+RANK, QLORA_LEARNING_RATE, MERGED = 32, 3e-3, "merged"
 NUM_EXAMPLES, NUM_TRAIN, NUM_HELD_OUT, NUM_SHOWN = 4_000, 4_000, 500, 3
 
 # TRL's own choices, which say how the rewards become a loss; the fields that grpo_plus adds come on top.
@@ -43,15 +49,23 @@ def run_demo(
     warm_up_steps: int = WARM_UP_STEPS,
     advantage_estimator: str | None = None,
     loss_type: str = "dapo",
+    qlora: bool = False,
 ) -> DemoResult:
     """Warm a tiny model up, train it with GRPO, and write model, log, learning curve and summary to `output_dir`.
 
+    Args:
+        qlora: train adapters on the warmed-up model in 4 bits, and export what they make of it without bitsandbytes.
+
     Raises:
+        ImportError: `qlora` without bitsandbytes; raised before any work is done.
         ValueError: a value that the configuration refuses; raised before any work is done.
     """
     config = demo_config(output_dir, seed, max_steps, advantage_estimator, loss_type)
+    recipe = qlora_recipe(r=RANK, alpha=RANK) if qlora else None
+    if recipe is not None:
+        config.learning_rate = QLORA_LEARNING_RATE
     with _one_thread():
-        return _run(config, Path(output_dir), warm_up_steps)
+        return _run(config, Path(output_dir), warm_up_steps, recipe)
 
 
 @contextmanager
@@ -65,7 +79,7 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _run(config: GRPOPlusConfig, output_dir: Path, warm_up_steps: int) -> DemoResult:
+def _run(config: GRPOPlusConfig, output_dir: Path, warm_up_steps: int, recipe: QLoRA | None) -> DemoResult:
     directory = discard_summary(output_dir)
     started = time.perf_counter()
     tokenizer = tiny_tokenizer()
@@ -73,16 +87,22 @@ def _run(config: GRPOPlusConfig, output_dir: Path, warm_up_steps: int) -> DemoRe
     warm_up(model, tokenizer, task.format_examples(NUM_EXAMPLES, config.seed), steps=warm_up_steps, seed=config.seed)
 
     held_out = task.dataset("held_out", NUM_HELD_OUT, config.seed)
+    if recipe is not None:
+        model = _quantized(model, recipe)
     before = _examine(model, tokenizer, held_out)
-    trainer = _demo_trainer(config, model, tokenizer, held_out)
+    trainer = _demo_trainer(config, model, tokenizer, held_out, recipe)
     trainer.train()
-    after = _examine(model, tokenizer, held_out)
+    if recipe is None:
+        trainer.save_model()
+        trained = model
+    else:
+        trained = _exported(trainer, tokenizer, held_out, directory)
+    after = _examine(trained, tokenizer, held_out)
 
-    trainer.save_model()
     log_history = trainer.state.log_history
     write_log(log_history, directory)
     draw_learning_curve(log_history, directory, accuracy_before=before.accuracy, title=config.describe())
-    result = _result(config, before, after, held_out, seconds=time.perf_counter() - started)
+    result = _result(config, before, after, held_out, recipe is not None, seconds=time.perf_counter() - started)
     write_summary(result, directory)
     return result
 
@@ -120,7 +140,11 @@ def demo_config(
 
 
 def _demo_trainer(
-    config: GRPOPlusConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, held_out: Dataset
+    config: GRPOPlusConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    held_out: Dataset,
+    recipe: QLoRA | None,
 ) -> GRPOPlusTrainer:
     trainer = GRPOPlusTrainer(
         model=model,
@@ -128,6 +152,7 @@ def _demo_trainer(
         args=config,
         train_dataset=task.dataset("train", NUM_TRAIN, config.seed),
         processing_class=tokenizer,
+        peft_config=None if recipe is None else recipe.peft_config,
     )
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(HeldOutAccuracy(tokenizer, held_out))
@@ -135,12 +160,39 @@ def _demo_trainer(
     return trainer
 
 
+def _quantized(model: PreTrainedModel, recipe: QLoRA) -> PreTrainedModel:
+    """The model in 4 bits; transformers quantizes while it loads from a folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        quantized = AutoModelForCausalLM.from_pretrained(
+            folder, quantization_config=recipe.quantization_config, dtype=torch.bfloat16
+        )
+    keep_gradients_on_the_cpu(quantized)
+    return quantized
+
+
+def _exported(
+    trainer: GRPOPlusTrainer, tokenizer: PreTrainedTokenizerBase, held_out: Dataset, directory: Path
+) -> PreTrainedModel:
+    """What the adapters have made of the base, saved without bitsandbytes and read back."""
+    path = directory / MERGED
+    shutil.rmtree(path, ignore_errors=True)
+    answers = [
+        prompt + task.COMPLETION.format(answer)
+        for prompt, answer in zip(held_out["prompt"], held_out["answer"], strict=True)
+    ]
+    save_merged(trainer.model, path, tokenizer=tokenizer, input_ids=tokenizer(answers, return_tensors="pt").input_ids)
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+
+
 def _examine(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, held_out: Dataset) -> Exam:
     shown = task.complete(model, tokenizer, held_out["prompt"][:NUM_SHOWN])
     return Exam(task.accuracy(model, tokenizer, held_out), shown)
 
 
-def _result(config: GRPOPlusConfig, before: Exam, after: Exam, held_out: Dataset, seconds: float) -> DemoResult:
+def _result(
+    config: GRPOPlusConfig, before: Exam, after: Exam, held_out: Dataset, qlora: bool, seconds: float
+) -> DemoResult:
     shown = zip(held_out["prompt"], before.completions, after.completions, strict=False)
     return DemoResult(
         accuracy_before=before.accuracy,
@@ -148,7 +200,7 @@ def _result(config: GRPOPlusConfig, before: Exam, after: Exam, held_out: Dataset
         seed=config.seed,
         steps=config.max_steps,
         seconds=round(seconds, 1),
-        switches=switches(config),
+        switches=switches(config) | {"qlora": qlora},
         examples=[{"prompt": prompt, "before": first, "after": last} for prompt, first, last in shown],
     )
 

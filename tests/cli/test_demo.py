@@ -21,7 +21,9 @@ def test_flags_default_to_what_run_demo_defaults_to():
     defaults = {name: entry.default for name, entry in inspect.signature(run.run_demo).parameters.items()}
     flags = vars(parse())
     assert flags.pop("output_dir") == "grpo_plus_demo"
-    assert flags == {name: defaults[name] for name in ("advantage_estimator", "loss_type", "seed", "max_steps")}
+    assert flags == {
+        name: defaults[name] for name in ("advantage_estimator", "loss_type", "qlora", "seed", "max_steps")
+    }
 
 
 def test_it_prints_a_table_and_what_to_try_next(tmp_path, monkeypatch, capsys):

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 
-from grpo_plus import cli
+from grpo_plus import GRPOPlusTrainer, cli
 from grpo_plus.demo.tiny import tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -57,9 +58,54 @@ def test_training_from_a_config_file(workplace, capsys):
     assert (workplace / "out" / "adapter_model.safetensors").exists()
 
 
+def test_qlora_is_one_flag_and_every_other_one_still_counts(workplace, capsys, monkeypatch):
+    trainers = []
+    monkeypatch.setattr(
+        "grpo_plus.GRPOPlusTrainer",
+        lambda **given: trainers.append(GRPOPlusTrainer(**given)) or trainers[0],
+        raising=False,
+    )
+    (workplace / "run.yaml").write_text("qlora: true\nlora_r: 4\nmax_completion_length: 8\noutput_dir: out")
+    arguments = [
+        "--config",
+        "run.yaml",
+        "--optim",
+        "adamw_torch",
+        "--lora_dropout",
+        "0.25",
+        "--use_cpu",
+        "--report_to",
+        "none",
+    ]
+    assert cli.main(["train", *NAMES, *arguments, *SHORT]) == 0
+    (trainer,) = trainers
+    lora = trainer.model.peft_config["default"]
+    assert trainer.model.is_loaded_in_4bit
+    assert (lora.r, lora.lora_alpha, lora.lora_dropout) == (4, 32, 0.25)
+    assert (trainer.args.optim, trainer.args.adapter_dtype) == ("adamw_torch", "float32")
+    assert trainer.model.get_input_embeddings().weight.dtype == torch.bfloat16
+    assert {weight.dtype for weight in trainer.model.parameters() if weight.requires_grad} == {torch.float32}
+    assert (workplace / "out" / "adapter_model.safetensors").exists()
+
+
+def test_trls_own_flags_give_a_quantized_base_too(workplace):
+    flags = ["--load_in_4bit", "--use_peft", "--lora_r", "4", "--max_completion_length", "8", "--output_dir", "out"]
+    assert cli.main(["train", *NAMES, *flags, *SHORT, *CPU]) == 0
+    assert (workplace / "out" / "adapter_model.safetensors").exists()
+
+
+def test_a_quantized_base_without_bitsandbytes_is_refused(workplace, capsys, monkeypatch):
+    monkeypatch.setattr("grpo_plus.qlora.checks.find_spec", lambda name: None)
+    for flag in ("--qlora", "--load_in_8bit"):
+        assert cli.main(["train", *NAMES, flag, *CPU]) == 1
+        assert "pip install bitsandbytes peft" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ([*NAMES, "--qlora", "--load_in_8bit"], "--qlora loads the base in 4 bits, but load_in_8bit=True"),
+        ([*NAMES, "--load_in_4bit", "--load_in_8bit"], "8 bit and 4 bit precision at the same time"),
         (NAMES[:2], "train needs --dataset_name"),
         (NAMES[:4], "train needs --reward_funcs"),
         ([*NAMES[:4], "--reward_funcs", "accuracy_rewards"], "Unknown reward function 'accuracy_rewards'. Did you mean 'acc"),

@@ -105,3 +105,24 @@ def test_grpo_learns_to_sort_prompts_that_it_never_saw_and_saves_the_model_that_
     after = [example["after"] for example in result.examples]
     assert complete(model, tokenizer, prompts) == after
     assert after != [example["before"] for example in result.examples]
+
+
+def test_adapters_on_a_4_bit_base_learn_too_and_the_export_can_what_they_learned(tmp_path, capsys):
+    result = run_demo(tmp_path, seed=0, max_steps=60, qlora=True)
+    assert result.accuracy_after > result.accuracy_before + 0.25
+    assert result.switches["qlora"] is True
+    trained_in_4_bits = read_log(tmp_path)[-2]["held_out_accuracy"]
+    assert result.accuracy_after == pytest.approx(trained_in_4_bits, abs=0.03)
+    assert "KL to the trained model" in capsys.readouterr().out
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="bfloat16")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert not hasattr(model.config, "quantization_config")
+    prompts = [example["prompt"] for example in result.examples]
+    assert complete(model, tokenizer, prompts) == [example["after"] for example in result.examples]
+
+
+def test_qlora_without_bitsandbytes_is_refused_before_any_work_is_done(tmp_path, monkeypatch):
+    monkeypatch.setattr("grpo_plus.qlora.checks.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="pip install bitsandbytes peft"):
+        run_demo(tmp_path / "out", qlora=True)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,101 @@
+"""What cannot work with a quantized base, refused before anything is loaded."""
+
+import json
+import struct
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from grpo_plus.qlora.precision import bits_of, has_adapters, require_trainable
+
+INSTALL = "pip install bitsandbytes peft"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def require_bitsandbytes(what: str) -> None:
+    """Raise an ImportError with the install line where bitsandbytes is missing."""
+    if find_spec("bitsandbytes") is None:
+        raise ImportError(f"{what} needs bitsandbytes, which is not installed: {INSTALL}")
+
+
+def check_run(model: Any, args: Any, quantization_config: Any, peft_config: Any) -> None:
+    """Refuse combinations of a trainer's arguments that fail late, or train something else than they say.
+
+    Args:
+        model: a name, a model, or a model with adapters.
+        args: the configuration, or None.
+
+    Raises:
+        ImportError: bitsandbytes is missing.
+        ValueError: anything else, with the argument's name and value.
+    """
+    in_args = None if isinstance(model, nn.Module) else (getattr(args, "model_init_kwargs", None) or {})
+    wanted = quantization_config or (in_args or {}).get("quantization_config")
+    bits = bits_of(model) or _bits_of_config(wanted)
+    if _bits_of_config(wanted):
+        require_bitsandbytes("quantization_config")
+    if quantization_config is not None and isinstance(model, nn.Module):
+        state = f"is quantized to {bits_of(model)} bits" if bits_of(model) else "is loaded without quantization"
+        raise ValueError(
+            f"quantization_config={type(quantization_config).__name__} would be ignored: the model that was passed "
+            f"{state} already. Pass the model's name together with quantization_config, or the model alone."
+        )
+    _check_target_modules(peft_config)
+    if bits is not None and getattr(args, "use_vllm", False):
+        raise ValueError(
+            f"use_vllm=True does not work with a base in {bits} bits: TRL sends vLLM the packed bytes of the weights "
+            "without their scales, so that completions come from the starting policy and not from the one that is "
+            "trained. Set use_vllm=False, or train LoRA on a bf16 base (drop load_in_4bit and quantization_config)."
+        )
+    require_trainable(model)
+
+
+def _bits_of_config(config: Any) -> int | None:
+    get = config.get if isinstance(config, dict) else lambda name, default: getattr(config, name, default)
+    if config is not None and get("load_in_4bit", False):
+        return 4
+    return 8 if config is not None and get("load_in_8bit", False) else None
+
+
+def _check_target_modules(peft_config: Any) -> None:
+    targets = getattr(peft_config, "target_modules", None)
+    named = {targets} if isinstance(targets, str) else set(targets or ())
+    if any(name.split(".")[-1] == "lm_head" for name in named):
+        raise ValueError(
+            f"target_modules={sorted(named)} contains 'lm_head', which TRL reads directly: an adapter there would "
+            "never be trained. Remove 'lm_head'; target_modules='all-linear' leaves it out by itself."
+        )
+
+
+def check_adapter_folder(folder: str | Path, model: Any) -> None:
+    """Refuse a folder with an adapter that was trained on another base, or with other LoRA settings, than `model`.
+
+    Raises:
+        ValueError: names the folder, both bases and the first weight whose shape differs.
+    """
+    config, weights = Path(folder) / ADAPTER_CONFIG, Path(folder) / ADAPTER_WEIGHTS
+    if not (has_adapters(model) and config.exists() and weights.exists()):
+        return
+    saved = _shapes(weights)
+    adapter = model.active_adapters[0]
+    here = {name.replace(f".{adapter}.", "."): tuple(value.shape) for name, value in model.named_parameters()}
+    wrong = [name for name, shape in saved.items() if here.get(name, shape) != shape]
+    missing = [name for name in saved if ".lora_" in name and name not in here]
+    if wrong or missing:
+        name = (wrong or missing)[0]
+        base = json.loads(config.read_text()).get("base_model_name_or_path")
+        raise ValueError(
+            f"The adapter in {folder} was trained on {base!r} and does not fit {model.config.name_or_path!r}: {name} "
+            f"is {saved[name]} in the folder and {here.get(name, 'absent')} in the model. Choose the folder of this "
+            "model's run, or the base and lora_r that the adapter was trained with."
+        )
+
+
+def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes from the header of a safetensors file; the weights stay on the disk."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+    return {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}

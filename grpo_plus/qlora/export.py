@@ -1,0 +1,223 @@
+"""The trained model as a folder that loads without bitsandbytes, checked against the model that was trained.
+
+Adapters learn above the weights that the 4-bit codes stand for. "dequantize" writes those weights out and merges the
+adapters into them: the model that was trained, to rounding. "base" merges into the original weights, which the adapters
+never saw, so that the difference that quantization made stays in. "adapter" leaves the adapters apart. Merging into the
+4-bit codes themselves rounds most of what was learned away, and is refused.
+"""
+
+import copy
+import logging
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from grpo_plus.qlora.precision import bits_of, has_adapters, keep_gradients_on_the_cpu
+
+logger = logging.getLogger("grpo_plus")
+
+METHODS = ("dequantize", "base", "adapter")
+MAX_KL = 1e-3
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was written, and how near it is to the trained model.
+
+    kl:                 mean over the probed tokens of KL(trained || exported), of the folder read back from the disk.
+    kl_without_adapter: the same for the base without adapters: what a merge that loses everything would have.
+    """
+
+    path: Path
+    method: str
+    kl: float
+    kl_without_adapter: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.path}: method={self.method!r}, KL to the trained model {self.kl:.2g} per token "
+            f"(without any adapter: {self.kl_without_adapter:.2g})"
+        )
+
+
+def save_merged(
+    model: Any,
+    path: str | Path,
+    *,
+    method: str = "dequantize",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    input_ids: Tensor | None = None,
+    base: str | None = None,
+    max_kl: float = MAX_KL,
+    device: str = "cpu",
+) -> Export:
+    """Save a trained model with adapters to `path`, print its KL to the trained one, and check it.
+
+    Args:
+        model: with adapters, such as `trainer.model`; it stays as it is.
+        path: a folder that does not exist or is empty; nothing is left there if anything fails.
+        method: "dequantize", "base" or "adapter"; see the module.
+        tokenizer: saved beside the model.
+        input_ids: (B, L) tokens to compare on, best of your own prompts and completions; None: random ones.
+        base: name or folder of the unquantized base for method="base"; None: where the quantized one was loaded from.
+        max_kl: of method="dequantize"; above it nothing is saved.
+        device: where the merged model is built and checked, in the dtype of the trained one.
+
+    Raises:
+        ValueError: an unknown or lossy method, or a model without adapters.
+        FileExistsError: the folder holds something.
+        RuntimeError: the exported model is further than `max_kl` from the trained one.
+    """
+    _check_method(method)
+    if not has_adapters(model):
+        raise ValueError(f"{type(model).__name__} has no adapters to merge. Save it with save_pretrained.")
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise FileExistsError(f"path={str(path)!r} exists and is not an empty folder. Choose another one.")
+    keep_gradients_on_the_cpu(model)
+    ids = _random_ids(model) if input_ids is None else input_ids
+    trained = token_logps(model, ids)
+    with model.disable_adapter():
+        without = kl_divergence(trained, token_logps(model, ids))
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        _write(model, unfinished, method, base, device)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(unfinished)
+        export = Export(path, method, _kl_of_folder(unfinished, method, model, trained, ids, device), without)
+        _check_export(export, max_kl)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.replace(path)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    print(export)
+    return export
+
+
+def dequantized(model: Any, device: str = "cpu") -> PreTrainedModel:
+    """The base of a model with adapters as an ordinary model, with the weights that its codes stand for."""
+    from peft.utils.integrations import dequantize_module_weight
+
+    quantized = model.get_base_model()
+    config = copy.deepcopy(quantized.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    dense = AutoModelForCausalLM.from_config(config, dtype=_dtype_of(quantized)).to(device)
+    dense.generation_config = copy.deepcopy(quantized.generation_config)
+    layers = dict(quantized.named_modules())
+    weights = {}
+    for name, weight in quantized.named_parameters():
+        if model.base_model.prefix in name or ".modules_to_save." in name:
+            continue
+        layer, _, part = name.rpartition(".")
+        value = dequantize_module_weight(layers[layer]) if part == "weight" and bits_of_layer(weight) else weight
+        weights[name.replace(".base_layer.", ".").replace(".original_module.", ".")] = value.detach().to(device)
+    unexpected = dense.load_state_dict(weights, strict=False).unexpected_keys
+    if unexpected:
+        raise ValueError(f"{type(dense).__name__} has no place for {', '.join(unexpected[:3])}. Use method='adapter'.")
+    dense.tie_weights()
+    return dense
+
+
+def bits_of_layer(weight: Tensor) -> bool:
+    """Whether a weight holds codes of bitsandbytes and not numbers."""
+    return type(weight).__name__ in ("Params4bit", "Int8Params")
+
+
+def token_logps(model: Any, input_ids: Tensor) -> Tensor:
+    """(B, L, V) log-probabilities in float32, without dropout; the model's mode stays."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            logits = model(input_ids=input_ids.to(model.device)).logits
+    finally:
+        model.train(training)
+    return logits.float().log_softmax(-1).cpu()
+
+
+def kl_divergence(trained: Tensor, exported: Tensor) -> float:
+    """Mean over the tokens of Σ_v p(v) (log p(v) − log q(v)), p of the trained model and q of the exported one."""
+    trained, exported = trained.double(), exported.double()
+    return (trained.exp() * (trained - exported)).sum(-1).mean().item()
+
+
+def _check_method(method: str) -> None:
+    if method in ("4bit", "merge_and_unload", "merged_4bit", "merge"):
+        raise ValueError(
+            f"method={method!r} would merge into the 4-bit codes, whose steps are larger than most updates: measured, "
+            "the result is about as far from the trained model as the base without any adapter. Use "
+            "method='dequantize' and quantize the saved model anew where it must be small, or method='adapter'."
+        )
+    if method not in METHODS:
+        raise ValueError(f"Unknown method {method!r}. Known: {', '.join(METHODS)}.")
+
+
+def _check_export(export: Export, max_kl: float) -> None:
+    if export.method == "base":
+        if export.kl > export.kl_without_adapter:
+            logger.warning(
+                f"{export}. Quantizing the base has changed it by more than the training did: the original weights "
+                "are not those that the adapters were trained above. method='dequantize' keeps what was trained."
+            )
+    elif not export.kl <= max_kl:
+        raise RuntimeError(f"{export} is more than max_kl={max_kl}, so nothing was saved.")
+
+
+def _write(model: Any, folder: Path, method: str, base: str | None, device: str) -> None:
+    adapter = model.active_adapters[0]
+    if method == "adapter":
+        model.save_pretrained(folder, selected_adapters=[adapter])
+        return
+    if method == "dequantize":
+        dense = dequantized(model, device)
+    else:
+        name = base or model.peft_config[adapter].base_model_name_or_path
+        dense = AutoModelForCausalLM.from_pretrained(name, dtype=_dtype_of(model.get_base_model())).to(device)
+        if bits_of(dense):
+            raise ValueError(
+                f"base={name!r} is quantized itself. Give the unquantized one, or use method='dequantize'."
+            )
+    _merged(dense, model, adapter).save_pretrained(folder)
+
+
+def _merged(dense: PreTrainedModel, model: Any, adapter: str) -> PreTrainedModel:
+    from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+
+    config = copy.deepcopy(model.peft_config[adapter])
+    config.init_lora_weights = True  # others compute a start from the base, or change it
+    wrapped = get_peft_model(dense, config, adapter_name=adapter)
+    weights = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    set_peft_model_state_dict(wrapped, weights, adapter_name=adapter)
+    return wrapped.merge_and_unload()
+
+
+def _kl_of_folder(folder: Path, method: str, model: Any, trained: Tensor, ids: Tensor, device: str) -> float:
+    """Read the folder back and compare; adapters are compared weight by weight."""
+    if method != "adapter":
+        dense = AutoModelForCausalLM.from_pretrained(folder, dtype=_dtype_of(model.get_base_model())).to(device)
+        return kl_divergence(trained, token_logps(dense, ids))
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    adapter = model.active_adapters[0]
+    written = load_file(next(iter(folder.rglob("adapter_model.safetensors"))))
+    weights = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    same = all(name in written and torch.equal(written[name], weight.cpu()) for name, weight in weights.items())
+    return 0.0 if same else float("nan")
+
+
+def _dtype_of(model: Any) -> torch.dtype:
+    """Of the weights that are not quantized: that of the embeddings."""
+    return model.get_input_embeddings().weight.dtype
+
+
+def _random_ids(model: Any) -> Tensor:
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    return torch.randint(vocabulary, (4, 64), generator=torch.Generator().manual_seed(0))

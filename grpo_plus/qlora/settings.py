@@ -1,0 +1,152 @@
+"""One screen at the start of a run with adapters: what is quantized, which dtype trains, and what will hurt."""
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grpo_plus.qlora.frozen import WARNS, sample
+from grpo_plus.qlora.precision import adapter_parameters, bits_of
+
+logger = logging.getLogger("grpo_plus")
+
+
+def setting_check(model: Any, args: Any) -> tuple[list[str], list[str]]:
+    """The screen about a model with adapters, and the hints, each with the line that mends it.
+
+    Args:
+        args: the trainer's configuration, TRL's or ours.
+    """
+    return list(_overview(model, args)), [hint for find in HINTS if (hint := find(model, args)) is not None]
+
+
+def log_setting_check(model: Any, args: Any) -> None:
+    """The screen at INFO and the hints at WARNING, from the logger "grpo_plus"."""
+    overview, hints = setting_check(model, args)
+    logger.info("\n".join(overview))
+    for hint in hints:
+        logger.warning(hint)
+
+
+def _overview(model: Any, args: Any) -> Iterator[str]:
+    quantization = getattr(model.config, "quantization_config", None)
+    yield f"Settings of {model.config.name_or_path or type(model.get_base_model()).__name__}"
+    if bits_of(model) == 4 and quantization is not None:
+        nested = "double quantization" if quantization.bnb_4bit_use_double_quant else "no double quantization"
+        compute = _short(quantization.bnb_4bit_compute_dtype)
+        yield f"  quantized      4 bits, {quantization.bnb_4bit_quant_type}, {nested}, computed in {compute}"
+    else:
+        yield f"  quantized      {f'{bits_of(model)} bits' if bits_of(model) else 'no'}"
+    for kind, weights in _groups(model).items():
+        dtypes = ", ".join(sorted({_short(weight.dtype) for weight in weights}))
+        size = sum(_elements(weight) for weight in weights)
+        yield f"  {kind:14} {dtypes}, {size:,} weights"
+    trained = sum(weight.numel() for _, weight in adapter_parameters(model))
+    total = sum(_elements(weight) for weight in model.parameters())
+    yield f"  trained        {trained:,} of {total:,} weights ({trained / total:.2%})"
+    yield f"  optimizer      {_name(args.optim)}, learning_rate={args.learning_rate}"
+
+
+def _groups(model: Any) -> dict[str, list[nn.Parameter]]:
+    """Weights by what they are: embeddings and head, quantized codes, adapters, and the rest."""
+    embeddings = {id(weight) for weight in _embeddings(model)}
+    groups: dict[str, list[nn.Parameter]] = {"embeddings": [], "linear layers": [], "norms, others": [], "adapters": []}
+    for weight in model.parameters():
+        if weight.requires_grad:
+            groups["adapters"].append(weight)
+        elif id(weight) in embeddings:
+            groups["embeddings"].append(weight)
+        else:
+            matrix = weight.dim() > 1 or not weight.is_floating_point()
+            groups["linear layers" if matrix else "norms, others"].append(weight)
+    return {kind: weights for kind, weights in groups.items() if weights}
+
+
+def _embeddings(model: Any) -> list[nn.Parameter]:
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    return [weight for layer in layers if layer is not None for weight in layer.parameters()]
+
+
+def _elements(weight: Tensor) -> int:
+    """Two 4-bit codes share a byte."""
+    state = getattr(weight, "quant_state", None)
+    return weight.numel() if state is None else state.shape.numel()
+
+
+def _too_small_a_step(model: Any, args: Any) -> str | None:
+    weights = [weight for name, weight in adapter_parameters(model) if "lora_A" in name and weight.is_floating_point()]
+    sampled = [sample(weight.detach()) for weight in weights if weight.numel() > 0]
+    if not sampled or args.learning_rate <= 0:
+        return None
+    values = torch.cat([values.cpu() for values in sampled])
+    share = (values - args.learning_rate).ne(values).float().mean().item()
+    if share >= WARNS:
+        return None
+    dtype = _short(values.dtype)
+    fix = "Set adapter_dtype='float32'" if values.dtype != torch.float32 else "Set a larger learning_rate"
+    return (
+        f"learning_rate={args.learning_rate} is too small for adapters in {dtype}: a step of Adam changes {share:.1%} "
+        f"of lora_A, and rounds to nothing on the rest. {fix}."
+    )
+
+
+def _dropout(model: Any, args: Any) -> str | None:
+    rate = model.peft_config[model.active_adapters[0]]
+    rate = getattr(rate, "lora_dropout", 0.0)
+    if not rate:
+        return None
+    return (
+        f"lora_dropout={rate}: completions are sampled, and their log-probabilities taken, under different masks, so "
+        "the ratio of the policies is noise. Set lora_dropout=0.0."
+    )
+
+
+def _wide_embeddings(model: Any, args: Any) -> str | None:
+    wide = [weight for weight in _embeddings(model) if weight.dtype == torch.float32 and not weight.requires_grad]
+    if not bits_of(model) or not wide:
+        return None
+    spare = sum(weight.numel() * 2 for weight in {id(weight): weight for weight in wide}.values()) / 2**30
+    return (
+        f"The embeddings are float32, and with them the residual stream and the cache of the generation; in bf16 the "
+        f"embeddings alone take {spare:.2f} GiB less. Load the model with dtype='bfloat16' (--dtype bfloat16)."
+    )
+
+
+def _wide_compute(model: Any, args: Any) -> str | None:
+    quantization = getattr(model.config, "quantization_config", None)
+    if bits_of(model) != 4 or getattr(quantization, "bnb_4bit_compute_dtype", None) != torch.float32:
+        return None
+    return (
+        "4-bit weights are computed in float32, without the fast kernels. Set bnb_4bit_compute_dtype=torch.bfloat16 "
+        "(on the command line: --dtype bfloat16)."
+    )
+
+
+def _single_quantization(model: Any, args: Any) -> str | None:
+    quantization = getattr(model.config, "quantization_config", None)
+    if bits_of(model) != 4 or getattr(quantization, "bnb_4bit_use_double_quant", True):
+        return None
+    size = sum(_elements(weight) for weight in model.parameters() if getattr(weight, "quant_state", None) is not None)
+    return (
+        f"No double quantization: the scales take {size * (0.5625 - 0.5159) / 2**30:.2f} GiB more than they need. Set "
+        "bnb_4bit_use_double_quant=True (--use_bnb_nested_quant)."
+    )
+
+
+HINTS: tuple[Callable[[Any, Any], str | None], ...] = (
+    _too_small_a_step,
+    _dropout,
+    _wide_embeddings,
+    _wide_compute,
+    _single_quantization,
+)
+
+
+def _short(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _name(optim: Any) -> str:
+    return str(getattr(optim, "value", optim))

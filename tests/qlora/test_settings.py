@@ -1,0 +1,83 @@
+"""What a run with adapters says about itself at its start, and when it keeps silent."""
+
+import logging
+import re
+
+import pytest
+import torch
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
+from grpo_plus.qlora import setting_check
+from tests.qlora.models import lora, make_qlora_trainer
+from tests.training import make_trainer
+
+
+def test_the_screen_names_quantization_dtypes_and_the_trained_share(tmp_path, base):
+    trainer = make_qlora_trainer(tmp_path, base)
+    overview, hints = setting_check(trainer.model, trainer.args)
+    assert hints == []
+    # Per layer: q, k, v, o of 64 x 64, gate, up, down of 64 x 256. LoRA of rank 4: 4 (in + out) each.
+    linear = 2 * (4 * 64 * 64 + 3 * 64 * 256)
+    adapters = 2 * 4 * (4 * (64 + 64) + 3 * (64 + 256))
+    text = "\n".join(overview)
+    assert "4 bits, nf4, double quantization, computed in bfloat16" in text
+    assert f"linear layers  uint8, {linear:,} weights" in text
+    assert f"adapters       float32, {adapters:,} weights" in text
+    assert "embeddings     bfloat16, 12,800 weights" in text  # 100 tokens x 64, in and out
+    assert f"trained        {adapters:,} of " in text
+    assert "learning_rate=0.001" in text
+    assert len(overview) <= 24
+
+
+def test_it_is_logged_at_info_and_silent_above(tmp_path, base, caplog):
+    def logged(level):
+        caplog.clear()
+        caplog.set_level(level, logger="grpo_plus")
+        make_qlora_trainer(tmp_path, base)
+        return [record for record in caplog.records if record.name == "grpo_plus"]
+
+    (record,) = logged(logging.INFO)
+    assert record.levelno == logging.INFO
+    assert record.getMessage().startswith("Settings of ")
+    assert logged(logging.WARNING) == []
+
+
+def quantized(base, **changes):
+    config = {"bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch.bfloat16} | changes
+    dtype = config.pop("dtype", torch.bfloat16)
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", **config)
+    return AutoModelForCausalLM.from_pretrained(base, quantization_config=quantization, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("model", "adapters", "config", "hint"),
+    [
+        ({"dtype": torch.float32}, {}, {}, "The embeddings are float32.*Load the model with dtype='bfloat16'"),
+        ({"bnb_4bit_compute_dtype": torch.float32}, {}, {}, "computed in float32.*bnb_4bit_compute_dtype=torch.bfloat16"),
+        ({"bnb_4bit_use_double_quant": False}, {}, {}, "No double quantization.*bnb_4bit_use_double_quant=True"),
+        ({}, {"lora_dropout": 0.05}, {}, "lora_dropout=0.05: completions.*Set lora_dropout=0.0"),
+        ({}, {}, {"adapter_dtype": "bfloat16", "learning_rate": 1e-6}, "too small for adapters in bfloat16.*adapter_dtype='float32'"),
+        ({}, {}, {"learning_rate": 1e-10}, "learning_rate=1e-10 is too small for adapters in float32.*larger learning_rate"),
+    ],
+)  # fmt: skip
+def test_what_hurts_is_one_hint_with_its_remedy(tmp_path, base, caplog, model, adapters, config, hint):
+    wrapped = get_peft_model(quantized(base, **model), lora(**adapters))
+    trainer = make_qlora_trainer(tmp_path, wrapped, packing="none", **config)
+    _, hints = setting_check(trainer.model, trainer.args)
+    assert len(hints) == 1
+    assert re.search(hint, hints[0])
+    assert hints[0] in caplog.text
+
+
+def test_adapters_above_an_ordinary_base_have_a_screen_too(tmp_path):
+    trainer = make_trainer(
+        tmp_path,
+        trainer_class=GRPOPlusTrainer,
+        config_class=GRPOPlusConfig,
+        trainer_arguments={"peft_config": lora()},
+    )
+    overview, hints = setting_check(trainer.model, trainer.args)
+    assert any(line.split() == ["quantized", "no"] for line in overview)
+    assert hints == []

@@ -1,0 +1,50 @@
+"""The YAML recipes say what their paper says, and run, shortened, on the tiny model."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from grpo_plus import GRPOPlusConfig, cli
+from grpo_plus.demo.tiny import tiny_model, tiny_tokenizer
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+RECIPES = ("deepseekmath.yaml", "deepseekmath_qlora.yaml")
+REWARDS = "def vowels(completions, **_):\n    return [float(sum(c in 'aeiou' for c in text)) for text in completions]\n"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_it_is_the_recipe_of_the_paper(tmp_path, name):
+    recipe = yaml.safe_load((EXAMPLES / name).read_text())
+    ours = {key: value for key, value in recipe.items() if key in GRPOPlusConfig.__dataclass_fields__}
+    config = GRPOPlusConfig(**ours | {"output_dir": str(tmp_path), "use_cpu": True})
+    assert config.num_generations == 64
+    assert config.max_completion_length == 1024
+    assert config.per_device_train_batch_size * config.gradient_accumulation_steps == 1024
+    assert (config.beta, config.learning_rate, config.num_iterations) == (0.04, 1e-6, 1)
+    assert (config.advantage_estimator, config.loss_type) == ("grpo", "grpo")
+    assert config.generation_batch_size == 64  # whole groups, and no update within a batch: 16 generations make one
+    assert config.gradient_accumulation_steps % config.steps_per_generation == 0
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_it_runs_shortened_on_the_tiny_model(tmp_path, monkeypatch, name, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "model")
+    tiny_model(tokenizer, hidden_size=64, num_heads=2).save_pretrained(tmp_path / "model")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text("\n".join(json.dumps({"prompt": f"{n}+1="}) for n in range(16)))
+    (tmp_path / "my_recipe_rewards.py").write_text(REWARDS)
+    tiny = ["--model_name_or_path", "model", "--dataset_name", "data", "--reward_funcs", "my_recipe_rewards.vowels"]
+    short = ["--max_steps", "2", "--num_generations", "4", "--per_device_train_batch_size", "4", "--output_dir", "out"]
+    shorter = ["--gradient_accumulation_steps", "4", "--steps_per_generation", "2", "--max_completion_length", "8"]
+    arguments = [*tiny, *short, *shorter, "--use_cpu", "--report_to", "none"]
+    assert cli.main(["train", "--config", str(EXAMPLES / name), *arguments, "--debug"]) == 0
+    assert "advantages grpo(); loss grpo" in capsys.readouterr().out
+    saved = {path.name for path in (tmp_path / "out").iterdir()}
+    assert ("adapter_model.safetensors" in saved) == ("qlora" in name)
+    sys.modules.pop("my_recipe_rewards", None)
