@@ -160,6 +160,8 @@ def test_a_window_bounds_the_cache():
     ]
     # Of 34 layers, each sixth attends to everything: 5 of them, with 4 heads of 256, keys and values of two bytes.
     assert caches[1] - caches[0] == 8 * 5 * 2 * 4 * 256 * 2
+    # The others keep the window less the token that is being generated.
+    assert caches[0] == 8 * (5 * 4512 + 29 * 1023) * 2 * 4 * 256 * 2
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,13 @@ def test_windows_are_those_of_the_cache(model_type, extra):
         assert layer.window == getattr(cached, "sliding_window", None)
 
 
+@pytest.mark.parametrize(("model_type", "extra"), CASES)
+def test_an_older_config_without_layer_types_describes_the_same_layers(model_type, extra):
+    config = json.loads(config_of(model_type, extra).to_json_string())
+    older = {name: value for name, value in config.items() if name != "layer_types"}
+    assert shape_of(older).layers == shape_of(config).layers
+
+
 @pytest.mark.parametrize(
     ("config", "parameters", "published"),
     [
