@@ -131,7 +131,7 @@ def test_the_summary_names_what_is_active():
     assert (
         config(advantage_estimator="grpo", advantage_kwargs={"ddof": 0})
         .describe()
-        .endswith("advantages grpo(ddof=0); loss dapo")
+        .endswith("advantages grpo(ddof=0); loss dapo; packing auto")
     )
     assert "TRL's (scale_rewards=group" in config().describe()
 

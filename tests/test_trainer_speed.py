@@ -6,8 +6,10 @@ import warnings
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig
+from transformers import AutoModelForCausalLM
 
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
+from grpo_plus.demo.tiny import tiny_model, tiny_tokenizer
 from tests.training import logs_of, make_trainer, weights_of
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -71,6 +73,23 @@ def test_a_run_says_in_one_line_what_is_active(tmp_path, caplog):
     assert len(lines) == 1
     assert lines[0].startswith("packing: shared_prompt (segment attention), single-pass head, 1.")
     assert lines[0].endswith("x fewer tokens in the first rows; skipping zero-advantage rows")
+
+
+def test_a_reference_model_of_its_own_is_packed_too(tmp_path):
+    tiny_model(tiny_tokenizer(), hidden_size=32, num_heads=2).save_pretrained(tmp_path / "base")
+    config = {"beta": 0.1, "optim": "sgd", "learning_rate": 0.1, "packing": "shared_prompt"}
+    off = config | {"packing": "none"}
+    trained = []
+    for name, settings in (("off", off), ("on", config)):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        made = make_trainer(
+            tmp_path / name, trainer_class=GRPOPlusTrainer, config_class=GRPOPlusConfig, model=model, **settings
+        )
+        assert made.ref_model is not None
+        made.train()
+        trained.append(weights_of(made))
+    for name, weight in trained[0].items():
+        torch.testing.assert_close(trained[1][name], weight, rtol=1e-5, atol=1e-6, msg=name)
 
 
 def test_the_model_leaves_the_training_with_its_own_attention(tmp_path):

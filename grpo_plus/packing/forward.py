@@ -128,7 +128,9 @@ def _score(
     inside = labels != IGNORED
     if head is None:
         output = forward(**inputs, shift_labels=labels, fused_lm_head=True)
-        return output.log_probs[inside], output.entropy[inside]
+        # A reference model's head computes no entropies, and nobody asks for them.
+        entropies = torch.zeros_like(output.log_probs) if output.entropy is None else output.entropy
+        return output.log_probs[inside], entropies[inside]
     hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
     return head(model, hidden[inside], labels[inside])
 
