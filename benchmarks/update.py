@@ -165,11 +165,7 @@ def _trainer(side: str, shape: tuple[int, int, int], variant: str, device: str) 
     from grpo_plus.demo.tiny import tiny_tokenizer
 
     trainer_class, config_class = (GRPOPlusTrainer, GRPOPlusConfig) if side == "plus" else (GRPOTrainer, GRPOConfig)
-    lora = (
-        LoraConfig(r=16, target_modules="all-linear")
-        if variant in ("lora", "nf4", "dead") or device == "cuda"
-        else None
-    )
+    lora = LoraConfig(r=16, target_modules="all-linear") if variant in ("lora", "nf4", "dead") else None
     trainer = trainer_class(
         model=_model(variant, device),
         reward_funcs=lambda completions, **_: [0.0] * len(completions),
@@ -190,6 +186,10 @@ def _trainer(side: str, shape: tuple[int, int, int], variant: str, device: str) 
     if device == "cpu":  # TRL makes a quantized model's adapters bfloat16, whose rounding would hide an error
         for parameter in trainer.model.parameters():
             parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
+    generator = torch.Generator(device).manual_seed(0)
+    for name, parameter in trainer.model.named_parameters():
+        if "lora_B" in name:  # at 0 it would leave every lora_A without a gradient to compare
+            parameter.data.normal_(std=0.02, generator=generator)
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = 1
     return trainer

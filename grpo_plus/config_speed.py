@@ -33,6 +33,11 @@ def _check_single_pass(config: GRPOConfig) -> None:
             "logprob_backend='torch' is a part of the packed forward, but packing='none'. Set packing='auto', or leave "
             "logprob_backend unset."
         )
+    if config.cast_lm_head_to_fp32:
+        raise ValueError(
+            "logprob_backend='torch' does not know the head that cast_lm_head_to_fp32=True makes. Leave "
+            "logprob_backend unset."
+        )
     if config.entropy_coef != 0.0 or config.use_adaptive_entropy:
         raise ValueError(
             f"logprob_backend='torch' gives no gradient of the entropy, but entropy_coef={config.entropy_coef} trains "

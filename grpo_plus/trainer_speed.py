@@ -58,6 +58,7 @@ class SpeedUps(TRLSeam):
         return Packer(
             self.plus.packing,
             head=self._head(),
+            insist_on_head=self.plus.logprob_backend == "torch",
             gradient_check=not (self.args.gradient_checkpointing and reentrant),
             no_segments=self._why_not_segments(),
             note="skipping zero-advantage rows" if self.skips else None,
@@ -79,6 +80,8 @@ class SpeedUps(TRLSeam):
     def _why_not_packed(self) -> str | None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return "the weights are spread over the processes by FSDP or DeepSpeed, where packing is not tested"
+        if self.args.torch_compile:
+            return "torch_compile would compile every length of a packed row anew"
         return why_not_packed(self.accelerator.unwrap_model(self.model))
 
     def _head(self) -> Head | None:
@@ -86,9 +89,7 @@ class SpeedUps(TRLSeam):
         backend = self.plus.logprob_backend if self.plus is not None else "trl"
         if backend == "auto" and not self.args.entropy_coef and not self.args.use_adaptive_entropy:
             backend = "torch" if self.accelerator.device.type == "cpu" else "trl"
-        if backend != "torch":
-            return None
-        return single_pass_head(temperature=self.temperature, float32=self.args.cast_lm_head_to_fp32)
+        return single_pass_head(temperature=self.temperature) if backend == "torch" else None
 
     def _check_head(self) -> None:
         reason = why_not_single_pass(base_model(self.accelerator.unwrap_model(self.model)))
@@ -130,5 +131,7 @@ class SpeedUps(TRLSeam):
     def keeps_prompts_together(self) -> bool:
         """Whether a shared prompt needs its completions in one micro-batch."""
         if self.plus is None or self.packer is None or self.plus.packing == "padding_free":
+            return False
+        if self.aux_loss_enabled:  # a router loss looks at the whole micro-batch
             return False
         return why_not_regroup(self.plus) is None

@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
 from grpo_plus.demo.tiny import tiny_model, tiny_tokenizer
@@ -37,6 +37,7 @@ def trainer(output_dir, adapter=None, **config) -> GRPOPlusTrainer:
         ({"skip_zero_advantage": True, "loss_type": "kl_to_old"}, "under loss_type='kl_to_old' a completion"),
         ({"logprob_backend": "torch", "packing": "none"}, "packing='none'. Set packing='auto'"),
         ({"logprob_backend": "torch", "entropy_coef": 0.1}, "no gradient of the entropy"),
+        ({"logprob_backend": "torch", "cast_lm_head_to_fp32": True}, "the head that cast_lm_head_to_fp32=True makes"),
     ],
 )
 def test_a_switch_that_cannot_be_is_refused_with_the_configuration(tmp_path, fields, message):
@@ -51,6 +52,32 @@ def test_the_trainer_refuses_what_only_the_model_tells(tmp_path):
         trainer(tmp_path, logprob_backend="torch")
     with pytest.raises(ValueError, match=r"skip_zero_advantage=True would change the gradients: dropout 0.3 in"):
         trainer(tmp_path, LoraConfig(r=4, lora_dropout=0.3, target_modules="all-linear"), skip_zero_advantage=True)
+
+
+def test_activated_adapters_and_compiled_models_stay_padded(tmp_path):
+    activated = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", alora_invocation_tokens=[5, 6])
+    with pytest.warns(UserWarning, match="LORA adapters of this kind look for tokens in the padded rows"):
+        assert trainer(tmp_path, activated).packer is None
+    with pytest.warns(UserWarning, match="torch_compile would compile every length"):
+        assert trainer(tmp_path, torch_compile=True).packer is None
+
+
+def test_a_router_loss_keeps_trls_micro_batches(tmp_path):
+    # It is not linear in what meets in a micro-batch.
+    tokenizer = tiny_tokenizer()
+    shape = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "head_dim": 8,
+    }
+    experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8, "output_router_logits": True}
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(vocab_size=len(tokenizer), num_key_value_heads=1, **shape, **experts))
+    made = make_trainer(tmp_path, trainer_class=GRPOPlusTrainer, config_class=GRPOPlusConfig, model=model)
+    assert made.aux_loss_enabled
+    assert made.packer is not None
+    assert not made.keeps_prompts_together()
 
 
 def test_prompt_learning_stays_padded_with_one_warning(tmp_path):

@@ -58,7 +58,7 @@ def why_not_segments(model: PreTrainedModel) -> str | None:
         return "the model does not use transformers' attention interface"
     others = set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES
     if others:
-        return f"layers of type {', '.join(sorted(others))} carry state along the row"
+        return f"layers of type {', '.join(sorted(others))} are not attention to a prompt and oneself"
     return None
 
 
@@ -189,6 +189,9 @@ def _window(module: nn.Module, kwargs: dict[str, Any]) -> int | None:
     window: int | None = kwargs.get("sliding_window")
     config: PretrainedConfig = module.config
     kinds = getattr(config, "layer_types", None)
-    if window is None and kinds and kinds[module.layer_idx] == WINDOWED:
+    # Without layer types, a window that the attention function does not hear of lives in the mask.
+    hidden = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    windowed = kinds[module.layer_idx] == WINDOWED if kinds else hidden
+    if window is None and windowed:
         raise UnsupportedLayerError(f"{type(module).__name__} does not tell its attention function the sliding window")
     return window

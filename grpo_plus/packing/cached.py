@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ class PromptRecord(DynamicCache):
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__(config=config)
         self.states: dict[Key, tuple[Tensor, ...]] = {}
+        _records.add(self)
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
         """Keep keys and values, (1, heads, n, D)."""
@@ -54,6 +56,19 @@ class PromptRecord(DynamicCache):
         """Keep the state after the prompt."""
         self.states.setdefault(("recurrent", layer_idx, state_idx), (recurrent_states,))
         return recurrent_states
+
+
+_records: WeakSet[PromptRecord] = WeakSet()
+
+
+def forget_prompts() -> None:
+    """Empty every record, after a graph that no backward walks to its end.
+
+    A checkpoint that waits for a backward holds its layer and the record, and the record the graph that holds the
+    checkpoint: a circle through C++, which Python's collector does not see.
+    """
+    for record in list(_records):
+        record.states.clear()
 
 
 class PromptReader(DynamicCache):

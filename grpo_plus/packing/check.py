@@ -1,27 +1,33 @@
 """The start-up self-check: a form is used on a model only after it gave what plain rows give, on real tokens.
 
 Three small rows, two of them of one prompt, go through the model one by one without padding: that is the truth. A form
-must reproduce their log-probabilities, and the gradient of the first trainable parameter, to a small multiple of what
-padding a row alone changes.
+must reproduce their log-probabilities to a small multiple of what padding a row alone changes, and the gradient that
+reaches the embeddings of their tokens, which has come through every layer whatever trains.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from grpo_plus.packing.cached import forget_prompts
 from grpo_plus.packing.forward import Form, Head, install_packed_forward
 from grpo_plus.packing.layout import Group
 
 PROMPT, COMPLETION, PADDING = 96, 32, 8  # tokens of the probes
 NOISE_FACTOR = 3.0
-# Root mean square of log-prob differences, and relative gradient error, that count as rounding.
-FLOORS = {True: (2e-5, 1e-3), False: (2e-2, 0.1)}
+# In float32 and below: root mean square of log-prob differences that is rounding, the most that noise may excuse, and
+# relative gradient error. A model that draws random numbers is noisier, and no form of it can be told from a wrong one.
+LIMITS = {True: (2e-5, 1e-3, 1e-3), False: (2e-2, 0.1, 0.1)}
 # What a model that was not made for a form may raise.
 FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError, LookupError)
 
+Gradients = tuple[Tensor, Tensor]  # token ids (N,) and what reaches their embeddings, (N, H)
 PaddedLogps = Callable[[Tensor, Tensor, int], Tensor]  # input_ids, attention_mask, completion length -> (B, T)
 
 
@@ -51,27 +57,26 @@ def choose(
         gradient: whether to compare a gradient too; a reentrant checkpoint cannot give one to a check.
     """
     probes = _probes(groups)
-    parameter = next((p for p in model.parameters() if p.requires_grad), None) if gradient else None
-    with torch.enable_grad():
-        truth, padded = (_plain_rows(probes, padded_logps, model.device, padding) for padding in (0, PADDING))
-        gradients = _gradient(truth, parameter)
-        floor, gradient_floor = FLOORS[_full_precision(model)]
-        allowed = max(NOISE_FACTOR * _rms(padded - truth), floor)
-        install_packed_forward(model)
-        reasons: list[str] = []
-        for form in forms:
-            try:
-                logps = _in_form(form, probes, head, model)
-                error, gradient_error = _rms(logps - truth), _relative(_gradient(logps, parameter), gradients)
-            except FAILURES as failure:
-                reasons.append(f"{form.name} ({form.detail}) failed: {type(failure).__name__}: {failure}")
-                continue
-            if error <= allowed and gradient_error <= gradient_floor:
-                return Verdict(form, tuple(reasons))
-            reasons.append(
-                f"{form.name} ({form.detail}) is not exact on {type(model).__name__}: log-probabilities differ by "
-                f"{error:.1e} (allowed {allowed:.1e}), gradients by {gradient_error:.1e}"
-            )
+    floor, ceiling, gradient_limit = LIMITS[_full_precision(model)]
+    install_packed_forward(model)
+    with torch.no_grad():
+        padded = _plain_rows(probes, padded_logps, model.device, PADDING)
+    truth, gradients = _with_gradient(model, gradient, lambda: _plain_rows(probes, padded_logps, model.device, 0))
+    allowed = min(max(NOISE_FACTOR * _rms(padded - truth), floor), ceiling)
+    reasons: list[str] = []
+    for form in forms:
+        try:
+            logps, found = _with_gradient(model, gradient, partial(_in_form, form, probes, head, model))
+        except FAILURES as failure:
+            reasons.append(f"{form.name} ({form.detail}) failed: {type(failure).__name__}: {failure}")
+            continue
+        error, gradient_error = _rms(logps - truth), _relative(found, gradients)
+        if error <= allowed and gradient_error <= gradient_limit:
+            return Verdict(form, tuple(reasons))
+        reasons.append(
+            f"{form.name} ({form.detail}) is not exact on {type(model).__name__}: log-probabilities differ by "
+            f"{error:.1e} (allowed {allowed:.1e}), gradients by {gradient_error:.1e}"
+        )
     return Verdict(None, tuple(reasons))
 
 
@@ -101,17 +106,48 @@ def _in_form(form: Form, probes: Sequence[Group], head: Head | None, model: PreT
     return logps
 
 
-def _gradient(logps: Tensor, parameter: nn.Parameter | None) -> Tensor | None:
-    if parameter is None:
-        return None
-    weights = torch.arange(len(logps), device=logps.device, dtype=logps.dtype).cos()  # no two rows alike
-    return torch.autograd.grad((logps * weights).sum(), parameter)[0].detach()
+def _with_gradient(
+    model: PreTrainedModel, wanted: bool, forward: Callable[[], Tensor]
+) -> tuple[Tensor, Gradients | None]:
+    """Log-probabilities (M,), and the gradient of a weighted sum of them that reaches the tokens' embeddings."""
+    if not wanted:
+        with torch.no_grad():
+            return forward(), None
+    with torch.enable_grad(), _embedded(model) as calls:
+        logps = forward()
+        weights = torch.arange(len(logps), device=logps.device, dtype=logps.dtype).cos()  # no two rows alike
+        gradients = torch.autograd.grad((logps * weights).sum(), [leaf for _, leaf in calls])
+    forget_prompts()
+    ids = torch.cat([ids.flatten() for ids, _ in calls])
+    return logps.detach(), (ids, torch.cat([gradient.flatten(0, -2) for gradient in gradients]).float())
 
 
-def _relative(gradient: Tensor | None, expected: Tensor | None) -> float:
-    if gradient is None or expected is None:
+@contextmanager
+def _embedded(model: PreTrainedModel) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Token ids and their embeddings of every call inside, the latter as leaves that ask for a gradient."""
+    calls: list[tuple[Tensor, Tensor]] = []
+
+    def keep(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        leaf = output.detach().requires_grad_()
+        calls.append((inputs[0], leaf))
+        return leaf
+
+    handle = model.get_input_embeddings().register_forward_hook(keep)
+    try:
+        yield calls
+    finally:
+        handle.remove()
+
+
+def _relative(found: Gradients | None, expected: Gradients | None) -> float:
+    """Relative error of the gradients, summed over the places where the same token stands."""
+    if found is None or expected is None:
         return 0.0
-    return float((gradient - expected).float().norm() / expected.float().norm().clamp(min=1e-30))
+    tokens, index = torch.cat([found[0], expected[0]]).unique(return_inverse=True)
+    zeros = expected[1].new_zeros(len(tokens), expected[1].shape[-1])
+    difference = zeros.index_add(0, index, torch.cat([found[1], -expected[1]]))
+    total = zeros.index_add(0, index[len(found[0]) :], expected[1])
+    return float(difference.norm() / total.norm().clamp(min=1e-30))
 
 
 def _rms(difference: Tensor) -> float:

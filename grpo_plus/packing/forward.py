@@ -25,10 +25,12 @@ PackedCall = Callable[[PreTrainedModel, Callable[..., Any]], Logps]
 
 def install_packed_forward(model: PreTrainedModel) -> None:
     """Let `model(packed=call)` run `call(model, forward)` in place of its forward, as TRL's fused head is added."""
-    forward = model.forward
+    before = model.forward
 
-    @wraps(forward)
+    @wraps(before)
     def packed_forward(self: PreTrainedModel, *args: Any, packed: PackedCall | None = None, **kwargs: Any) -> Any:
+        # A copy of the model brings this function along and must not compute with the original's weights.
+        forward = MethodType(before.__func__, self) if isinstance(before, MethodType) else before
         return forward(*args, **kwargs) if packed is None else packed(self, forward)
 
     model.forward = MethodType(packed_forward, model)

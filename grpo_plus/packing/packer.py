@@ -23,6 +23,12 @@ from grpo_plus.packing.layout import Group, group_rows, unpack
 logger = logging.getLogger("grpo_plus")
 
 PACKING = ("auto", "shared_prompt", "padding_free", "none")
+READS_ROWS = ("XLORA", "POLY")  # PEFT types whose adapters depend on the whole input
+RESCALED = ("longrope", "dynamic")
+LONG_ROWS = (
+    "packing: rows longer than the model's original positions stay padded, since its position frequencies (longrope or "
+    "dynamic) would depend on how they are packed."
+)
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,7 @@ class Packer:
     Args:
         packing: the configuration's field.
         head: what to try for frozen heads; None: the model's fused head.
+        insist_on_head: whether to warn where the model's fused head takes its place.
         gradient_check: whether the self-check can ask for a gradient.
         no_segments: why segment attention is out of the question; None: it is not.
         note: what else is active, for the line that says what was chosen.
@@ -88,12 +95,14 @@ class Packer:
         packing: str,
         *,
         head: Head | None = None,
+        insist_on_head: bool = False,
         gradient_check: bool = True,
         no_segments: str | None = None,
         note: str | None = None,
     ) -> None:
         self.packing = packing
         self.head = head
+        self.insist_on_head = insist_on_head
         self.gradient_check = gradient_check
         self.no_segments = no_segments
         self.note = note
@@ -116,8 +125,12 @@ class Packer:
             max_tokens: of one forward; None: all in one.
 
         Returns:
-            None where no form is exact, or where these rows have nothing to score or a prompt is empty.
+            None where no form is exact, or where these rows have nothing to score, a prompt is empty, or the rows are
+            longer than the model's positions before they are rescaled.
         """
+        if rows.input_ids.shape[1] > rescaled_from(base):
+            warnings.warn(LONG_ROWS, stacklevel=2)
+            return None
         groups = group_rows(
             rows.input_ids,
             rows.attention_mask,
@@ -161,7 +174,10 @@ class Packer:
             check = partial(choose, forms, base, groups, padded_logps, gradient=self.gradient_check)
             verdict = check(head)
             if verdict.form is None and head is not None:
-                head, reasons = None, [*reasons, *verdict.reasons]
+                refused, head = [f"with the single-pass head, {reason}" for reason in verdict.reasons], None
+                if self.insist_on_head:
+                    warnings.warn(f"logprob_backend: the model's fused head. {'; '.join(refused)}.", stacklevel=2)
+                reasons += refused
                 verdict = check(None)
         reasons = [*reasons, *verdict.reasons]
         if verdict.form not in (SEGMENTS, PADDING_FREE):
@@ -205,7 +221,8 @@ def _fill(rows: PaddedRows, logps: Tensor) -> Tensor:
 
 def _imputed(rows: PaddedRows, entropies: Tensor) -> Tensor:
     # The entropy of a skipped row is that of the forwarded tokens on average: 0 would read as a collapse in the log.
-    return entropies.detach().mean() * rows.completion_mask.to(entropies.dtype)
+    mean = entropies.detach().sum() / max(1, entropies.numel())
+    return mean * rows.completion_mask.to(entropies.dtype)
 
 
 def base_model(model: Any) -> PreTrainedModel:
@@ -224,9 +241,24 @@ def _is_peft(model: Any) -> bool:
 
 def why_not_packed(model: Any) -> str | None:
     """Why the rows of a model, PEFT included, must stay as they are; None where nothing is known against packing."""
-    if _is_peft(model) and any(config.is_prompt_learning for config in model.peft_config.values()):
-        return "prompt-learning PEFT puts tokens of its own before every row"
+    for config in model.peft_config.values() if _is_peft(model) else ():
+        if config.is_prompt_learning:
+            return "prompt-learning PEFT puts tokens of its own before every row"
+        if getattr(config, "alora_invocation_tokens", None) is not None or config.peft_type in READS_ROWS:
+            return f"{config.peft_type.value} adapters of this kind look for tokens in the padded rows"
     return None
+
+
+def rescaled_from(base: PreTrainedModel) -> float:
+    """Row length from which on a model's position frequencies depend on the longest row; infinite where they never do.
+
+    A packed row and a pass through the cache are of other lengths than the padded rows.
+    """
+    config: Any = base.config.get_text_config()
+    rope: Any = getattr(config, "rope_parameters", None) or {}
+    kinds = [kind for kind in (rope, *rope.values()) if isinstance(kind, dict) and kind.get("rope_type") in RESCALED]
+    lengths = [kind.get("original_max_position_embeddings") or config.max_position_embeddings for kind in kinds]
+    return min(lengths, default=float("inf"))
 
 
 def candidates(packing: str, base: PreTrainedModel, no_segments: str | None) -> tuple[list[Form], list[str]]:

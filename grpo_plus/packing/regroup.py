@@ -47,17 +47,22 @@ def reorder(batches: Sequence[dict[str, Any]], order: Sequence[int]) -> list[dic
     """The batches with their rows in another order, each as large as before.
 
     Args:
-        batches: of equal numbers of rows; tensors have a row per row, and whatever is not a tensor with rows, such as
-            a count or None, is the same in all of them.
+        batches: of equal numbers of rows; tensors and lists have an entry per row, and whatever else is in them, such
+            as a count or None, is the same in all of them.
         order: for each new row, which of all batches' rows it was.
     """
     size = len(order) // len(batches)
     index = torch.tensor(order)
     reordered: list[dict[str, Any]] = [dict(batch) for batch in batches]
     for name, value in batches[0].items():
-        if not isinstance(value, Tensor) or value.dim() == 0:
+        if isinstance(value, list):
+            entries = [entry for batch in batches for entry in batch[name]]
+            parts = [[entries[row] for row in order[start : start + size]] for start in range(0, len(order), size)]
+        elif isinstance(value, Tensor) and value.dim() > 0:
+            rows = torch.cat([batch[name] for batch in batches])[index.to(value.device)]
+            parts = list(rows.split(size))
+        else:
             continue
-        rows = torch.cat([batch[name] for batch in batches])[index.to(value.device)]
-        for batch, part in zip(reordered, rows.split(size), strict=True):
+        for batch, part in zip(reordered, parts, strict=True):
             batch[name] = part
     return reordered

@@ -43,6 +43,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         "GptOssConfig",
         SHAPE | {"sliding_window": WINDOW, "num_local_experts": 4, "num_experts_per_tok": 2, "rope_parameters": None},
     ),
+    "phimoe": ("PhimoeConfig", SHAPE | {"num_local_experts": 4, "router_jitter_noise": 0.0, "sliding_window": WINDOW}),
     "qwen3_moe": ("Qwen3MoeConfig", SHAPE | EXPERTS),
     "qwen3_next": (
         "Qwen3NextConfig",

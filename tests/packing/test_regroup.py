@@ -32,12 +32,14 @@ def test_tokens_are_balanced():
 def test_reorder_moves_every_tensor_of_a_row_and_leaves_the_rest():
     total = torch.tensor(7.0)
     batches = [
-        {"ids": torch.tensor([[0, 0], [1, 1]]), "advantages": torch.tensor([0.0, 1.0]), "total": total, "images": None},
-        {"ids": torch.tensor([[2, 2], [3, 3]]), "advantages": torch.tensor([2.0, 3.0]), "total": total, "images": None},
+        {"ids": torch.tensor([[0, 0], [1, 1]]), "advantages": torch.tensor([0.0, 1.0]), "names": ["0", "1"]},
+        {"ids": torch.tensor([[2, 2], [3, 3]]), "advantages": torch.tensor([2.0, 3.0]), "names": ["2", "3"]},
     ]
+    batches = [batch | {"total": total, "images": None} for batch in batches]
     first, second = reorder(batches, [3, 0, 2, 1])
     assert first["ids"][:, 0].tolist() == first["advantages"].tolist() == [3, 0]
     assert second["ids"][:, 0].tolist() == second["advantages"].tolist() == [2, 1]
+    assert (first["names"], second["names"]) == (["3", "0"], ["2", "1"])
     assert first["total"] is total
     assert second["images"] is None
     assert batches[0]["advantages"].tolist() == [0.0, 1.0]
