@@ -16,7 +16,7 @@ To add a statistic, accumulate it in `statistics.py`, add its rows to `Replay.ro
 """
 
 from grpo_plus.compare.replay import Replay, replay
-
+from grpo_plus.compare.replay_report import write_replay
 from grpo_plus.compare.rollouts import Finding, RolloutBatch, Rollouts
 
-__all__ = ["Finding", "Replay", "RolloutBatch", "Rollouts", "replay"]
+__all__ = ["Finding", "Replay", "RolloutBatch", "Rollouts", "replay", "write_replay"]

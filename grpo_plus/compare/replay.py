@@ -7,6 +7,7 @@ generated next.
 
 import heapq
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from grpo_plus.advantages import ESTIMATORS, Estimator, State, check_keywords, estimate
+from grpo_plus.advantages import ESTIMATORS, Estimator, State, check_keywords, checked, estimate
 from grpo_plus.advantages.rewards import Rewards
 from grpo_plus.compare.rollouts import RolloutBatch, Rollouts
 from grpo_plus.compare.statistics import Statistics, cosine
@@ -277,16 +278,40 @@ class _Run:
         nothing = torch.zeros(len(batches), prompts, generations).double()
         if name in self.refused:
             return nothing
-        one_by_one = estimator.scope == "batch" or estimator.stateful or estimator.needs_steps
+        remembers = estimator.stateful or estimator.needs_steps
         try:
+            if estimator.scope == "batch" and not remembers and (at_once := self._at_once(name, batches, joined)) is not None:
+                return at_once
             parts = [
                 rewards.per_completion(estimate(estimator, rewards, self.keywords[name], state=self.states[name]))
-                for rewards in (batches if one_by_one else [joined])
+                for rewards in (batches if remembers or estimator.scope == "batch" else [joined])
             ]
         except ValueError as error:
             self.refused[name] = f"{error} (from step {step} on)"
             return nothing
         return torch.cat(parts).view_as(nothing)
+
+    def _at_once(self, name: str, batches: list[Rewards], joined: Rewards) -> Tensor | None:
+        """What a loop over the batches gives, for all of them in one vectorized call; None where that cannot be.
+
+        Of many small batches the calls cost more than the arithmetic. Only functions of this package are tried: what
+        one of the user's does inside is not known.
+        """
+        function, keywords, first = self.estimators[name].function, self.keywords[name], batches[0]
+        if not function.__module__.startswith("grpo_plus.") or first.lengths is None:
+            return None
+
+        def one(values: Tensor, lengths: Tensor) -> Tensor:
+            return function(Rewards(values, first.weights, first.names, lengths), **keywords)
+
+        values, lengths = (torch.stack(list(column)) for column in zip(*((b.values, b.lengths) for b in batches)))
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of operations that torch turns into a loop
+                advantages = torch.vmap(one)(values, lengths)
+        except RuntimeError:  # it looks at values, to refuse some
+            return None
+        return checked(f"advantage estimator {name!r}", advantages.flatten(0, 1), joined).view(advantages.shape)
 
     def _compare(self, advantages: Tensor, joined: Rewards) -> None:
         """Sum up the squared differences to the logged advantages, and these squared in the last place."""
