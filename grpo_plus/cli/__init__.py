@@ -12,7 +12,7 @@ from types import ModuleType
 
 from grpo_plus import __version__
 
-VERBS = ("demo", "train", "plan", "ls", "doctor")
+VERBS = ("demo", "train", "replay", "plan", "ls", "doctor")
 FORWARDING = ("train",)  # verbs whose flags are TRL's, parsed by TRL
 
 

@@ -83,7 +83,7 @@ def reward_shares(rewards: Rewards, *, normalizes_each: bool = False) -> dict[st
     One function near 1 drives the update alone, whatever the others' weights say. With `normalizes_each` c is divided
     by the function's std in the group. Functions of weight 0 have no share.
     """
-    size = _contributions(rewards, normalizes_each=normalizes_each).abs().nansum((0, 1))
+    size = contributions(rewards, normalizes_each=normalizes_each).abs().nansum((0, 1))
     total = size.sum().clamp(min=torch.finfo(size.dtype).tiny)
     shares = dict(zip(rewards.names, (size / total).tolist(), strict=True))
     return {name: shares[name] for name in _counting(rewards)}
@@ -91,7 +91,7 @@ def reward_shares(rewards: Rewards, *, normalizes_each: bool = False) -> dict[st
 
 def conflict(rewards: Rewards) -> float:
     """Share of judged completions that one reward function puts above its group's mean and another below."""
-    contributions = _contributions(rewards)
+    contributions = contributions(rewards)
     opposed = (contributions > 0).any(-1) & (contributions < 0).any(-1)
     return (opposed.sum() / rewards.judged.sum().clamp(min=1)).item()
 
@@ -130,7 +130,7 @@ def correlation(advantages: Tensor, lengths: Tensor, judged: Tensor) -> float:
     return (covariance / variances.prod().sqrt()).clamp(-1, 1).item()
 
 
-def _contributions(rewards: Rewards, *, normalizes_each: bool = False) -> Tensor:
+def contributions(rewards: Rewards, *, normalizes_each: bool = False) -> Tensor:
     """(P, G, K) weighted, centred rewards; NaN where a function abstained."""
     by_function = rewards.values.transpose(1, 2)
     centred = zscore(by_function, eps=0.0) if normalizes_each else centre(by_function)

@@ -1,0 +1,394 @@
+"""Every estimator over the completions of one run: what each would have made of the same rewards.
+
+One pass over the log, in the order of the steps, so that estimators with memory see what they would have seen. It says
+how estimators differ in the update they ask for. It does not say what a policy trained with another one would have
+generated next.
+"""
+
+import heapq
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from grpo_plus.advantages import ESTIMATORS, Estimator, State, check_keywords, checked, estimate
+from grpo_plus.advantages.rewards import Rewards
+from grpo_plus.compare.rollouts import RolloutBatch, Rollouts
+from grpo_plus.compare.statistics import Statistics, cosine
+from grpo_plus.reductions import has_spread
+
+# The row of the advantages that the run itself trained on.
+LOGGED = "logged"
+CHUNK = 8192  # completions that are worked on together: what a call costs is shared by many small batches
+SAMPLED = 64  # batches, evenly spaced, for histograms and for reactions
+FACTOR = 10.0  # by which a reward is rescaled to see who reacts
+# TRL computes in float32, the replay in float64; rewards of about 1 with a std of .1 leave 1e-6 between them.
+SAME = 1e-5
+
+Named = dict[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Reaction:
+    """What an estimator does when the reward `reward` is multiplied by `FACTOR`, over the sampled batches.
+
+    Attributes:
+        size: mean |A| after by mean |A| before. 1: it does not notice. FACTOR: all of it reaches the update.
+        cosine: between the advantages before and after. 1: the update keeps its direction.
+    """
+
+    estimator: str
+    reward: str
+    size: float
+    cosine: float
+
+
+@dataclass(frozen=True)
+class Group:
+    """The completions of one prompt, side by side.
+
+    Attributes:
+        group: the number of the group in its batch.
+        rewards: (G, K).
+        advantages: (E, G), a row for each of the replay's names.
+        disagreement: how far the estimators are apart, each in units of its own root mean square in the batch.
+    """
+
+    path: Path
+    step: int
+    group: int
+    rows: tuple[int, ...]
+    rewards: Tensor
+    advantages: Tensor
+    disagreement: float
+    prompt: str = ""
+    completions: tuple[str, ...] = ()
+
+
+@dataclass(eq=False)
+class Replay:
+    """What `replay` found.
+
+    Attributes:
+        names: the estimators that could be replayed, and LOGGED at the end where the log holds advantages.
+        keywords: the hyper-parameters of each estimator that are not its defaults.
+        refused: why an estimator could not be replayed, by name.
+        statistics: a row per name.
+        difference: for each estimator the relative RMS difference to LOGGED, over groups whose rewards differ.
+        sample: (E, n) advantages of evenly spaced batches.
+        steps: the first and the last.
+    """
+
+    rollouts: Rollouts
+    names: list[str]
+    keywords: Named
+    refused: dict[str, str]
+    statistics: Statistics
+    difference: dict[str, float]
+    reactions: list[Reaction]
+    sample: Tensor
+    groups: list[Group]
+    steps: tuple[int, int]
+
+    @property
+    def same(self) -> list[str]:
+        """The estimators whose advantages are those that the run trained on, closest first."""
+        found = [name for name, difference in self.difference.items() if difference <= SAME]
+        return sorted(found, key=self.difference.__getitem__)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Every number as one row: statistic, estimator, versus (another estimator), reward, task, value."""
+        s = self.statistics
+        rows = [_row("dead_groups", e, value) for e, value in self._each(s.dead())]
+        rows += [_row("zero_advantages", e, value) for e, value in self._each(s.zero())]
+        rows += [_row("effective_samples", e, value) for e, value in self._each(s.effective())]
+        rows += [_row("mean_abs", e, value) for e, value in self._each(s.mean_size())]
+        rows += [_row("rms", e, value) for e, value in self._each(s.rms())]
+        rows += [_row("difference_to_logged", e, value) for e, value in self.difference.items()]
+        for statistic, matrix in (("rank_correlation", s.correlation()), ("sign_flips", s.flips())):
+            for e, line in self._each(matrix):
+                rows += [_row(statistic, e, value, versus=f) for f, value in self._each(line) if f != e]
+        for e, shares in self._each(s.reward_share()):
+            shares = dict(zip(s.names, shares.tolist(), strict=True))
+            rows += [_row("share_of_size", e, value, reward=name) for name, value in shares.items()]
+        for task, shares in s.task_share().items():
+            rows += [_row("share_of_size", e, value, task=task) for e, value in self._each(shares)]
+        rows += [_row("zero_spread", "", value, reward=name) for name, value in s.flat_share().items()]
+        for reaction in self.reactions:
+            rows.append(_row("rescaled_size", reaction.estimator, reaction.size, reward=reaction.reward))
+            rows.append(_row("rescaled_cosine", reaction.estimator, reaction.cosine, reward=reaction.reward))
+        return rows
+
+    def _each(self, values: Tensor) -> list[tuple[str, Any]]:
+        return [(name, value if value.dim() else value.item()) for name, value in zip(self.names, values, strict=True)]
+
+
+def _row(statistic: str, estimator: str, value: float, **where: str) -> dict[str, Any]:
+    return {"statistic": statistic, "estimator": estimator, "versus": "", "reward": "", "task": "", **where} | {
+        "value": float(value)
+    }
+
+
+def replay(
+    rollouts: Rollouts,
+    estimators: Sequence[str] | Mapping[str, Mapping[str, Any]] | None = None,
+    *,
+    groups: Sequence[tuple[int, int]] = (),
+    examples: int = 4,
+    progress: bool = False,
+) -> Replay:
+    """Recompute the advantages of a run's completions under every estimator, and compare them.
+
+    Args:
+        estimators: names or dotted paths, or a mapping to their hyper-parameters; every registered one where None.
+        groups: (step, number of the group in its batch) to show side by side. Where none, the `examples` groups that
+            the estimators disagree about most.
+        progress: whether to show a bar.
+
+    Raises:
+        ValueError: an estimator is unknown, none can be applied to these rewards, nothing of the log can be used, or
+            a group is not in it.
+    """
+    chosen = _choose(estimators, rollouts)
+    run = _Run(rollouts, chosen, groups, examples)
+    for chunk in _chunks(rollouts.batches(progress=progress)):
+        run.add(chunk)
+    return run.finish()
+
+
+def _choose(estimators: Sequence[str] | Mapping[str, Mapping[str, Any]] | None, rollouts: Rollouts) -> Named:
+    """Keywords by name, after a look at each."""
+    if estimators is None:
+        estimators = list(ESTIMATORS)
+    named = dict(estimators) if isinstance(estimators, Mapping) else dict.fromkeys(estimators, {})
+    for name, keywords in named.items():
+        entry = ESTIMATORS[name]
+        if keywords:
+            check_keywords(entry, keywords, num_generations=rollouts.size, names=rollouts.names)
+    return named
+
+
+def _chunks(batches: Iterator[RolloutBatch]) -> Iterator[list[RolloutBatch]]:
+    """Successive batches of one shape, together."""
+    chunk: list[RolloutBatch] = []
+    for batch in batches:
+        if chunk and (_shape(batch) != _shape(chunk[0]) or len(chunk) * chunk[0].rows.size >= CHUNK):
+            yield chunk
+            chunk = []
+        chunk.append(batch)
+    if chunk:
+        yield chunk
+
+
+def _shape(batch: RolloutBatch) -> tuple[Any, ...]:
+    return (*batch.rows.shape, batch.logged is None, batch.rewards.tasks is None)
+
+
+def _join(batches: list[Rewards]) -> Rewards:
+    """Batches as one, without steps: for statistics, and for estimators that look at one group at a time."""
+    first = batches[0]
+    labels = {
+        name: None if getattr(first, name) is None else tuple(label for b in batches for label in getattr(b, name))
+        for name in ("tasks", "prompts")
+    }
+    values = torch.cat([b.values for b in batches])
+    lengths = torch.cat([b.lengths for b in batches if b.lengths is not None]) if first.lengths is not None else None
+    return Rewards(values, first.weights, first.names, lengths, **labels)
+
+
+@dataclass(eq=False)
+class _Run:
+    """One pass over a log: what is remembered between chunks."""
+
+    rollouts: Rollouts
+    keywords: Named
+    wanted: Sequence[tuple[int, int]]
+    examples: int
+    refused: dict[str, str] = field(default_factory=dict)
+    sampled: list[RolloutBatch] = field(default_factory=list)
+    samples: list[Tensor] = field(default_factory=list)
+    shown: list[tuple[float, int, Group]] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)
+    without_log: bool = False
+
+    def __post_init__(self) -> None:
+        self.estimators: dict[str, Estimator] = {name: ESTIMATORS[name] for name in self.keywords}
+        self.states: dict[str, State] = {name: {} for name in self.keywords}
+        each = (*(estimator.normalizes_each for estimator in self.estimators.values()), False)
+        self.statistics = Statistics(len(each), self.rollouts.names, each)
+        self.stride = math.ceil(len(self.rollouts.paths) / SAMPLED)
+        self.squares = torch.zeros(len(each)).double()
+
+    def add(self, chunk: list[RolloutBatch]) -> None:
+        """Replay the batches of a chunk."""
+        batches = [batch.rewards for batch in chunk]
+        joined = _join(batches)
+        rows = [self._advantages(name, batches, joined, chunk[0].step) for name in self.estimators]
+        self.without_log |= chunk[0].logged is None
+        logged = [torch.zeros_like(rows[0][0]) if b.logged is None else b.logged.nan_to_num() for b in chunk]
+        advantages = torch.stack([*rows, torch.stack(logged)])  # (E, C, P, G)
+        seen = self.statistics.batches
+        self.statistics.add(advantages, batches, joined)
+        self._compare(advantages, joined)
+        for index, batch in enumerate(chunk):
+            if (seen + index) % self.stride == 0:
+                self.sampled.append(batch)
+                self.samples.append(advantages[:, index].flatten(1))
+        self._show(chunk, advantages)
+        self.steps = [*self.steps[:1], chunk[0].step, chunk[-1].step]
+
+    def finish(self) -> Replay:
+        """Put the results together."""
+        if not self.steps:
+            found = " ".join(f"{finding.first}." for finding in self.rollouts.findings.values())
+            raise ValueError(f"Nothing of the log can be used. {found}")
+        names = [*self.keywords, LOGGED]
+        kept = [e for e, name in enumerate(names) if name not in self.refused]
+        if self.without_log:
+            kept.remove(len(names) - 1)
+        live = [names[e] for e in kept if names[e] != LOGGED]
+        if not live:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in self.refused.items())
+            raise ValueError(f"No estimator can be applied to these rewards. {reasons}")
+        self._check_wanted()
+        self.statistics.select(kept)
+        relative = (self.squares / self.squares[-1]).sqrt()
+        return Replay(
+            rollouts=self.rollouts,
+            names=[names[e] for e in kept],
+            keywords=self.keywords,
+            refused=self.refused,
+            statistics=self.statistics,
+            difference={} if self.without_log else {name: relative[names.index(name)].item() for name in live},
+            reactions=[reaction for name in live for reaction in self._reactions(name)],
+            sample=torch.cat(self.samples, dim=1)[kept],
+            groups=[self._texts(group, kept) for group in self._chosen()],
+            steps=(self.steps[0], self.steps[-1]),
+        )
+
+    def _advantages(self, name: str, batches: list[Rewards], joined: Rewards, step: int) -> Tensor:
+        """(C, P, G) advantages; zeros for an estimator that has refused some rewards of the run."""
+        estimator, (prompts, generations) = self.estimators[name], batches[0].values.shape[:2]
+        nothing = torch.zeros(len(batches), prompts, generations).double()
+        if name in self.refused:
+            return nothing
+        remembers = estimator.stateful or estimator.needs_steps
+        try:
+            if estimator.scope == "batch" and not remembers and (at_once := self._at_once(name, batches, joined)) is not None:
+                return at_once
+            parts = [
+                rewards.per_completion(estimate(estimator, rewards, self.keywords[name], state=self.states[name]))
+                for rewards in (batches if remembers or estimator.scope == "batch" else [joined])
+            ]
+        except ValueError as error:
+            self.refused[name] = f"{error} (from step {step} on)"
+            return nothing
+        return torch.cat(parts).view_as(nothing)
+
+    def _at_once(self, name: str, batches: list[Rewards], joined: Rewards) -> Tensor | None:
+        """What a loop over the batches gives, for all of them in one vectorized call; None where that cannot be.
+
+        Of many small batches the calls cost more than the arithmetic. Only functions of this package are tried: what
+        one of the user's does inside is not known.
+        """
+        function, keywords, first = self.estimators[name].function, self.keywords[name], batches[0]
+        if not function.__module__.startswith("grpo_plus.") or first.lengths is None:
+            return None
+
+        def one(values: Tensor, lengths: Tensor) -> Tensor:
+            return function(Rewards(values, first.weights, first.names, lengths), **keywords)
+
+        values, lengths = (torch.stack(list(column)) for column in zip(*((b.values, b.lengths) for b in batches)))
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of operations that torch turns into a loop
+                advantages = torch.vmap(one)(values, lengths)
+        except RuntimeError:  # it looks at values, to refuse some
+            return None
+        return checked(f"advantage estimator {name!r}", advantages.flatten(0, 1), joined).view(advantages.shape)
+
+    def _compare(self, advantages: Tensor, joined: Rewards) -> None:
+        """Sum up the squared differences to the logged advantages, and these squared in the last place."""
+        differs = has_spread(joined.total())
+        groups = advantages.flatten(1, 2).where(differs, 0.0).flatten(1)
+        self.squares[:-1] += (groups[:-1] - groups[-1]).square().sum(-1)
+        self.squares[-1] += groups[-1].square().sum()
+
+    def _show(self, chunk: list[RolloutBatch], advantages: Tensor) -> None:
+        """Keep the groups asked for, or those with most disagreement, one of a batch at most."""
+        scale = advantages.square().mean((2, 3), keepdim=True).sqrt()
+        live = [e for e, name in enumerate(self.keywords) if name not in self.refused]
+        units = (advantages / scale.where(scale > 0, 1.0))[live]
+        apart = units.std(dim=0, correction=0).mean(-1)  # (C, P)
+        for index, batch in enumerate(chunk):
+            numbers = [number for step, number in self.wanted if step == batch.step and number < len(batch.rows)]
+            for number in numbers if self.wanted else [int(apart[index].argmax())]:
+                score = apart[index, number].item()
+                limit = len(self.wanted) or self.examples
+                # Every entry of the heap differs in the second place, so that groups are never compared.
+                order = -(self.statistics.batches * 4096 + index * 64 + len(self.shown))
+                if len(self.shown) < limit:
+                    heapq.heappush(self.shown, (score, order, _group(batch, number, advantages[:, index], score)))
+                elif score > self.shown[0][0]:
+                    heapq.heapreplace(self.shown, (score, order, _group(batch, number, advantages[:, index], score)))
+
+    def _chosen(self) -> list[Group]:
+        groups = [group for _, _, group in sorted(self.shown, reverse=True)]
+        return sorted(groups, key=lambda g: self.wanted.index((g.step, g.group))) if self.wanted else groups
+
+    def _check_wanted(self) -> None:
+        found = {(group.step, group.group) for _, _, group in self.shown}
+        for step, number in self.wanted:
+            if (step, number) not in found:
+                raise ValueError(
+                    f"There is no group {number} at step {step}. The log has steps {self.steps[0]} to "
+                    f"{self.steps[-1]}, and the groups of a batch count from 0."
+                )
+
+    def _texts(self, group: Group, kept: list[int]) -> Group:
+        texts = self.rollouts.texts(group.path, group.rows)
+        return replace(
+            group,
+            advantages=group.advantages[kept],
+            prompt=texts[0][0],
+            completions=tuple(completion for _, completion in texts),
+        )
+
+    def _reactions(self, name: str) -> list[Reaction]:
+        """How the estimator reacts on the sampled batches; rewards that it then refuses are left out."""
+        before = self._sampled_advantages(name, None)
+        reactions = []
+        for k, reward in enumerate(self.rollouts.names):
+            try:
+                after = self._sampled_advantages(name, k)
+            except ValueError:
+                continue
+            size = (after.abs().sum() / before.abs().sum()).item() if before.any() else math.nan
+            reactions.append(Reaction(name, reward, size, cosine(before, after)))
+        return reactions
+
+    def _sampled_advantages(self, name: str, rescaled: int | None) -> Tensor:
+        """(n,) over the sampled batches, the reward of column `rescaled` multiplied."""
+        state: State = {}
+        parts = []
+        for batch in self.sampled:
+            rewards = batch.rewards
+            if rescaled is not None:
+                factors = torch.ones(len(rewards.names)).double()
+                factors[rescaled] = FACTOR
+                rewards = replace(rewards, values=rewards.values * factors)
+            advantages = estimate(self.estimators[name], rewards, self.keywords[name], state=state)
+            parts.append(rewards.per_completion(advantages).flatten())
+        return torch.cat(parts)
+
+
+def _group(batch: RolloutBatch, number: int, advantages: Tensor, score: float) -> Group:
+    rows: np.ndarray = batch.rows[number]
+    values = batch.rewards.values[number]
+    return Group(batch.path, batch.step, number, tuple(rows.tolist()), values, advantages[:, number].clone(), score)

@@ -1,0 +1,328 @@
+"""What a replay says, as a report: report.html, results.csv, results.parquet and summary.md."""
+
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+from grpo_plus.advantages import ESTIMATORS
+from grpo_plus.compare import figures
+from grpo_plus.compare.replay import FACTOR, LOGGED, SAME, Group, Replay
+from grpo_plus.compare.report import (
+    Block,
+    Figure,
+    Heading,
+    Quote,
+    Section,
+    Table,
+    Text,
+    shown,
+    to_html,
+    to_markdown,
+    write_files,
+)
+
+PACKAGES = ("grpo_plus", "torch", "numpy", "pyarrow", "matplotlib")
+WIDE = 4  # columns of numbers that fit a narrow screen
+OPEN = 8  # completions of a group that are shown without being asked for
+
+
+def write_replay(replay: Replay, folder: str | Path) -> list[Path]:
+    """Write the report and its data into `folder`, each file whole or not at all; returns their paths."""
+    title, lead, sections = document(replay)
+    rows = replay.rows()
+    table = pa.table({name: [row[name] for row in rows] for name in rows[0]})
+    page, summary = to_html(title, lead, sections), to_markdown(title, lead, sections)
+    return write_files(
+        folder,
+        {
+            "report.html": lambda path: path.write_text(page, encoding="utf-8"),
+            "summary.md": lambda path: path.write_text(summary, encoding="utf-8"),
+            "results.csv": lambda path: pa.csv.write_csv(table, path),
+            "results.parquet": lambda path: pq.write_table(table, path),
+        },
+    )
+
+
+def document(replay: Replay) -> tuple[str, str, list[Section]]:
+    """Title, lead and sections."""
+    lead = (
+        "The same completions and rewards under every advantage estimator. It shows how the updates would have "
+        "differed, not what a policy trained with another estimator would have written next."
+    )
+    sections = [
+        Section("In short", [Text("", tuple(_findings(replay)))]),
+        Section("What was read", _read(replay)),
+        Section("How far the estimators agree", _agreement(replay)),
+        Section("Who drives the update", _drivers(replay)),
+        Section("How much of the batch trains", _waste(replay)),
+        Section("If a reward came in another unit", _reactions(replay)),
+        Section("Sizes of advantages", _histograms(replay)),
+        Section("Groups side by side", _groups(replay)),
+        Section("Configuration and versions", [_configuration(replay)]),
+    ]
+    return f"Replay of {Path(replay.rollouts.run_dir).resolve().name}", lead, sections
+
+
+def reference(replay: Replay) -> str:
+    """What the others are compared with: the run's own advantages, or those of TRL's default."""
+    return next(name for name in (LOGGED, "grpo", *replay.names) if name in replay.names)
+
+
+def _findings(replay: Replay) -> list[str]:
+    """The results in words."""
+    s = replay.statistics
+    lines = [_origin(replay)] if LOGGED in replay.names else []
+    flat = s.flat_share()
+    total = flat.pop("total", None)
+    if total is not None:
+        each = ", ".join(f"`{name}` {share:.0%}" for name, share in flat.items())
+        alone = f" Reward by reward: {each}." if len(flat) > 1 else ""
+        lines.append(f"In {total:.0%} of the groups the sum of rewards does not tell the completions apart.{alone}")
+    base = reference(replay)
+    others = {
+        name: value
+        for name, value in zip(replay.names, s.correlation()[replay.names.index(base)].tolist(), strict=True)
+        if name not in (base, *(replay.same if base == LOGGED else ())) and value == value
+    }
+    if others:
+        far, near = min(others, key=others.__getitem__), max(others, key=others.__getitem__)
+        flips = s.flips()[replay.names.index(base), replay.names.index(far)].item()
+        lines.append(
+            f"Compared with `{base}`, `{near}` ranks the completions of a batch most alike (rank correlation "
+            f"{others[near]:.2f}) and `{far}` least ({others[far]:.2f}; {flips:.0%} of the completions that train under "
+            "both are pushed the other way)."
+        )
+    if len(s.names) > 1:
+        lines += _lines_of_rewards(replay)
+    return lines
+
+
+def _origin(replay: Replay) -> str:
+    """Whose advantages the run trained on."""
+    if replay.same:
+        names = " and of ".join(f"`{name}`" for name in replay.same)
+        return (
+            f"The advantages that the run trained on (`{LOGGED}`) are those of {names}: relative difference "
+            f"{replay.difference[replay.same[0]]:.0e}, where the float32 of the log allows {SAME:.0e}."
+        )
+    nearest = min(replay.difference, key=replay.difference.__getitem__)
+    return (
+        f"No estimator gives the advantages that the run trained on (`{LOGGED}`); the nearest is `{nearest}`, with a "
+        f"relative difference of {replay.difference[nearest]:.2g}. The run may have used other hyper-parameters, "
+        "modifiers, or reward weights than the replay, which a log does not hold (`--reward_weights`)."
+    )
+
+
+def _lines_of_rewards(replay: Replay) -> list[str]:
+    shares = replay.statistics.reward_share()
+    leading = int(np.nan_to_num(shares[replay.names.index(reference(replay))]).argmax())
+    column = {name: share for name, share in zip(replay.names, shares[:, leading].tolist(), strict=True) if share == share}
+    low, high = min(column, key=column.__getitem__), max(column, key=column.__getitem__)
+    own = column.get(reference(replay), float("nan"))
+    lines = [
+        f"`{replay.statistics.names[leading]}` accounts for {own:.0%} of Σ|A| under `{reference(replay)}`; between "
+        f"{column[low]:.0%} (`{low}`) and {column[high]:.0%} (`{high}`) under the others."
+    ]
+    unmoved = [
+        name
+        for name in replay.names
+        if (own_reactions := [r for r in replay.reactions if r.estimator == name])
+        and all(abs(r.size - 1) < 0.05 and r.cosine > 0.99 for r in own_reactions)
+    ]
+    names = ", ".join(f"`{name}`" for name in unmoved) or "none"
+    return [*lines, f"Estimators that hardly notice when one reward is multiplied by {FACTOR:.0f}: {names}."]
+
+
+def _read(replay: Replay) -> list[Block]:
+    rollouts, s = replay.rollouts, replay.statistics
+    facts: list[Sequence[str | float | None]] = [
+        ("completions", s.completions),
+        ("generation batches", s.batches),
+        ("groups", f"{s.groups:,} of {rollouts.size}"),
+        ("steps", f"{replay.steps[0]} to {replay.steps[1]}"),
+        ("rewards", ", ".join(f"{n} (weight {w:g})" for n, w in zip(s.names, rollouts.weights.tolist(), strict=True))),
+        ("tasks", ", ".join(s.task_share()) or "none in the log"),
+    ]
+    blocks: list[Block] = [Table("The log", ("", "read"), facts)]
+    if rollouts.findings:
+        found = [(f.kind, f"{f.count:,} {f.unit}", f.first) for f in rollouts.findings.values()]
+        blocks.append(Table("What to know about the log", ("what", "how often", "the first"), found))
+    if replay.refused:
+        caption = "Estimators that cannot be applied to these rewards"
+        blocks.append(Table(caption, ("estimator", "reason"), list(replay.refused.items()), folded=True))
+    needy = [name for name in replay.names if name != LOGGED and ESTIMATORS[name].needs_lengths]
+    if rollouts.length_unit == "characters" and needy:
+        names = ", ".join(f"`{name}`" for name in needy)
+        blocks.append(
+            Text(
+                f"Lengths are in characters, for TRL's log has no token counts: {names} are approximate. A column "
+                "`completion_length` (`log_extra` in a reward function) would be used instead."
+            )
+        )
+    return blocks
+
+
+def _agreement(replay: Replay) -> list[Block]:
+    correlation, flips = replay.statistics.correlation().numpy(), replay.statistics.flips().numpy()
+    order = _by_likeness(correlation)
+    names = [replay.names[e] for e in order]
+    lowest = float(np.nanmin(correlation, initial=0.9))
+    highest = float(np.nanmax(np.where(np.eye(len(names), dtype=bool), np.nan, flips), initial=0.0))
+    low, high = np.floor(lowest * 10) / 10, max(0.1, np.ceil(highest * 10) / 10)
+    matrices = [
+        Figure(
+            "Rank correlation (Spearman) of the advantages of a batch, the mean over the batches. Bright: the two rank "
+            "the completions alike.",
+            figures.heatmap(names, correlation[np.ix_(order, order)], label="rank correlation", low=low, high=1.0),
+        ),
+        Figure(
+            "Completions that two estimators push in opposite directions, of those that train under both. Dark: none.",
+            figures.heatmap(names, flips[np.ix_(order, order)], label="share of flipped signs", low=0.0, high=high),
+        ),
+    ]
+    rows = []
+    for e, name in enumerate(replay.names):
+        others = [f for f in range(len(replay.names)) if f != e and correlation[e, f] == correlation[e, f]]
+        if others:
+            near, far = max(others, key=lambda f: correlation[e, f]), min(others, key=lambda f: correlation[e, f])
+            rows.append((name, *(f"{replay.names[f]}, {correlation[e, f]:.3f}" for f in (near, far))))
+    header = ("estimator", "most alike, correlation", "least alike, correlation")
+    return [*matrices, Table("Nearest and farthest of each", header, rows, folded=True)]
+
+
+def _by_likeness(correlation: np.ndarray) -> list[int]:
+    """An order in which like stands beside like: along the direction in which the rows differ most."""
+    filled = np.nan_to_num(correlation)
+    centred = filled - filled.mean(0)
+    return np.argsort(np.linalg.svd(centred)[0][:, 0], kind="stable").tolist()
+
+
+def _drivers(replay: Replay) -> list[Block]:
+    s = replay.statistics
+    weights = dict(zip(s.names, replay.rollouts.weights.tolist(), strict=True))
+    flat = [(name, weights.get(name), share) for name, share in s.flat_share().items()]
+    blocks: list[Block] = [
+        Table("Groups in which a reward is the same for every completion", ("reward", "weight", "share of groups"), flat)
+    ]
+    drawn: list[Block] = []
+    tables: list[Block] = []
+    if len(s.names) > 1:
+        shares = {
+            name: dict(zip(s.names, line, strict=True))
+            for name, line in zip(replay.names, s.reward_share().tolist(), strict=True)
+        }
+        drawn.append(
+            Figure(
+                "Share of Σ|A| by reward: each completion's |A| split in proportion to its centred, weighted rewards "
+                "(divided by their std for estimators that do so).",
+                figures.stacked(shares, label="share of Σ|A| by reward"),
+            )
+        )
+        tables += [_shares("Share of Σ|A| by reward", "reward", shares)]
+    if tasks := s.task_share():
+        by_task = {name: {task: share[e].item() for task, share in tasks.items()} for e, name in enumerate(replay.names)}
+        drawn.append(Figure("Share of Σ|A| by task.", figures.stacked(by_task, label="share of Σ|A| by task")))
+        tables += [_shares("Share of Σ|A| by task", "task", by_task)]
+    return [*blocks, *drawn, *tables]
+
+
+def _shares(caption: str, what: str, shares: Mapping[str, Mapping[str, float]]) -> Table:
+    parts = list(dict.fromkeys(part for line in shares.values() for part in line))
+    rows: list[tuple[str | float, ...]]
+    if len(parts) <= WIDE:
+        rows = [(name, *line.values()) for name, line in shares.items()]
+        return Table(caption, ("estimator", *parts), rows, folded=True)
+    rows = [(name, part, share) for name, line in shares.items() for part, share in line.items()]
+    return Table(caption, ("estimator", what, "share"), rows, folded=True)
+
+
+def _waste(replay: Replay) -> list[Block]:
+    s, names = replay.statistics, replay.names
+    effective, dead = (dict(zip(names, values.tolist(), strict=True)) for values in (s.effective(), s.dead()))
+    columns = [values.tolist() for values in (s.mean_size(), s.dead(), s.zero(), s.effective())]
+    return [
+        Figure(
+            "Effective sample size, (Σ|A|)² / (N ΣA²), of the batches that train: 1 if all completions weigh the same.",
+            figures.bars(effective, label="effective sample size", limit=1.12, mark=LOGGED),
+        ),
+        Figure(
+            "Dead groups, in which every advantage is exactly 0."
+            + (f" `{LOGGED}` can show fewer than its estimator: TRL leaves rounding there." if LOGGED in names else ""),
+            figures.bars(dead, label="share of dead groups", limit=1.12, mark=LOGGED),
+        ),
+        Table(
+            "Size and waste in figures",
+            ("estimator", "mean |A|", "dead groups", "A = 0", "effective"),
+            list(zip(names, *columns, strict=True)),
+            folded=True,
+        ),
+    ]
+
+
+def _reactions(replay: Replay) -> list[Block]:
+    rewards = list(dict.fromkeys(reaction.reward for reaction in replay.reactions))
+    cells = {(r.estimator, r.reward): f"×{shown(r.size)}, {shown(round(r.cosine, 2))}" for r in replay.reactions}
+    names = list(dict.fromkeys(reaction.estimator for reaction in replay.reactions))
+    text = Text(
+        f"One reward at a time is multiplied by {FACTOR:.0f}, on at most 64 batches spread over the run. Each cell: by "
+        "how much the mean |A| grows, and the cosine between the advantages before and after. ×1, 1.00: the unit of the "
+        f"reward does not matter. ×{FACTOR:.0f}, 1.00: the update grows and keeps its direction. A cosine far below 1: "
+        "the reward takes over."
+    )
+    if len(rewards) <= WIDE - 1:
+        rows = [(name, *(cells.get((name, reward), "–") for reward in rewards)) for name in names]
+        return [text, Table("Reaction to another unit", ("estimator", *rewards), rows)]
+    longer = [(r.estimator, r.reward, cells[r.estimator, r.reward]) for r in replay.reactions]
+    return [text, Table("Reaction to another unit", ("estimator", "reward", "reaction"), longer, folded=True)]
+
+
+def _histograms(replay: Replay) -> list[Block]:
+    samples = dict(zip(replay.names, replay.sample.numpy(), strict=True))
+    caption = f"{replay.sample.shape[1]:,} completions of batches spread over the run; what is beyond ±4 is at the edge."
+    return [Figure(caption, figures.histograms(samples))]
+
+
+def _groups(replay: Replay) -> list[Block]:
+    blocks: list[Block] = []
+    for group in replay.groups:
+        blocks += [
+            Heading(f"Step {group.step}, group {group.group}"),
+            Figure(
+                f"Advantages under each estimator; the colour is in units of the row's largest. Disagreement "
+                f"{group.disagreement:.2f}.",
+                figures.side_by_side(replay.names, group.advantages.numpy()),
+            ),
+            Quote("Prompt", group.prompt),
+            *_completions(replay, group),
+        ]
+    return blocks
+
+
+def _completions(replay: Replay, group: Group) -> list[Quote]:
+    quotes = []
+    for number, text in enumerate(group.completions):
+        values = zip(replay.statistics.names, group.rewards[number].tolist(), strict=True)
+        rewards = ", ".join(f"{name} {shown(value)}" for name, value in values)
+        quotes.append(Quote(f"Completion {number + 1}: {rewards}", text, folded=len(group.completions) > OPEN))
+    return quotes
+
+
+def _configuration(replay: Replay) -> Table:
+    rollouts = replay.rollouts
+    given: list[tuple[str, Any]] = [
+        ("run_dir", str(rollouts.run_dir)),
+        ("num_generations", f"{rollouts.size}{'' if rollouts.num_generations else ', found in the log'}"),
+        ("rewards", ", ".join(rollouts.names)),
+        ("reward_weights", ", ".join(f"{weight:g}" for weight in rollouts.weights.tolist())),
+        ("lengths", rollouts.length_unit),
+    ]
+    given += [(f"hyper-parameters of {name}", str(dict(kw))) for name, kw in replay.keywords.items() if kw]
+    versions = [("Python", platform.python_version()), *((name, version(name)) for name in PACKAGES)]
+    return Table("What was asked for, and what computed it", ("", "value"), [*given, *versions])
