@@ -19,6 +19,14 @@ PURE = (
     "advantages/",
     "losses/",
     "diagnostics/metrics.py",
+    "compare/columns.py",
+    "compare/figures.py",
+    "compare/replay.py",
+    "compare/replay_report.py",
+    "compare/report.py",
+    "compare/result.py",
+    "compare/rollouts.py",
+    "compare/statistics.py",
     "packing/layout.py",
     "packing/regroup.py",
 )
@@ -59,6 +67,12 @@ def test_pure_files_import_torch_and_the_standard_library(path):
 def test_kernels_import_torch_the_standard_library_and_kernels(path):
     assert roots(path) <= {"torch", "grpo_plus"} | sys.stdlib_module_names
     assert all(module.startswith("grpo_plus.kernels.") for module in imported(path) if module.startswith("grpo_plus"))
+
+
+@pytest.mark.parametrize("name", ["report", "figures"])
+def test_a_report_knows_nothing_of_what_it_reports(name):
+    ours = {module for module in imported(PACKAGE / "compare" / f"{name}.py") if module.startswith("grpo_plus")}
+    assert all(module.startswith("grpo_plus.compare.report") for module in ours)
 
 
 @pytest.mark.parametrize("path", FILES, ids=relative)

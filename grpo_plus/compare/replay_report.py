@@ -122,7 +122,7 @@ def _origin(replay: Replay) -> str:
 
 def _lines_of_rewards(replay: Replay) -> list[str]:
     shares = replay.statistics.reward_share()
-    leading = int(np.nan_to_num(shares[replay.names.index(reference(replay))]).argmax())
+    leading = int(shares[replay.names.index(reference(replay))].nan_to_num().argmax())
     column = {
         name: share for name, share in zip(replay.names, shares[:, leading].tolist(), strict=True) if share == share
     }

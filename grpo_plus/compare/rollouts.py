@@ -170,10 +170,8 @@ class Rollouts:
         return tuple(logged or floats)
 
     def _size_of(self, table: pa.Table) -> int:
-        if "group" in table.column_names:
-            size = label_size(table["group"])
-        else:
-            size = group_size(plain_text(table["prompt"]))
+        labelled = "group" in table.column_names
+        size = label_size(table["group"]) if labelled else group_size(plain_text(table["prompt"]))
         if size is None or size < 2:
             raise ValueError(
                 "The log does not say which completions belong together: it has no column 'group', and its prompts do "
