@@ -1,11 +1,12 @@
 """How long the replay of a long run's log takes, and how much memory.
 
-python -m benchmarks.replay [--completions 1000000] [--per_table 1024 128] [--repeats 1]
+python -m benchmarks.replay [--completions 1000000] [--per_table 1024 128] [--repeats 5]
 
-Writes a log as TRL does, one parquet file per generation batch: 8 completions per prompt, two rewards, a task, prompts of
-about 100 characters and completions of about 300, and the advantages that `grpo` gives in float32. Then replays every
-estimator over it in a fresh process, which also has to recognize `grpo` as the run's own, and measures that process from
-its start to its end: seconds, and the largest resident size. Prints a table and writes benchmarks/results/replay.json.
+Writes a log as TRL does, one parquet file per generation batch: 8 completions per prompt, two rewards, a task, prompts
+of about 100 characters and completions of about 300, and the advantages that `grpo` gives in float32. Then replays
+every estimator over it in a fresh process, which also has to recognize `grpo` as the run's own, and measures that
+process from start to end: seconds, seconds of its threads on a core, and the largest resident size. Prints them and
+writes benchmarks/results/replay.json.
 """
 
 import argparse
@@ -34,10 +35,11 @@ REPLAY = """
 import json, resource, sys
 from grpo_plus.compare import Rollouts, replay
 result = replay(Rollouts(sys.argv[1]))
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+used = resource.getrusage(resource.RUSAGE_SELF)
 assert result.same[:1] == ["grpo"], (result.same, result.difference)
 print(json.dumps({"completions": result.statistics.completions, "batches": result.statistics.batches,
-                  "estimators": len(result.names), "refused": sorted(result.refused), "peak_bytes": peak}))
+                  "estimators": len(result.names) - 1, "refused": sorted(result.refused),
+                  "peak_bytes": used.ru_maxrss * 1024, "cpu_seconds": round(used.ru_utime + used.ru_stime, 1)}))
 """
 
 
@@ -59,8 +61,9 @@ def main() -> None:
         row["within_limits"] = row["highest"] <= SECONDS and row["peak_bytes"] <= BYTES
         rows.append(row)
         print(
-            f"{row['completions']} completions in {row['batches']} tables, {row['estimators']} rows: {row['seconds']} s "
-            f"({row['lowest']} to {row['highest']}), {row['peak_bytes'] / 2**20:.0f} MiB"
+            f"{row['completions']} completions in {row['batches']} tables, {row['estimators']} estimators: "
+            f"{row['seconds']} s ({row['lowest']} to {row['highest']}, {row['cpu_seconds']} on a core), "
+            f"{row['peak_bytes'] / 2**20:.0f} MiB"
         )
     summary = {
         "command": f"python -m benchmarks.replay --completions {args.completions} "
@@ -91,11 +94,15 @@ def write_log(run_dir: Path, completions: int, per_table: int) -> None:
         rewards = Rewards(values.double(), torch.ones(2).double(), ("correct", "brevity"))
         table = {
             "step": [step] * per_table,
-            "prompt": [f"{step}.{p} {texts[(step * prompts + p) % 5000][:95]}" for p in range(prompts) for _ in range(8)],
+            "prompt": [
+                f"{step}.{p} {texts[(step * prompts + p) % 5000][:95]}"
+                for p in range(prompts)
+                for _ in range(GENERATIONS)
+            ],
             "completion": draw.choices(texts, k=per_table),
             "correct": correct.flatten().double().numpy(),
             "brevity": brevity.flatten().double().numpy(),
-            "task": [("algebra", "geometry", "numbers")[p % 3] for p in range(prompts) for _ in range(8)],
+            "task": [("algebra", "geometry", "numbers")[p % 3] for p in range(prompts) for _ in range(GENERATIONS)],
             "advantage": estimate("grpo", rewards).float().flatten().double().numpy(),
         }
         pq.write_table(pa.table(table), folder / f"completions_{step:05d}.parquet")

@@ -19,6 +19,14 @@ PURE = (
     "advantages/",
     "losses/",
     "diagnostics/metrics.py",
+    "compare/columns.py",
+    "compare/figures.py",
+    "compare/replay.py",
+    "compare/replay_report.py",
+    "compare/report.py",
+    "compare/result.py",
+    "compare/rollouts.py",
+    "compare/statistics.py",
     "packing/layout.py",
     "packing/regroup.py",
 )
@@ -70,6 +78,12 @@ def test_the_planner_imports_the_standard_library_and_itself(path):
     assert all(module.startswith(("grpo_plus.planner", "grpo_plus.registry")) for module in ours)
     top = {node.module for node in ast.parse(path.read_text()).body if isinstance(node, ast.ImportFrom)}
     assert not any((module or "").startswith("huggingface_hub") for module in top)
+
+
+@pytest.mark.parametrize("name", ["report", "figures"])
+def test_a_report_knows_nothing_of_what_it_reports(name):
+    ours = {module for module in imported(PACKAGE / "compare" / f"{name}.py") if module.startswith("grpo_plus")}
+    assert all(module.startswith("grpo_plus.compare.report") for module in ours)
 
 
 @pytest.mark.parametrize("path", FILES, ids=relative)

@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, rest: list[str]) -> int:
     """Replay, write the report, and print what it says in short."""
     from grpo_plus.compare import Rollouts, replay, write_replay
-    from grpo_plus.compare.replay_report import document
+    from grpo_plus.compare.replay_report import in_short
 
     sys.path.insert(0, os.getcwd())  # dotted paths name the user's own modules
     rollouts = Rollouts(
@@ -43,8 +43,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
         rollouts, _estimators(args), groups=[_group(word) for word in _words(args.groups) or []], progress=True
     )
     written = write_replay(result, args.output)
-    _, _, (short, *_) = document(result)
-    for line in short.blocks[0].items:
+    for line in in_short(result):
         print(f"- {line}")
     print(f"Written: {', '.join(map(str, written))}")
     return 0

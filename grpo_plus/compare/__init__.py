@@ -3,7 +3,7 @@
 | file | what lives there |
 |---|---|
 | `rollouts.py` | `Rollouts`: the completions that a TRL run logged, batch by batch; `columns.py` reads their columns |
-| `replay.py` | `replay`: every estimator over them, in one pass; `statistics.py` adds up what it reports |
+| `replay.py` | `replay`: every estimator over them, in one pass; `statistics.py` adds up, `result.py` holds it |
 | `report.py` | sections of text, tables and figures -> one HTML file and Markdown; `figures.py` draws |
 | `replay_report.py` | what a replay says, as such sections, and `write_replay` |
 
@@ -15,8 +15,9 @@ To add a statistic, accumulate it in `statistics.py`, add its rows to `Replay.ro
 `replay_report.py`. A comparison of another kind makes its own list of `report.Section`.
 """
 
-from grpo_plus.compare.replay import Replay, replay
+from grpo_plus.compare.replay import replay
 from grpo_plus.compare.replay_report import write_replay
+from grpo_plus.compare.result import Replay
 from grpo_plus.compare.rollouts import Finding, RolloutBatch, Rollouts
 
 __all__ = ["Finding", "Replay", "RolloutBatch", "Rollouts", "replay", "write_replay"]

@@ -93,15 +93,13 @@ def cut_groups(prompts: pa.Array, size: int) -> tuple[np.ndarray, int]:
 
 
 def labelled_groups(labels: pa.ChunkedArray, prompts: pa.Array, size: int) -> tuple[np.ndarray, int]:
-    """The groups that a column `group` names, as `cut_groups`; one of another size or of several prompts is left out."""
+    """The groups that a column `group` names, as `cut_groups`; without those of another size or of several prompts."""
     values = numbers(labels)
     order = np.argsort(values, kind="stable")
     order = order[~np.isnan(values[order])]
     edges = np.flatnonzero(np.diff(values[order])) + 1
     texts = prompts.dictionary_encode().indices.to_numpy(zero_copy_only=False)
-    groups = [
-        rows for rows in np.split(order, edges) if len(rows) == size and (texts[rows] == texts[rows[0]]).all()
-    ]
+    groups = [rows for rows in np.split(order, edges) if len(rows) == size and (texts[rows] == texts[rows[0]]).all()]
     # In the order of the log, which is the order of the batch.
     groups.sort(key=lambda rows: rows[0])
     used = np.array(groups, dtype=np.int64).reshape(-1, size)

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from grpo_plus.compare.report import printable
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -66,7 +68,7 @@ def heatmap(names: Sequence[str], values: np.ndarray, *, label: str, low: float,
         bar.set_ticks(np.linspace(low, high, 6).tolist(), labels=[f"{tick:.2g}" for tick in np.linspace(low, high, 6)])
         bar.minorticks_off()
         bar.set_label(label)
-        bar.outline.set_visible(False)  # type: ignore[operator]
+        bar.outline.set_visible(False)
         return _svg(figure, f"Matrix: {label}. The table below has its figures.")
 
 
@@ -79,9 +81,8 @@ def bars(values: Mapping[str, float], *, label: str, limit: float | None = None,
         colours = [SERIES[1] if name == mark else SERIES[0] for name in names]
         axes.barh(range(len(names)), heights, color=colours, height=0.72)
         for k, (height, value) in enumerate(zip(heights, values.values(), strict=True)):
-            text = f"{value:.2g}" if value == value else "–"
-            style = {"va": "center", "fontsize": 6, "color": SOFT, "textcoords": "offset points"}
-            axes.annotate(text, (height, k), (3, 0), **style)
+            text = f"{value:.2g}" if value == value else "n/a"
+            axes.annotate(text, (height, k), (3, 0), textcoords="offset points", va="center", fontsize=6, color=SOFT)
         _names(axes, names)
         axes.set_xlim(0, limit or max(heights.max(initial=0) * 1.12, 1e-9))
         axes.set_xlabel(label)
@@ -149,10 +150,10 @@ def side_by_side(names: Sequence[str], advantages: np.ndarray) -> str:
                 red, green, blue, _ = colormaps["RdBu"]((units[row, column] + 1.4) / 2.8)
                 dark = 0.3 * red + 0.6 * green + 0.1 * blue < 0.5
                 text = f"{value:.2f}".replace("-0.00", "0.00")
-                style = {"ha": "center", "va": "center", "fontsize": 6, "color": "white" if dark else "black"}
-                axes.text(column + 0.5, row + 0.5, text, **style)
-        every = -(-advantages.shape[1] // 16)
-        axes.set_xticks(np.arange(0, advantages.shape[1], every) + 0.5, range(1, advantages.shape[1] + 1, every))
+                colour = "white" if dark else "black"
+                axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=6, color=colour)
+        marked = np.arange(0, advantages.shape[1], -(-advantages.shape[1] // 16))
+        axes.set_xticks(marked + 0.5, [str(number + 1) for number in marked])
         axes.set_xlabel("completion")
         axes.set_yticks(np.arange(len(names)) + 0.5, [_short(name) for name in names])
         axes.tick_params(length=0)
@@ -163,7 +164,7 @@ def side_by_side(names: Sequence[str], advantages: np.ndarray) -> str:
 def _settings() -> Any:
     import matplotlib
 
-    return matplotlib.rc_context(SETTINGS)
+    return matplotlib.rc_context(SETTINGS)  # type: ignore[arg-type]
 
 
 def _figure(height: float) -> "tuple[Figure, Axes]":
@@ -181,6 +182,7 @@ def _names(axes: "Axes", names: Sequence[str]) -> None:
 
 
 def _short(name: str) -> str:
+    name = printable(name).replace("\n", " ")
     return name if len(name) <= LONGEST_NAME else f"…{name[1 - LONGEST_NAME :]}"
 
 
@@ -189,12 +191,14 @@ def _svg(figure: "Figure", description: str) -> str:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
+    svg = svg[svg.index("<svg") :].replace("xlink:href", "href")
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r' id="(?!\w+")[^"]*"| id="(figure|patch|axes|matplotlib|line2d|text|xtick|ytick|legend)[^"]*"', "", svg)
+    svg = re.sub(
+        r' id="(?!\w+")[^"]*"| id="(figure|patch|axes|matplotlib|line2d|text|xtick|ytick|legend)[^"]*"', "", svg
+    )
     own = f"f{hashlib.sha256(svg.encode()).hexdigest()[:8]}-"
     svg = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{own}", svg)
     for placeholder, variable in PAGE.items():
         svg = svg.replace(placeholder, variable)
     svg = re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', r"<svg \1 {}>", svg, count=1)
-    return svg.replace("{}", f'role="img" aria-label="{html.escape(description)}"', 1).strip()
+    return svg.replace("{}", f'role="img" aria-label="{html.escape(printable(description))}"', 1).strip()

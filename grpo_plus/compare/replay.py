@@ -6,12 +6,12 @@ generated next.
 """
 
 import heapq
+import itertools
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,120 +19,14 @@ from torch import Tensor
 
 from grpo_plus.advantages import ESTIMATORS, Estimator, State, check_keywords, checked, estimate
 from grpo_plus.advantages.rewards import Rewards
+from grpo_plus.compare.result import FACTOR, LOGGED, Group, Named, Reaction, Replay
 from grpo_plus.compare.rollouts import RolloutBatch, Rollouts
 from grpo_plus.compare.statistics import Statistics, cosine
 from grpo_plus.reductions import has_spread
 
-# The row of the advantages that the run itself trained on.
-LOGGED = "logged"
 CHUNK = 8192  # completions that are worked on together: what a call costs is shared by many small batches
 SAMPLED = 64  # batches, evenly spaced, for histograms and for reactions
-FACTOR = 10.0  # by which a reward is rescaled to see who reacts
-# TRL computes in float32, the replay in float64; rewards of about 1 with a std of .1 leave 1e-6 between them.
-SAME = 1e-5
-
-Named = dict[str, Mapping[str, Any]]
-
-
-@dataclass(frozen=True)
-class Reaction:
-    """What an estimator does when the reward `reward` is multiplied by `FACTOR`, over the sampled batches.
-
-    Attributes:
-        size: mean |A| after by mean |A| before. 1: it does not notice. FACTOR: all of it reaches the update.
-        cosine: between the advantages before and after. 1: the update keeps its direction.
-    """
-
-    estimator: str
-    reward: str
-    size: float
-    cosine: float
-
-
-@dataclass(frozen=True)
-class Group:
-    """The completions of one prompt, side by side.
-
-    Attributes:
-        group: the number of the group in its batch.
-        rewards: (G, K).
-        advantages: (E, G), a row for each of the replay's names.
-        disagreement: how far the estimators are apart, each in units of its own root mean square in the batch.
-    """
-
-    path: Path
-    step: int
-    group: int
-    rows: tuple[int, ...]
-    rewards: Tensor
-    advantages: Tensor
-    disagreement: float
-    prompt: str = ""
-    completions: tuple[str, ...] = ()
-
-
-@dataclass(eq=False)
-class Replay:
-    """What `replay` found.
-
-    Attributes:
-        names: the estimators that could be replayed, and LOGGED at the end where the log holds advantages.
-        keywords: the hyper-parameters of each estimator that are not its defaults.
-        refused: why an estimator could not be replayed, by name.
-        statistics: a row per name.
-        difference: for each estimator the relative RMS difference to LOGGED, over groups whose rewards differ.
-        sample: (E, n) advantages of evenly spaced batches.
-        steps: the first and the last.
-    """
-
-    rollouts: Rollouts
-    names: list[str]
-    keywords: Named
-    refused: dict[str, str]
-    statistics: Statistics
-    difference: dict[str, float]
-    reactions: list[Reaction]
-    sample: Tensor
-    groups: list[Group]
-    steps: tuple[int, int]
-
-    @property
-    def same(self) -> list[str]:
-        """The estimators whose advantages are those that the run trained on, closest first."""
-        found = [name for name, difference in self.difference.items() if difference <= SAME]
-        return sorted(found, key=self.difference.__getitem__)
-
-    def rows(self) -> list[dict[str, Any]]:
-        """Every number as one row: statistic, estimator, versus (another estimator), reward, task, value."""
-        s = self.statistics
-        rows = [_row("dead_groups", e, value) for e, value in self._each(s.dead())]
-        rows += [_row("zero_advantages", e, value) for e, value in self._each(s.zero())]
-        rows += [_row("effective_samples", e, value) for e, value in self._each(s.effective())]
-        rows += [_row("mean_abs", e, value) for e, value in self._each(s.mean_size())]
-        rows += [_row("rms", e, value) for e, value in self._each(s.rms())]
-        rows += [_row("difference_to_logged", e, value) for e, value in self.difference.items()]
-        for statistic, matrix in (("rank_correlation", s.correlation()), ("sign_flips", s.flips())):
-            for e, line in self._each(matrix):
-                rows += [_row(statistic, e, value, versus=f) for f, value in self._each(line) if f != e]
-        for e, shares in self._each(s.reward_share()):
-            shares = dict(zip(s.names, shares.tolist(), strict=True))
-            rows += [_row("share_of_size", e, value, reward=name) for name, value in shares.items()]
-        for task, shares in s.task_share().items():
-            rows += [_row("share_of_size", e, value, task=task) for e, value in self._each(shares)]
-        rows += [_row("zero_spread", "", value, reward=name) for name, value in s.flat_share().items()]
-        for reaction in self.reactions:
-            rows.append(_row("rescaled_size", reaction.estimator, reaction.size, reward=reaction.reward))
-            rows.append(_row("rescaled_cosine", reaction.estimator, reaction.cosine, reward=reaction.reward))
-        return rows
-
-    def _each(self, values: Tensor) -> list[tuple[str, Any]]:
-        return [(name, value if value.dim() else value.item()) for name, value in zip(self.names, values, strict=True)]
-
-
-def _row(statistic: str, estimator: str, value: float, **where: str) -> dict[str, Any]:
-    return {"statistic": statistic, "estimator": estimator, "versus": "", "reward": "", "task": "", **where} | {
-        "value": float(value)
-    }
+Part = TypeVar("Part")
 
 
 def replay(
@@ -166,7 +60,7 @@ def _choose(estimators: Sequence[str] | Mapping[str, Mapping[str, Any]] | None, 
     """Keywords by name, after a look at each."""
     if estimators is None:
         estimators = list(ESTIMATORS)
-    named = dict(estimators) if isinstance(estimators, Mapping) else dict.fromkeys(estimators, {})
+    named = dict(estimators) if isinstance(estimators, Mapping) else {name: {} for name in estimators}
     for name, keywords in named.items():
         entry = ESTIMATORS[name]
         if keywords:
@@ -193,13 +87,24 @@ def _shape(batch: RolloutBatch) -> tuple[Any, ...]:
 def _join(batches: list[Rewards]) -> Rewards:
     """Batches as one, without steps: for statistics, and for estimators that look at one group at a time."""
     first = batches[0]
-    labels = {
-        name: None if getattr(first, name) is None else tuple(label for b in batches for label in getattr(b, name))
-        for name in ("tasks", "prompts")
-    }
-    values = torch.cat([b.values for b in batches])
-    lengths = torch.cat([b.lengths for b in batches if b.lengths is not None]) if first.lengths is not None else None
-    return Rewards(values, first.weights, first.names, lengths, **labels)
+    return Rewards(
+        values=torch.cat([rewards.values for rewards in batches]),
+        weights=first.weights,
+        names=first.names,
+        lengths=_joined([rewards.lengths for rewards in batches], torch.cat),
+        tasks=_joined([rewards.tasks for rewards in batches], _chained),
+        prompts=_joined([rewards.prompts for rewards in batches], _chained),
+    )
+
+
+def _joined(parts: "list[Part | None]", join: Callable[[list[Part]], Part]) -> Part | None:
+    """What all batches have, as one; None where one of them lacks it."""
+    present = [part for part in parts if part is not None]
+    return join(present) if len(present) == len(parts) else None
+
+
+def _chained(parts: list[tuple[str, ...]]) -> tuple[str, ...]:
+    return tuple(itertools.chain.from_iterable(parts))
 
 
 @dataclass(eq=False)
@@ -278,13 +183,13 @@ class _Run:
         nothing = torch.zeros(len(batches), prompts, generations).double()
         if name in self.refused:
             return nothing
-        remembers = estimator.stateful or estimator.needs_steps
+        by_group = estimator.scope == "group" and not (estimator.stateful or estimator.needs_steps)
         try:
-            if estimator.scope == "batch" and not remembers and (at_once := self._at_once(name, batches, joined)) is not None:
+            if (at_once := None if by_group else self._at_once(name, batches, joined)) is not None:
                 return at_once
             parts = [
                 rewards.per_completion(estimate(estimator, rewards, self.keywords[name], state=self.states[name]))
-                for rewards in (batches if remembers or estimator.scope == "batch" else [joined])
+                for rewards in ([joined] if by_group else batches)
             ]
         except ValueError as error:
             self.refused[name] = f"{error} (from step {step} on)"
@@ -297,18 +202,19 @@ class _Run:
         Of many small batches the calls cost more than the arithmetic. Only functions of this package are tried: what
         one of the user's does inside is not known.
         """
-        function, keywords, first = self.estimators[name].function, self.keywords[name], batches[0]
-        if not function.__module__.startswith("grpo_plus.") or first.lengths is None:
+        estimator, first, lengths = self.estimators[name], batches[0], joined.lengths
+        ours = estimator.function.__module__.startswith("grpo_plus.")
+        if not ours or estimator.stateful or estimator.needs_steps or lengths is None:
             return None
 
         def one(values: Tensor, lengths: Tensor) -> Tensor:
-            return function(Rewards(values, first.weights, first.names, lengths), **keywords)
+            return estimator.function(Rewards(values, first.weights, first.names, lengths), **self.keywords[name])
 
-        values, lengths = (torch.stack(list(column)) for column in zip(*((b.values, b.lengths) for b in batches)))
+        values = joined.values.view(len(batches), *first.values.shape)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of operations that torch turns into a loop
-                advantages = torch.vmap(one)(values, lengths)
+                advantages = torch.vmap(one)(values, lengths.view(values.shape[:3]))
         except RuntimeError:  # it looks at values, to refuse some
             return None
         return checked(f"advantage estimator {name!r}", advantages.flatten(0, 1), joined).view(advantages.shape)
@@ -324,6 +230,8 @@ class _Run:
         """Keep the groups asked for, or those with most disagreement, one of a batch at most."""
         scale = advantages.square().mean((2, 3), keepdim=True).sqrt()
         live = [e for e, name in enumerate(self.keywords) if name not in self.refused]
+        if not live:
+            return
         units = (advantages / scale.where(scale > 0, 1.0))[live]
         apart = units.std(dim=0, correction=0).mean(-1)  # (C, P)
         for index, batch in enumerate(chunk):

@@ -12,8 +12,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from grpo_plus.advantages import ESTIMATORS
-from grpo_plus.compare import figures
-from grpo_plus.compare.replay import FACTOR, LOGGED, SAME, Group, Replay
+from grpo_plus.compare.figures import bars, heatmap, histograms, side_by_side, stacked
 from grpo_plus.compare.report import (
     Block,
     Figure,
@@ -27,6 +26,7 @@ from grpo_plus.compare.report import (
     to_markdown,
     write_files,
 )
+from grpo_plus.compare.result import FACTOR, LOGGED, SAME, Group, Replay
 
 PACKAGES = ("grpo_plus", "torch", "numpy", "pyarrow", "matplotlib")
 WIDE = 4  # columns of numbers that fit a narrow screen
@@ -57,7 +57,7 @@ def document(replay: Replay) -> tuple[str, str, list[Section]]:
         "differed, not what a policy trained with another estimator would have written next."
     )
     sections = [
-        Section("In short", [Text("", tuple(_findings(replay)))]),
+        Section("In short", [Text("", tuple(in_short(replay)))]),
         Section("What was read", _read(replay)),
         Section("How far the estimators agree", _agreement(replay)),
         Section("Who drives the update", _drivers(replay)),
@@ -75,7 +75,7 @@ def reference(replay: Replay) -> str:
     return next(name for name in (LOGGED, "grpo", *replay.names) if name in replay.names)
 
 
-def _findings(replay: Replay) -> list[str]:
+def in_short(replay: Replay) -> list[str]:
     """The results in words."""
     s = replay.statistics
     lines = [_origin(replay)] if LOGGED in replay.names else []
@@ -96,8 +96,8 @@ def _findings(replay: Replay) -> list[str]:
         flips = s.flips()[replay.names.index(base), replay.names.index(far)].item()
         lines.append(
             f"Compared with `{base}`, `{near}` ranks the completions of a batch most alike (rank correlation "
-            f"{others[near]:.2f}) and `{far}` least ({others[far]:.2f}; {flips:.0%} of the completions that train under "
-            "both are pushed the other way)."
+            f"{others[near]:.2f}) and `{far}` least ({others[far]:.2f}; {flips:.0%} of the completions that train "
+            "under both are pushed the other way)."
         )
     if len(s.names) > 1:
         lines += _lines_of_rewards(replay)
@@ -122,8 +122,10 @@ def _origin(replay: Replay) -> str:
 
 def _lines_of_rewards(replay: Replay) -> list[str]:
     shares = replay.statistics.reward_share()
-    leading = int(np.nan_to_num(shares[replay.names.index(reference(replay))]).argmax())
-    column = {name: share for name, share in zip(replay.names, shares[:, leading].tolist(), strict=True) if share == share}
+    leading = int(shares[replay.names.index(reference(replay))].nan_to_num().argmax())
+    column = {
+        name: share for name, share in zip(replay.names, shares[:, leading].tolist(), strict=True) if share == share
+    }
     low, high = min(column, key=column.__getitem__), max(column, key=column.__getitem__)
     own = column.get(reference(replay), float("nan"))
     lines = [
@@ -180,11 +182,11 @@ def _agreement(replay: Replay) -> list[Block]:
         Figure(
             "Rank correlation (Spearman) of the advantages of a batch, the mean over the batches. Bright: the two rank "
             "the completions alike.",
-            figures.heatmap(names, correlation[np.ix_(order, order)], label="rank correlation", low=low, high=1.0),
+            heatmap(names, correlation[np.ix_(order, order)], label="rank correlation", low=low, high=1.0),
         ),
         Figure(
             "Completions that two estimators push in opposite directions, of those that train under both. Dark: none.",
-            figures.heatmap(names, flips[np.ix_(order, order)], label="share of flipped signs", low=0.0, high=high),
+            heatmap(names, flips[np.ix_(order, order)], label="share of flipped signs", low=0.0, high=high),
         ),
     ]
     rows = []
@@ -209,7 +211,9 @@ def _drivers(replay: Replay) -> list[Block]:
     weights = dict(zip(s.names, replay.rollouts.weights.tolist(), strict=True))
     flat = [(name, weights.get(name), share) for name, share in s.flat_share().items()]
     blocks: list[Block] = [
-        Table("Groups in which a reward is the same for every completion", ("reward", "weight", "share of groups"), flat)
+        Table(
+            "Groups in which a reward is the same for every completion", ("reward", "weight", "share of groups"), flat
+        )
     ]
     drawn: list[Block] = []
     tables: list[Block] = []
@@ -222,13 +226,15 @@ def _drivers(replay: Replay) -> list[Block]:
             Figure(
                 "Share of Σ|A| by reward: each completion's |A| split in proportion to its centred, weighted rewards "
                 "(divided by their std for estimators that do so).",
-                figures.stacked(shares, label="share of Σ|A| by reward"),
+                stacked(shares, label="share of Σ|A| by reward"),
             )
         )
         tables += [_shares("Share of Σ|A| by reward", "reward", shares)]
     if tasks := s.task_share():
-        by_task = {name: {task: share[e].item() for task, share in tasks.items()} for e, name in enumerate(replay.names)}
-        drawn.append(Figure("Share of Σ|A| by task.", figures.stacked(by_task, label="share of Σ|A| by task")))
+        by_task = {
+            name: {task: share[e].item() for task, share in tasks.items()} for e, name in enumerate(replay.names)
+        }
+        drawn.append(Figure("Share of Σ|A| by task.", stacked(by_task, label="share of Σ|A| by task")))
         tables += [_shares("Share of Σ|A| by task", "task", by_task)]
     return [*blocks, *drawn, *tables]
 
@@ -250,12 +256,12 @@ def _waste(replay: Replay) -> list[Block]:
     return [
         Figure(
             "Effective sample size, (Σ|A|)² / (N ΣA²), of the batches that train: 1 if all completions weigh the same.",
-            figures.bars(effective, label="effective sample size", limit=1.12, mark=LOGGED),
+            bars(effective, label="effective sample size", limit=1.12, mark=LOGGED),
         ),
         Figure(
             "Dead groups, in which every advantage is exactly 0."
             + (f" `{LOGGED}` can show fewer than its estimator: TRL leaves rounding there." if LOGGED in names else ""),
-            figures.bars(dead, label="share of dead groups", limit=1.12, mark=LOGGED),
+            bars(dead, label="share of dead groups", limit=1.12, mark=LOGGED),
         ),
         Table(
             "Size and waste in figures",
@@ -268,16 +274,16 @@ def _waste(replay: Replay) -> list[Block]:
 
 def _reactions(replay: Replay) -> list[Block]:
     rewards = list(dict.fromkeys(reaction.reward for reaction in replay.reactions))
-    cells = {(r.estimator, r.reward): f"×{shown(r.size)}, {shown(round(r.cosine, 2))}" for r in replay.reactions}
+    cells = {(r.estimator, r.reward): f"x {shown(r.size)}, {shown(round(r.cosine, 2))}" for r in replay.reactions}
     names = list(dict.fromkeys(reaction.estimator for reaction in replay.reactions))
     text = Text(
         f"One reward at a time is multiplied by {FACTOR:.0f}, on at most 64 batches spread over the run. Each cell: by "
-        "how much the mean |A| grows, and the cosine between the advantages before and after. ×1, 1.00: the unit of the "
-        f"reward does not matter. ×{FACTOR:.0f}, 1.00: the update grows and keeps its direction. A cosine far below 1: "
+        "how much the mean |A| grows, and the cosine between the advantages before and after. x 1, 1: the unit of the "
+        f"reward does not matter. x {FACTOR:.0f}, 1: the update grows and keeps its direction. A cosine far below 1: "
         "the reward takes over."
     )
     if len(rewards) <= WIDE - 1:
-        rows = [(name, *(cells.get((name, reward), "–") for reward in rewards)) for name in names]
+        rows = [(name, *(cells.get((name, reward), "n/a") for reward in rewards)) for name in names]
         return [text, Table("Reaction to another unit", ("estimator", *rewards), rows)]
     longer = [(r.estimator, r.reward, cells[r.estimator, r.reward]) for r in replay.reactions]
     return [text, Table("Reaction to another unit", ("estimator", "reward", "reaction"), longer, folded=True)]
@@ -285,8 +291,10 @@ def _reactions(replay: Replay) -> list[Block]:
 
 def _histograms(replay: Replay) -> list[Block]:
     samples = dict(zip(replay.names, replay.sample.numpy(), strict=True))
-    caption = f"{replay.sample.shape[1]:,} completions of batches spread over the run; what is beyond ±4 is at the edge."
-    return [Figure(caption, figures.histograms(samples))]
+    caption = (
+        f"{replay.sample.shape[1]:,} completions of batches spread over the run; what is beyond ±4 is at the edge."
+    )
+    return [Figure(caption, histograms(samples))]
 
 
 def _groups(replay: Replay) -> list[Block]:
@@ -297,7 +305,7 @@ def _groups(replay: Replay) -> list[Block]:
             Figure(
                 f"Advantages under each estimator; the colour is in units of the row's largest. Disagreement "
                 f"{group.disagreement:.2f}.",
-                figures.side_by_side(replay.names, group.advantages.numpy()),
+                side_by_side(replay.names, group.advantages.numpy()),
             ),
             Quote("Prompt", group.prompt),
             *_completions(replay, group),

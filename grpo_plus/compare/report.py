@@ -43,7 +43,8 @@ figcaption { color: var(--soft); font-size: .9rem; max-width: 40rem; }
 table { border-collapse: collapse; font-size: .9rem; margin: .6rem 0; max-width: 100%; }
 caption { text-align: left; color: var(--soft); padding-bottom: .2rem; }
 th, td { text-align: left; vertical-align: top; padding: .2rem .7rem .2rem 0; border-bottom: 1px solid var(--line); }
-td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
+td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; min-width: 3.2rem; }
+td.n { overflow-wrap: normal; }
 details { margin: .5rem 0; }
 summary { cursor: pointer; }
 pre { white-space: pre-wrap; background: var(--box); border: 1px solid var(--line); border-radius: 4px; margin: .3rem 0;
@@ -109,12 +110,17 @@ class Section:
 
 
 def shown(value: str | float | None) -> str:
-    """A cell as text: three significant digits, "–" for what does not exist."""
+    """A cell as text: three significant digits, "n/a" for what does not exist."""
     if isinstance(value, str):
         return value
     if value is None or value != value:
-        return "–"
+        return "n/a"
     return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
+
+
+def printable(text: str) -> str:
+    """The text without the control characters that neither HTML nor SVG may hold."""
+    return re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]", "�", text)
 
 
 def to_html(title: str, lead: str, sections: Sequence[Section]) -> str:
@@ -179,7 +185,9 @@ def _section(section: Section) -> str:
         if block is not None:
             parts.append(_block(block))
     anchor = _anchor(section.title)
-    return f'<section aria-labelledby="{anchor}"><h2 id="{anchor}">{_escape(section.title)}</h2>{"".join(parts)}</section>'
+    return (
+        f'<section aria-labelledby="{anchor}"><h2 id="{anchor}">{_escape(section.title)}</h2>{"".join(parts)}</section>'
+    )
 
 
 def _block(block: Block) -> str:
@@ -235,8 +243,7 @@ def _anchor(title: str) -> str:
 
 
 def _escape(text: str) -> str:
-    # HTML has no other control characters, and a report that holds one is not valid.
-    return html.escape(re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]", "�", text))
+    return html.escape(printable(text))
 
 
 def _inline(text: str) -> str:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from grpo_plus.advantages.rewards import Rewards
 from grpo_plus.advantages.steps import Steps
-from grpo_plus.compare import columns
+from grpo_plus.compare.columns import cut_groups, group_size, label_size, labelled_groups, numbers, plain_text
 from grpo_plus.registry import suggestion
 
 NAME = re.compile(r"completions_(\d+)\.parquet")
@@ -119,7 +119,9 @@ class Rollouts:
         paths = tqdm(self.paths, desc="replay", unit=" tables", disable=not progress)
         for path, table in zip(paths, self._tables(), strict=True):
             if table is None:
-                self._note("unreadable", f"{path.name} is not a whole parquet file and is left out; a killed run does that")
+                self._note(
+                    "unreadable", f"{path.name} is not a whole parquet file and is left out; a killed run does that"
+                )
                 continue
             if not self._fits(path, table):
                 continue
@@ -136,7 +138,7 @@ class Rollouts:
         """Prompt and completion of rows of a file."""
         with pq.ParquetFile(batch_path) as file:
             table = file.read(["prompt", "completion"]).take(list(rows))
-        return list(zip(*(columns.plain_text(table[name]).to_pylist() for name in table.column_names), strict=True))
+        return list(zip(*(plain_text(table[name]).to_pylist() for name in table.column_names), strict=True))
 
     def _note(self, kind: str, message: str, count: int = 1, unit: str = "tables") -> None:
         self.findings.setdefault(kind, Finding(kind, message, unit=unit)).count += int(count)
@@ -162,16 +164,14 @@ class Rollouts:
         logged = [name for name in _logged_rewards(Path(self.run_dir)) if name in floats]
         if not (logged or floats):
             raise ValueError(
-                f"The tables of completions have no reward columns, only {', '.join(schema.names)}. Rewards are columns "
-                "of floats, one per reward function; name others with reward_names (--rewards)."
+                f"The tables of completions have no reward columns, only {', '.join(schema.names)}. Rewards are "
+                "columns of floats, one per reward function; name others with reward_names (--rewards)."
             )
         return tuple(logged or floats)
 
     def _size_of(self, table: pa.Table) -> int:
-        if "group" in table.column_names:
-            size = columns.label_size(table["group"])
-        else:
-            size = columns.group_size(columns.plain_text(table["prompt"]))
+        labelled = "group" in table.column_names
+        size = label_size(table["group"]) if labelled else group_size(plain_text(table["prompt"]))
         if size is None or size < 2:
             raise ValueError(
                 "The log does not say which completions belong together: it has no column 'group', and its prompts do "
@@ -212,11 +212,11 @@ class Rollouts:
             yield (named if step is None else step), table if whole else table.filter(pc.equal(table["step"], step))
 
     def _batch(self, path: Path, step: int, table: pa.Table) -> RolloutBatch | None:
-        prompts = columns.plain_text(table["prompt"])
+        prompts = plain_text(table["prompt"])
         if "group" in table.column_names and table["group"].null_count < table.num_rows:
-            rows, unused = columns.labelled_groups(table["group"], prompts, self.size)
+            rows, unused = labelled_groups(table["group"], prompts, self.size)
         else:
-            rows, unused = columns.cut_groups(prompts, self.size)
+            rows, unused = cut_groups(prompts, self.size)
         if unused:
             self._note(
                 "not in groups",
@@ -224,7 +224,7 @@ class Rollouts:
                 f"prompt and are left out; {rows.size} are used. Such a table can hold an evaluation's completions, "
                 "or the run had another num_generations",
             )
-        values = np.stack([columns.numbers(table[name]) for name in self.names], axis=-1)[rows]
+        values = np.stack([numbers(table[name]) for name in self.names], axis=-1)[rows]
         infinite = np.isinf(values).any(axis=(1, 2))
         if infinite.any():
             message = f"{path.name}: {infinite.sum()} of {len(rows)} groups hold one and are left out"
@@ -234,7 +234,7 @@ class Rollouts:
             return None
         logged = None
         if "advantage" in table.column_names:
-            logged = torch.from_numpy(columns.numbers(table["advantage"])[rows])
+            logged = torch.from_numpy(numbers(table["advantage"])[rows])
         return RolloutBatch(path, step, self._rewards(table, prompts, rows, values), logged, rows)
 
     def _rewards(self, table: pa.Table, prompts: pa.Array, rows: np.ndarray, values: np.ndarray) -> Rewards:
@@ -264,10 +264,10 @@ class Rollouts:
 
     def _lengths(self, table: pa.Table) -> np.ndarray:
         if LENGTH in table.column_names:
-            return np.nan_to_num(columns.numbers(table[LENGTH])).astype(np.int64)
+            return np.nan_to_num(numbers(table[LENGTH])).astype(np.int64)
         if set(STEP_COLUMNS) <= set(table.column_names):
             return np.array([max(map(int, ends), default=-1) + 1 for ends in _lists(table["step_ends"])])
-        return pc.utf8_length(columns.plain_text(table["completion"])).to_numpy().astype(np.int64)
+        return pc.utf8_length(plain_text(table["completion"])).to_numpy().astype(np.int64)
 
 
 def _lists(column: pa.ChunkedArray) -> list[list[float]]:

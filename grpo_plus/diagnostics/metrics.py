@@ -91,8 +91,8 @@ def reward_shares(rewards: Rewards, *, normalizes_each: bool = False) -> dict[st
 
 def conflict(rewards: Rewards) -> float:
     """Share of judged completions that one reward function puts above its group's mean and another below."""
-    contributions = contributions(rewards)
-    opposed = (contributions > 0).any(-1) & (contributions < 0).any(-1)
+    parts = contributions(rewards)
+    opposed = (parts > 0).any(-1) & (parts < 0).any(-1)
     return (opposed.sum() / rewards.judged.sum().clamp(min=1)).item()
 
 

@@ -1,0 +1,120 @@
+"""What a replay found, as values: the statistics by estimator, and a few groups to look at."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from grpo_plus.compare.rollouts import Rollouts
+from grpo_plus.compare.statistics import Statistics
+
+# The row of the advantages that the run itself trained on.
+LOGGED = "logged"
+FACTOR = 10.0  # by which a reward is rescaled to see who reacts
+# TRL computes in float32, the replay in float64; rewards of about 1 with a std of .1 leave 1e-6 between them.
+SAME = 1e-5
+
+Named = dict[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Reaction:
+    """What an estimator does when the reward `reward` is multiplied by `FACTOR`, over the sampled batches.
+
+    Attributes:
+        size: mean |A| after by mean |A| before. 1: it does not notice. FACTOR: all of it reaches the update.
+        cosine: between the advantages before and after. 1: the update keeps its direction.
+    """
+
+    estimator: str
+    reward: str
+    size: float
+    cosine: float
+
+
+@dataclass(frozen=True)
+class Group:
+    """The completions of one prompt, side by side.
+
+    Attributes:
+        group: the number of the group in its batch.
+        rewards: (G, K).
+        advantages: (E, G), a row for each of the replay's names.
+        disagreement: how far the estimators are apart, each in units of its own root mean square in the batch.
+    """
+
+    path: Path
+    step: int
+    group: int
+    rows: tuple[int, ...]
+    rewards: Tensor
+    advantages: Tensor
+    disagreement: float
+    prompt: str = ""
+    completions: tuple[str, ...] = ()
+
+
+@dataclass(eq=False)
+class Replay:
+    """What `replay` found.
+
+    Attributes:
+        names: the estimators that could be replayed, and LOGGED at the end where the log holds advantages.
+        keywords: the hyper-parameters of each estimator that are not its defaults.
+        refused: why an estimator could not be replayed, by name.
+        statistics: a row per name.
+        difference: for each estimator the relative RMS difference to LOGGED, over groups whose rewards differ.
+        sample: (E, n) advantages of evenly spaced batches.
+        steps: the first and the last.
+    """
+
+    rollouts: Rollouts
+    names: list[str]
+    keywords: Named
+    refused: dict[str, str]
+    statistics: Statistics
+    difference: dict[str, float]
+    reactions: list[Reaction]
+    sample: Tensor
+    groups: list[Group]
+    steps: tuple[int, int]
+
+    @property
+    def same(self) -> list[str]:
+        """The estimators whose advantages are those that the run trained on, closest first."""
+        found = [name for name, difference in self.difference.items() if difference <= SAME]
+        return sorted(found, key=self.difference.__getitem__)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Every number as one row: statistic, estimator, versus (another estimator), reward, task, value."""
+        s = self.statistics
+        rows = [_row("dead_groups", e, value) for e, value in self._each(s.dead())]
+        rows += [_row("zero_advantages", e, value) for e, value in self._each(s.zero())]
+        rows += [_row("effective_samples", e, value) for e, value in self._each(s.effective())]
+        rows += [_row("mean_abs", e, value) for e, value in self._each(s.mean_size())]
+        rows += [_row("rms", e, value) for e, value in self._each(s.rms())]
+        rows += [_row("difference_to_logged", e, value) for e, value in self.difference.items()]
+        for statistic, matrix in (("rank_correlation", s.correlation()), ("sign_flips", s.flips())):
+            for e, line in self._each(matrix):
+                rows += [_row(statistic, e, value, versus=f) for f, value in self._each(line) if f != e]
+        for e, shares in self._each(s.reward_share()):
+            shares = dict(zip(s.names, shares.tolist(), strict=True))
+            rows += [_row("share_of_size", e, value, reward=name) for name, value in shares.items()]
+        for task, shares in s.task_share().items():
+            rows += [_row("share_of_size", e, value, task=task) for e, value in self._each(shares)]
+        rows += [_row("zero_spread", "", value, reward=name) for name, value in s.flat_share().items()]
+        for reaction in self.reactions:
+            rows.append(_row("rescaled_size", reaction.estimator, reaction.size, reward=reaction.reward))
+            rows.append(_row("rescaled_cosine", reaction.estimator, reaction.cosine, reward=reaction.reward))
+        return rows
+
+    def _each(self, values: Tensor) -> list[tuple[str, Any]]:
+        return [(name, value if value.dim() else value.item()) for name, value in zip(self.names, values, strict=True)]
+
+
+def _row(statistic: str, estimator: str, value: float, **where: str) -> dict[str, Any]:
+    return {"statistic": statistic, "estimator": estimator, "versus": "", "reward": "", "task": "", **where} | {
+        "value": float(value)
+    }

@@ -1,0 +1,115 @@
+"""The report in a real browser: Playwright drives the system's Chromium."""
+
+import shutil
+
+import pytest
+
+from grpo_plus.compare import Rollouts, replay, write_replay
+from tests.compare.logs import write_rewards
+from tests.compare.test_report import hostile_log
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (the extra dev has it)")
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (apt-get install chromium)")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """Every estimator, long names, tasks, and completions that try to be more than text."""
+    folder = tmp_path_factory.mktemp("mit Leerzeichen 結果")
+    hostile_log(folder)
+    long = {"prompt": ["x" * 3000] * 2 + ["y"] * 2, "task": ["a" * 60] * 2 + ["b"] * 2}
+    write_rewards(folder, 2, {"<i>$r$": [1.0, 0.5, 0.5, 0.0], "b": [0.0, 0.0, 0.25, 1.0]}, advantage=[0.0] * 4, **long)
+    return write_replay(replay(Rollouts(folder)), folder)[0]
+
+
+@pytest.fixture
+def open_page(browser, report):
+    """Opens the report and collects what the browser complains about, and what the page asks the network for."""
+    contexts = []
+
+    def open_it(width, scheme="light"):
+        context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
+        contexts.append(context)
+        page = context.new_page()
+        page.complaints, page.requested = [], []
+        page.on("console", lambda message: page.complaints.append(message.text))
+        page.on("pageerror", lambda error: page.complaints.append(str(error)))
+        page.on("dialog", lambda dialog: (page.complaints.append("dialog"), dialog.dismiss()))
+        page.on("request", lambda request: page.requested.append(request.url))
+        page.goto(report.as_uri())
+        return page
+
+    yield open_it
+    for context in contexts:
+        context.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 400])
+def test_it_opens_without_complaint_and_without_scrolling_sideways(open_page, report, width, scheme):
+    page = open_page(width, scheme)
+    for details in page.locator("details").all():
+        details.evaluate("element => element.open = true")
+    assert page.complaints == []
+    assert page.requested == [report.as_uri()]
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    ends = "[...document.querySelectorAll('main *')].map(e => e.getBoundingClientRect()).map(r => r.right)"
+    assert page.evaluate(f"Math.max(...{ends})") <= width
+
+
+def test_every_figure_is_drawn(open_page):
+    page = open_page(400)
+    figures = page.locator("figure svg")
+    assert figures.count() >= 8
+    for figure in figures.all():
+        box = figure.bounding_box()
+        assert box["width"] > 300
+        assert box["height"] > 60
+        assert figure.locator("path, rect").count() > 3
+        # The matrices' cells hold the smallest: 6 points of 3.8 inches, on a screen that shows the whole width.
+        heights = figure.evaluate(
+            "svg => [...svg.querySelectorAll('text')].map(t => parseFloat(getComputedStyle(t).fontSize))"
+            ".map(size => size * svg.getBoundingClientRect().width / svg.viewBox.baseVal.width)"
+        )
+        assert min(heights) > 7
+
+
+def test_markup_in_completions_stays_text(open_page):
+    page = open_page(1280)
+    shown = page.locator("pre").all_inner_texts()
+    assert any("</pre><script>alert(1)</script><img src=x onerror=alert(2)>" in text for text in shown)
+    assert page.locator("script, img, i, b").count() == 0
+
+
+def test_dark_is_dark(open_page):
+    brightness = {}
+    for scheme in ("light", "dark"):
+        page = open_page(1280, scheme)
+        colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        ink = page.evaluate("getComputedStyle(document.querySelector('figure text')).fill")
+        brightness[scheme] = [sum(map(int, text[4:-1].split(","))) for text in (colour, ink)]
+    assert brightness["light"][0] > 700 > 200 > brightness["light"][1]
+    assert brightness["dark"][0] < 200 < 600 < brightness["dark"][1]
+
+
+def test_the_keyboard_reaches_everything_that_does_something(open_page):
+    page = open_page(1280)
+    wanted = page.locator("a[href], summary, [tabindex='0']").count()
+    reached = set()
+    for _ in range(wanted + 5):
+        page.keyboard.press("Tab")
+        reached.add(page.evaluate("[...document.querySelectorAll('*')].indexOf(document.activeElement)"))
+    assert len(reached) >= wanted
+    summary = page.locator("summary").first
+    summary.focus()
+    page.keyboard.press("Enter")
+    assert summary.evaluate("element => element.parentElement.open")
