@@ -42,7 +42,7 @@ from grpo_plus.sampling import (
 
 TESTED_TRL = SpecifierSet(">=1.15,<1.17")
 
-# Fingerprinted for each tested version. The first eight are overridden. Of the others the seam assumes what they do:
+# Fingerprinted for each tested version. The first nine are overridden. Of the others the seam assumes what they do:
 # `log` writes the advantages out, `_log_completion_extra` keeps the columns of a reward function.
 RELIED_ON = (
     "_calculate_rewards",
@@ -53,6 +53,7 @@ RELIED_ON = (
     "_load_from_checkpoint",
     "_get_per_token_logps_and_entropies",
     "_prepare_inputs",
+    "_generate_single_turn",
     "log",
     "_log_completion_extra",
 )
@@ -289,6 +290,24 @@ class TRLSeam(Hooks, GRPOTrainer):
         if not any(pairs):
             return None
         return [pair and pair[0] for pair in pairs], [pair and pair[1] for pair in pairs]
+
+    def _generate_single_turn(
+        self,
+        prompt_ids: list[list[int]],
+        images: list | None,
+        multimodal_fields: dict[str, Any],
+        num_generations: int,
+        has_tool_images: bool = False,
+    ) -> tuple[list[list[int]], list | None]:
+        generate = super()._generate_single_turn
+        size = self.generation_chunk_size
+        if size is None or images or multimodal_fields:  # images are not laid out by row
+            return generate(prompt_ids, images, multimodal_fields, num_generations, has_tool_images)
+        completion_ids: list[list[int]] = []
+        for start in range(0, len(prompt_ids), size):
+            part, _ = generate(prompt_ids[start : start + size], images, multimodal_fields, num_generations)
+            completion_ids += part
+        return completion_ids, None
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         before = self._buffered_inputs

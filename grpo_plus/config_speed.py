@@ -19,11 +19,25 @@ def check_speed(config: GRPOConfig) -> None:
         )
     if config.logprob_backend == "torch":
         _check_single_pass(config)
+    _check_chunks(config)
     reason = why_not_skip(config)
     if config.skip_zero_advantage and reason is not None:
         raise ValueError(
             f"skip_zero_advantage=True would change the gradients: {reason}. Change that, or leave "
             "skip_zero_advantage unset, which skips whenever it is exact."
+        )
+
+
+def _check_chunks(config: GRPOConfig) -> None:
+    size = config.generation_chunk_size
+    if size is None:
+        return
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise ValueError(f"generation_chunk_size={size!r} must be a whole number of rows, 1 or more, or unset.")
+    if config.use_vllm or config.use_transformers_continuous_batching or config.use_transformers_paged:
+        raise ValueError(
+            f"generation_chunk_size={size} is for transformers' plain generation; vLLM and continuous batching size "
+            "their batches themselves. Leave it unset."
         )
 
 

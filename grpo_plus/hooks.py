@@ -49,6 +49,11 @@ class Hooks:
         """
         return without_spread(rewards)
 
+    @property
+    def generation_chunk_size(self) -> int | None:
+        """Rows that transformers generates for at a time; None: all of the generation batch."""
+        return None
+
     def estimate_advantages(self, rewards: Rewards) -> Tensor | None:
         """Advantages of one generation batch.
 

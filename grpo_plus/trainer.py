@@ -87,6 +87,11 @@ class GRPOPlusTrainer(SpeedUps):
         """The configuration's `max_refills`."""
         return self.plus.max_refills if self.plus is not None else 0
 
+    @property
+    def generation_chunk_size(self) -> int | None:
+        """The configuration's `generation_chunk_size`."""
+        return self.plus.generation_chunk_size if self.plus is not None else None
+
     def dead_groups(self, rewards: Rewards) -> Tensor:
         """The groups whose advantages are all 0; those of equal rewards where TRL's own hold rounding instead of 0."""
         # Only the batch that is trained on may move the state.

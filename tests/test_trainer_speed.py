@@ -35,6 +35,8 @@ def trainer(output_dir, adapter=None, **config) -> GRPOPlusTrainer:
         ({"skip_zero_advantage": True, "entropy_coef": 0.1}, "the entropy bonus is a mean over the micro-batch"),
         ({"skip_zero_advantage": True, "top_entropy_quantile": 0.5}, "top_entropy_quantile=0.5 compares the tokens"),
         ({"skip_zero_advantage": True, "loss_type": "kl_to_old"}, "under loss_type='kl_to_old' a completion"),
+        ({"generation_chunk_size": 0}, "generation_chunk_size=0 must be a whole number of rows, 1 or more"),
+        ({"generation_chunk_size": 4, "use_transformers_continuous_batching": True}, "size their batches themselves"),
         ({"logprob_backend": "torch", "packing": "none"}, "packing='none'. Set packing='auto'"),
         ({"logprob_backend": "torch", "entropy_coef": 0.1}, "no gradient of the entropy"),
         ({"logprob_backend": "torch", "cast_lm_head_to_fp32": True}, "the head that cast_lm_head_to_fp32=True makes"),
@@ -147,6 +149,30 @@ def test_the_log_shows_what_was_saved(tmp_path):
         # One row goes through where there is none with an advantage.
         assert entry["packing/live_fraction"] == pytest.approx(max(1 - entry["advantages/frac_zero"], 1 / 8))
         assert entry["packing/token_ratio"] >= 1 / entry["packing/live_fraction"]
+
+
+def test_generation_in_chunks_gives_the_same_greedy_completions(tmp_path):
+    rows = []
+
+    class Spy(GRPOPlusTrainer):
+        def _generate_single_turn(self, prompt_ids, *args, **kwargs):
+            completions, logprobs = super()._generate_single_turn(prompt_ids, *args, **kwargs)
+            completed.append(completions)
+            return completions, logprobs
+
+    completed: list[list[list[int]]] = []
+    config = {"generation_kwargs": {"do_sample": False}, "max_steps": 1}
+    for size in (None, 3):
+        made = make_trainer(
+            tmp_path, trainer_class=Spy, config_class=GRPOPlusConfig, generation_chunk_size=size, **config
+        )
+        generate = made.model.generate
+        made.model.generate = lambda *args, generate=generate, **kwargs: (
+            rows.append(len(kwargs["input_ids"])) or generate(*args, **kwargs)
+        )
+        made.train()
+    assert rows == [8, 3, 3, 2]
+    assert completed[0] == completed[1]
 
 
 def test_completions_of_a_prompt_meet_in_one_micro_batch(tmp_path):
