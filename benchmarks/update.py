@@ -56,16 +56,19 @@ def main() -> None:
         shape, variant, side = args.case
         print(json.dumps(_case(_shape(shape), variant, side, args.device, args.repeats)))
         return
-    rows = [_row(shape, variant, args) for shape in args.shapes for variant in args.variants]
+    cases = [(shape, variant) for shape in args.shapes for variant in args.variants]
     if args.variants == VARIANTS:
-        rows.append(_row((512, 256, 8), "dead", args))
-    summary = {
-        "command": "python -m benchmarks.update " + " ".join(sys.argv[1:]),
-        "machine": describe() | {"load": round(os.getloadavg()[0], 1), "threads": args.threads, "device": _name(args)},
-        "rows": rows,
-    }
+        cases.append(((512, 256, 8), "dead"))
     path = RESULTS / f"update_{args.device}.json"
-    path.write_text(json.dumps(summary, indent=1) + "\n")
+    rows: list[dict[str, Any]] = []
+    for shape, variant in cases:
+        rows.append(_row(shape, variant, args) | {"load": round(os.getloadavg()[0], 1)})
+        summary = {
+            "command": "python -m benchmarks.update " + " ".join(sys.argv[1:]),
+            "machine": describe() | {"threads": args.threads, "device": _name(args)},
+            "rows": rows,
+        }
+        path.write_text(json.dumps(summary, indent=1) + "\n")  # after each: a run that is stopped loses nothing
     print(f"written to {path}")
 
 

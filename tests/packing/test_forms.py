@@ -17,7 +17,8 @@ from tests.close import assert_close
 from tests.packing.models import CONFIGS, HYBRIDS, OWN_ATTENTION, tiny
 from tests.packing.rows import COMPLETION, gradients, padded_batch, padded_output, rows_alone, rows_padded
 
-SEGMENTED = [name for name in CONFIGS if name not in HYBRIDS + OWN_ATTENTION]
+# PhiMoE tells its window to the mask alone; test_packer.py sees it take the cache.
+SEGMENTED = [name for name in CONFIGS if name not in (*HYBRIDS, *OWN_ATTENTION, "phimoe")]
 
 
 def in_form(model, form, ids, mask):
