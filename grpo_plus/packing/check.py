@@ -59,9 +59,12 @@ def choose(
     probes = _probes(groups)
     floor, ceiling, gradient_limit = LIMITS[_full_precision(model)]
     install_packed_forward(model)
-    with torch.no_grad():
-        padded = _plain_rows(probes, padded_logps, model.device, PADDING)
-    truth, gradients = _with_gradient(model, gradient, lambda: _plain_rows(probes, padded_logps, model.device, 0))
+    try:
+        with torch.no_grad():
+            padded = _plain_rows(probes, padded_logps, model.device, PADDING)
+        truth, gradients = _with_gradient(model, gradient, lambda: _plain_rows(probes, padded_logps, model.device, 0))
+    except FAILURES as failure:
+        return Verdict(None, (f"the self-check failed on plain rows: {type(failure).__name__}: {failure}",))
     allowed = min(max(NOISE_FACTOR * _rms(padded - truth), floor), ceiling)
     reasons: list[str] = []
     for form in forms:

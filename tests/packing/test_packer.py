@@ -97,6 +97,13 @@ def test_rows_stay_padded_with_a_warning_where_no_form_is_exact():
         assert chosen.logps(model, model, PaddedRows(ids, mask, COMPLETION), padded(model)) is None
 
 
+def test_a_model_that_the_check_cannot_judge_stays_padded():
+    model = tiny("llama")
+    model.get_input_embeddings = lambda: torch.nn.Identity()  # nothing passes through it
+    with pytest.warns(UserWarning, match="rows stay padded. the self-check failed on plain rows: RuntimeError"):
+        assert packed(model)[1] is None
+
+
 def test_an_explicit_form_that_is_not_exact_is_an_error():
     with pytest.raises(ValueError, match="packing='shared_prompt' cannot be exact here.*LlamaForCausalLM"):
         packed(forgetful(), "shared_prompt")
