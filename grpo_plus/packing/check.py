@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -33,9 +34,10 @@ PaddedLogps = Callable[[Tensor, Tensor, int], Tensor]  # input_ids, attention_ma
 
 @dataclass(frozen=True)
 class Verdict:
-    """The form that passed, None if none did; and why those before it did not."""
+    """The form that passed, None if none did, with its head, None for the model's own; and why others did not."""
 
     form: Form | None
+    head: Head | None
     reasons: tuple[str, ...]
 
 
@@ -44,11 +46,11 @@ def choose(
     model: PreTrainedModel,
     groups: Sequence[Group],
     padded_logps: PaddedLogps,
-    head: Head | None,
+    heads: Sequence[Head | None],
     *,
     gradient: bool,
 ) -> Verdict:
-    """The first form that is exact on this model.
+    """The first form that is exact on this model, with the first of the heads that lets one be.
 
     Args:
         model: the base model, without wrappers.
@@ -64,23 +66,24 @@ def choose(
             padded = _plain_rows(probes, padded_logps, model.device, PADDING)
         truth, gradients = _with_gradient(model, gradient, lambda: _plain_rows(probes, padded_logps, model.device, 0))
     except FAILURES as failure:
-        return Verdict(None, (f"the self-check failed on plain rows: {type(failure).__name__}: {failure}",))
+        return Verdict(None, None, (f"the self-check failed on plain rows: {type(failure).__name__}: {failure}",))
     allowed = min(max(NOISE_FACTOR * _rms(padded - truth), floor), ceiling)
     reasons: list[str] = []
-    for form in forms:
+    for head, form in product(heads, forms):
+        name = f"{'with the single-pass head, ' if head else ''}{form.name} ({form.detail})"
         try:
             logps, found = _with_gradient(model, gradient, partial(_in_form, form, probes, head, model))
         except FAILURES as failure:
-            reasons.append(f"{form.name} ({form.detail}) failed: {type(failure).__name__}: {failure}")
+            reasons.append(f"{name} failed: {type(failure).__name__}: {failure}")
             continue
         error, gradient_error = _rms(logps - truth), _relative(found, gradients)
         if error <= allowed and gradient_error <= gradient_limit:
-            return Verdict(form, tuple(reasons))
+            return Verdict(form, head, tuple(reasons))
         reasons.append(
-            f"{form.name} ({form.detail}) is not exact on {type(model).__name__}: log-probabilities differ by "
-            f"{error:.1e} (allowed {allowed:.1e}), gradients by {gradient_error:.1e}"
+            f"{name} is not exact on {type(model).__name__}: log-probabilities differ by {error:.1e} (allowed "
+            f"{allowed:.1e}), gradients by {gradient_error:.1e}"
         )
-    return Verdict(None, tuple(reasons))
+    return Verdict(None, None, tuple(reasons))
 
 
 def _probes(groups: Sequence[Group]) -> list[Group]:
@@ -104,8 +107,7 @@ def _plain_rows(probes: Sequence[Group], padded_logps: PaddedLogps, device: torc
 
 
 def _in_form(form: Form, probes: Sequence[Group], head: Head | None, model: PreTrainedModel) -> Tensor:
-    groups = probes if form.share else [Group(g.prompt, (0,), (c,)) for g in probes for c in g.completions]
-    logps, _ = model(packed=lambda base, forward: form.run(groups, head, base, forward))
+    logps, _ = model(packed=partial(form.run, form.arrange(probes), head))
     return logps
 
 
@@ -116,11 +118,13 @@ def _with_gradient(
     if not wanted:
         with torch.no_grad():
             return forward(), None
-    with torch.enable_grad(), _embedded(model) as calls:
-        logps = forward()
-        weights = torch.arange(len(logps), device=logps.device, dtype=logps.dtype).cos()  # no two rows alike
-        gradients = torch.autograd.grad((logps * weights).sum(), [leaf for _, leaf in calls])
-    forget_prompts()
+    try:
+        with torch.enable_grad(), _embedded(model) as calls:
+            logps = forward()
+            weights = torch.arange(len(logps), device=logps.device, dtype=logps.dtype).cos()  # no two rows alike
+            gradients = torch.autograd.grad((logps * weights).sum(), [leaf for _, leaf in calls])
+    finally:
+        forget_prompts()
     ids = torch.cat([ids.flatten() for ids, _ in calls])
     return logps.detach(), (ids, torch.cat([gradient.flatten(0, -2) for gradient in gradients]).float())
 

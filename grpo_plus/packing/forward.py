@@ -4,6 +4,7 @@ A form turns groups of rows into calls of the model and returns one value per sc
 *inside* the outermost module's forward (DDP, mixed precision), handed in by `model(packed=call)`.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import wraps
@@ -26,6 +27,8 @@ PackedCall = Callable[[PreTrainedModel, Callable[..., Any]], Logps]
 def install_packed_forward(model: PreTrainedModel) -> None:
     """Let `model(packed=call)` run `call(model, forward)` in place of its forward, as TRL's fused head is added."""
     before = model.forward
+    if "packed" in inspect.signature(before, follow_wrapped=False).parameters:
+        return  # another trainer has had this model
 
     @wraps(before)
     def packed_forward(self: PreTrainedModel, *args: Any, packed: PackedCall | None = None, **kwargs: Any) -> Any:
@@ -51,6 +54,10 @@ class Form:
     share: bool
     run: Callable[[Sequence[Group], Head | None, PreTrainedModel, Callable[..., Any]], Logps]
     tokens: Callable[[Sequence[Group]], int]
+
+    def arrange(self, groups: Sequence[Group]) -> list[Group]:
+        """The groups as `run` and `tokens` take them."""
+        return list(groups) if self.share else [row for group in groups for row in group.apart()]
 
 
 def _run_segments(

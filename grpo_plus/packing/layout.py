@@ -36,6 +36,10 @@ class Group:
         """Tokens to forward when the prompt is shared."""
         return len(self.prompt) - 1 + sum(map(len, self.completions))
 
+    def apart(self) -> "list[Group]":
+        """Each row as a group of its own, with the prompt to itself."""
+        return [Group(self.prompt, (row,), (c,)) for row, c in zip(self.rows, self.completions, strict=True)]
+
     def continuation(self, index: int) -> Tensor:
         """(c,) inputs that predict completion `index`: the prompt's last token, then all but its own last."""
         return torch.cat([self.prompt[-1:], self.completions[index][:-1]])
@@ -86,16 +90,14 @@ def group_rows(
     completion_length: int,
     *,
     rows: Iterable[int] | None = None,
-    share: bool = True,
 ) -> list[Group] | None:
-    """Groups of the rows that have something to score, in order of first appearance.
+    """Groups, by equal prompts, of the rows that have something to score, in order of first appearance.
 
     Args:
         input_ids: (B, L) prompts padded on the left, completions on the right.
         attention_mask: (B, L), 0 at padding.
         completion_length: the last T columns are completions.
         rows: the ones to take; None: all.
-        share: whether rows of equal prompts go into one group; otherwise each row is a group.
 
     Returns:
         None where a row with something to score has no prompt token to score its first token from.
@@ -110,15 +112,8 @@ def group_rows(
             continue
         if len(prompt) == 0:
             return None
-        key = tuple(prompt.tolist()) if share else (row,)
-        found.setdefault(key, []).append((row, completion))
-    return [_group(input_ids, mask, prompt_length, members) for members in found.values()]
-
-
-def _group(input_ids: Tensor, mask: Tensor, prompt_length: int, members: list[tuple[int, Tensor]]) -> Group:
-    rows, completions = zip(*members, strict=True)
-    prompt = input_ids[rows[0], :prompt_length][mask[rows[0], :prompt_length]]
-    return Group(prompt, rows, completions)
+        found.setdefault(tuple(prompt.tolist()), []).append((row, completion))
+    return [Group(torch.tensor(prompt), *zip(*members, strict=True)) for prompt, members in found.items()]
 
 
 def pack(groups: Sequence[Group]) -> PackedRow:

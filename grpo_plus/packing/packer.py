@@ -131,13 +131,9 @@ class Packer:
         if rows.input_ids.shape[1] > rescaled_from(base):
             warnings.warn(LONG_ROWS, stacklevel=2)
             return None
-        groups = group_rows(
-            rows.input_ids,
-            rows.attention_mask,
-            rows.completion_length,
-            rows=rows.live,
-            share=self.packing != "padding_free",
-        )
+        if base in self._choices and self._choices[base] is None:  # before the rows are laid out for nothing
+            return None
+        groups = group_rows(rows.input_ids, rows.attention_mask, rows.completion_length, rows=rows.live)
         if not groups:
             return None
         if base not in self._choices:
@@ -146,7 +142,7 @@ class Packer:
         if choice is None:
             return None
         form = choice.form
-        groups = groups if form.share else [one for group in groups for one in _apart(group)]
+        groups = form.arrange(groups)
         parts = [_call(model, choice, chunk) for chunk in _chunks(groups, form, max_tokens)]
         logps, entropies = (torch.cat(part) for part in zip(*parts, strict=True))
         return Packed(
@@ -169,17 +165,12 @@ class Packer:
         self, base: PreTrainedModel, groups: Sequence[Group], padded_logps: PaddedLogps, rows: PaddedRows
     ) -> Choice | None:
         forms, reasons = candidates(self.packing, base, self.no_segments)
-        head = self.head if self.head is not None and why_not_single_pass(base) is None else None
+        heads = [self.head, None] if self.head is not None and why_not_single_pass(base) is None else [None]
         with _without_dropout(base):
-            check = partial(choose, forms, base, groups, padded_logps, gradient=self.gradient_check)
-            verdict = check(head)
-            if verdict.form is None and head is not None:
-                refused, head = [f"with the single-pass head, {reason}" for reason in verdict.reasons], None
-                if self.insist_on_head:
-                    warnings.warn(f"logprob_backend: the model's fused head. {'; '.join(refused)}.", stacklevel=2)
-                reasons += refused
-                verdict = check(None)
-        reasons = [*reasons, *verdict.reasons]
+            verdict = choose(forms, base, groups, padded_logps, heads, gradient=self.gradient_check)
+        if self.insist_on_head and verdict.head is not heads[0]:
+            warnings.warn(f"logprob_backend: the model's fused head. {'; '.join(verdict.reasons)}.", stacklevel=2)
+        reasons += verdict.reasons
         if verdict.form not in (SEGMENTS, PADDING_FREE):
             uninstall_segments(base)
         if verdict.form is None and self.packing != "auto":
@@ -190,8 +181,8 @@ class Packer:
         if verdict.form is None:
             warnings.warn(f"packing: none, rows stay padded. {'; '.join(reasons)}.", stacklevel=2)
             return None
-        choice = Choice(verdict.form, head)
-        ratio = rows.input_ids.numel() / choice.form.tokens(groups)
+        choice = Choice(verdict.form, verdict.head)
+        ratio = rows.input_ids.numel() / choice.form.tokens(choice.form.arrange(groups))
         parts = [f"packing: {choice.description}, {ratio:.1f}x fewer tokens in the first rows", self.note]
         logger.info("; ".join(part for part in parts if part))
         for reason in reasons:
@@ -301,10 +292,6 @@ def _without_dropout(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def _apart(group: Group) -> list[Group]:
-    return [Group(group.prompt, (row,), (c,)) for row, c in zip(group.rows, group.completions, strict=True)]
 
 
 def _chunks(groups: Sequence[Group], form: Form, max_tokens: int | None) -> Iterator[list[Group]]:

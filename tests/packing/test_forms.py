@@ -22,7 +22,7 @@ SEGMENTED = [name for name in CONFIGS if name not in (*HYBRIDS, *OWN_ATTENTION, 
 
 
 def in_form(model, form, ids, mask):
-    groups = group_rows(ids, mask, COMPLETION, share=form.share)
+    groups = form.arrange(group_rows(ids, mask, COMPLETION))
     logps, entropies = model(packed=partial(form.run, groups, None))
     zeros = torch.zeros(len(ids), COMPLETION)
     return unpack(logps, groups, zeros), unpack(entropies, groups, zeros)

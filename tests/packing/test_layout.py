@@ -23,10 +23,15 @@ def batches(draw):
     return ids, mask
 
 
+def grouped(ids, mask, share):
+    groups = group_rows(ids, mask, T)
+    return groups if share else [row for group in groups for row in group.apart()]
+
+
 @given(batches(), st.booleans())
 def test_every_scored_token_comes_back_to_its_place(batch, share):
     ids, mask = batch
-    groups = group_rows(ids, mask, T, share=share)
+    groups = grouped(ids, mask, share)
     filled = torch.full((len(ids), T), -1)
     if not groups:
         assert not mask[:, P:].any()
@@ -58,7 +63,7 @@ def test_each_token_is_predicted_from_its_own_row(batch):
 @given(batches())
 def test_sharing_costs_a_copy_of_the_last_prompt_token_less_per_row(batch):
     ids, mask = batch
-    apart, together = (group_rows(ids, mask, T, share=share) for share in (False, True))
+    apart, together = (grouped(ids, mask, share) for share in (False, True))
     saved = sum(group.tokens for group in apart) - sum(group.tokens for group in together)
     assert saved == sum((len(group.rows) - 1) * (len(group.prompt) - 1) for group in together)
     assert pack(together).input_ids.numel() == sum(g.tokens for g in together) if together else True

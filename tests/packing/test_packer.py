@@ -249,6 +249,20 @@ def test_dropout_is_not_shared():
     assert all(module.training for module in with_module.modules())
 
 
+def test_the_line_counts_the_tokens_of_the_form_that_was_chosen(caplog):
+    with caplog.at_level(logging.INFO, "grpo_plus"):
+        _, result = packed(tiny("llama", attention_dropout=0.1))
+    assert f"packing: padding_free (segment attention), {9 * 40 / result.tokens:.1f}x fewer tokens" in caplog.text
+
+
+def test_a_model_of_an_earlier_trainer_is_installed_once():
+    model = tiny("llama")
+    packed(model)
+    installed = model.forward
+    packed(model)
+    assert model.forward.__func__ is installed.__func__
+
+
 def test_rows_in_chunks_give_what_they_give_together():
     model = tiny("llama")
     together = packed(model)[1]
