@@ -37,7 +37,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", SHAPE),
     "qwen3": ("Qwen3Config", SHAPE),
     "mistral": ("MistralConfig", SHAPE | {"sliding_window": WINDOW}),
-    "gemma2": ("Gemma2Config", SHAPE | {"sliding_window": WINDOW}),
+    "gemma2": ("Gemma2Config", SHAPE | {"sliding_window": WINDOW, "final_logit_softcapping": 0.1}),
     "gemma3": ("Gemma3TextConfig", SHAPE | {"num_hidden_layers": 6, "sliding_window": WINDOW}),
     "gpt_oss": (
         "GptOssConfig",
