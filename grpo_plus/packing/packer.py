@@ -12,13 +12,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils import is_peft_available
 
 from grpo_plus.packing.attention import uninstall_segments, why_not_segments
 from grpo_plus.packing.check import PaddedLogps, choose
 from grpo_plus.packing.forward import CACHED, PADDING_FREE, SEGMENTS, Form, Head
 from grpo_plus.packing.head import why_not_single_pass
 from grpo_plus.packing.layout import Group, group_rows, unpack
+from grpo_plus.qlora.precision import has_adapters
 
 logger = logging.getLogger("grpo_plus")
 
@@ -218,21 +218,13 @@ def _imputed(rows: PaddedRows, entropies: Tensor) -> Tensor:
 
 def base_model(model: Any) -> PreTrainedModel:
     """The model inside a PEFT one."""
-    inner: PreTrainedModel = model.get_base_model() if _is_peft(model) else model
+    inner: PreTrainedModel = model.get_base_model() if has_adapters(model) else model
     return inner
-
-
-def _is_peft(model: Any) -> bool:
-    if not is_peft_available():
-        return False
-    from peft import PeftModel
-
-    return isinstance(model, PeftModel)
 
 
 def why_not_packed(model: Any) -> str | None:
     """Why the rows of a model, PEFT included, must stay as they are; None where nothing is known against packing."""
-    for config in model.peft_config.values() if _is_peft(model) else ():
+    for config in model.peft_config.values() if has_adapters(model) else ():
         if config.is_prompt_learning:
             return "prompt-learning PEFT puts tokens of its own before every row"
         if getattr(config, "alora_invocation_tokens", None) is not None or config.peft_type in READS_ROWS:

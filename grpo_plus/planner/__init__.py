@@ -6,15 +6,17 @@
     if not planned.fits(parse_bytes("12GB")):
         print(advise(shape, parse_bytes("12GB"), planned.run).text())
 
-`shapes` reads what the model is made of, `run` holds the settings of a run, `memory` the arithmetic, `constants` what
-had to be measured or assumed, `advise` what to change. One GPU, generation by transformers.
+`config_file` and `families` read what a model is made of; `run` holds the settings of a run, `memory` the
+arithmetic, `constants` what had to be measured or assumed, `advise` what to change. One GPU, transformers generates.
 """
 
 from grpo_plus.planner.advise import Advice, Suggestion, advise, largest
+from grpo_plus.planner.config_file import load_shape, read_config
 from grpo_plus.planner.constants import Constants, load_constants
+from grpo_plus.planner.families import shape_of
 from grpo_plus.planner.memory import MemoryPlan, plan
 from grpo_plus.planner.run import QLORA, Run, parse_bytes
-from grpo_plus.planner.shapes import ModelShape, load_shape, read_config, shape_of
+from grpo_plus.planner.shapes import ModelShape
 
 __all__ = [
     "QLORA",

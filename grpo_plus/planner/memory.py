@@ -8,9 +8,19 @@ the causes are alive together. The facts behind the formulas were read in, or me
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from grpo_plus.planner.activations import (
+    attention_activations,
+    backward_activations,
+    forward_activations,
+    forwarded_tokens,
+    layer_activations,
+    mask_bytes,
+    row_masks,
+    weight_copies,
+)
 from grpo_plus.planner.constants import GIB, Constants
-from grpo_plus.planner.run import OPTIMIZERS, Run
-from grpo_plus.planner.shapes import Layer, Linear, ModelShape
+from grpo_plus.planner.run import FULL, MIXED, OPTIMIZERS, Run
+from grpo_plus.planner.shapes import Layer, ModelShape
 
 PHASES = ("load", "generate", "score", "update", "optimizer")
 Bytes = dict[str, float]
@@ -18,8 +28,6 @@ Bytes = dict[str, float]
 # Bytes of a weight in nf4: half a byte, and a scale per block of 64: float32, or 8 bits with a float32 per 256 of them.
 NF4 = 0.5 + 4 / 64
 NF4_NESTED = 0.5 + 1 / 64 + 4 / (64 * 256)
-MIXED = 2  # bytes of an element under autocast, in either half precision
-FULL = 4  # float32
 
 
 @dataclass(frozen=True)
@@ -122,11 +130,11 @@ def generation_bytes(shape: ModelShape, run: Run, constants: Constants) -> Bytes
     rows, prompt, total = run.generated_at_once, run.prompt_length, run.prompt_length + run.max_completion_length
     full = run.weight_size
     # PEFT generates outside autocast. Inside, rotary embeddings in float32 still widen the keys, not the values.
-    values = full if run.lora_r or not run.bf16 else MIXED
+    values = full if run.lora_r or not run.autocast else MIXED
     cache = {length: _cache_elements(shape, length) * rows * (full + values) / 2 for length in (prompt, total)}
     states = sum(layer.state for layer in shape.layers) * rows * FULL
     prefill = max(forward_activations(shape, layer, run, full) for layer in shape.layers) * rows * prompt
-    prefill += _mask_bytes(shape, rows, prompt, full)
+    prefill += mask_bytes(shape, rows, prompt, full)
     last = max((layer.keys * _visible(layer, total) for layer in shape.layers), default=0) * rows * full
     logits = rows * shape.vocab * (full + constants.sampling_copies * FULL)
     if cache[prompt] + prefill > cache[total] + last + logits:
@@ -146,22 +154,15 @@ def _cache_elements(shape: ModelShape, length: int) -> int:
 
 def scoring_bytes(shape: ModelShape, run: Run, constants: Constants) -> Bytes:
     """Log-probabilities without gradients, of a micro-batch at a time."""
-    tokens, scored = _tokens(run), run.per_device_train_batch_size * run.max_completion_length
-    size = MIXED if run.bf16 else run.weight_size
+    tokens, scored = forwarded_tokens(run), run.per_device_train_batch_size * run.max_completion_length
+    size = MIXED if run.autocast else run.weight_size
     layer = max(forward_activations(shape, layer, run, size) for layer in shape.layers) * tokens
-    layer += _masks(shape, run, size)
+    layer += row_masks(shape, run, size)
     final = tokens * shape.hidden * (run.weight_size + FULL)
     head = _tile(shape, run, scored, constants) + scored * shape.hidden * run.weight_size
     if layer > final + head:
         return {"activations": layer}
     return {"activations": final, "logits": head}
-
-
-def forward_activations(shape: ModelShape, layer: Layer, run: Run, size: int) -> float:
-    """Bytes per token alive at a time in one layer without gradients: its attention or its MLP, and the residual."""
-    attention = (4 * layer.query + 2 * layer.keys + 2 * layer.mixer) * size
-    feed_forward = (3 * layer.feed_forward + layer.routed * shape.hidden) * size
-    return 2 * shape.hidden * run.weight_size + max(attention, feed_forward)
 
 
 def update_bytes(shape: ModelShape, run: Run, constants: Constants) -> Bytes:
@@ -170,7 +171,7 @@ def update_bytes(shape: ModelShape, run: Run, constants: Constants) -> Bytes:
     With checkpointing, every layer's input lives until one layer after the other is computed again; without, all that
     the layers save. The head's tiles are gone before the first layer's backward, so the larger of the two counts.
     """
-    tokens, scored = _tokens(run), run.per_device_train_batch_size * run.max_completion_length
+    tokens, scored = forwarded_tokens(run), run.per_device_train_batch_size * run.max_completion_length
     inputs = len(shape.layers) * tokens * shape.hidden * run.weight_size
     saved = [tokens * layer_activations(shape, layer, run) * constants.activations
              + attention_activations(shape, layer, run) + weight_copies(shape, layer, run)
@@ -178,114 +179,17 @@ def update_bytes(shape: ModelShape, run: Run, constants: Constants) -> Bytes:
     backward = max(tokens * backward_activations(shape, layer, run) for layer in shape.layers) + _dequantized(
         shape, run
     )
-    masks = _masks(shape, run, MIXED if run.bf16 else run.weight_size)
+    masks = row_masks(shape, run, MIXED if run.autocast else run.weight_size)
     kept = inputs + masks if run.gradient_checkpointing else sum(saved) + masks
     layer = (max(saved) if run.gradient_checkpointing else 0) + backward + tokens * shape.hidden * run.weight_size
     final = tokens * shape.hidden * (FULL + 2 * run.weight_size)
     head = final + _head_backward(shape, run, scored, constants)
-    if run.lora_r is None and run.weight_size == FULL and run.bf16:
+    if run.lora_r is None and run.weight_size == FULL and run.autocast:
         # Autocast remembers the half-precision copy of each trained weight until the forward ends.
         copies = MIXED * (shape.linear + shape.experts) if run.gradient_checkpointing else 0
         layer = max(layer, copies)
     causes = {"layer inputs" if run.gradient_checkpointing else "saved activations": kept}
     return causes | ({"one layer": layer} if layer >= head else {"logits": head})
-
-
-def layer_activations(shape: ModelShape, layer: Layer, run: Run) -> float:
-    """Bytes per token that autograd saves in one layer, but for what attention saves.
-
-    Norms keep their input in float32 (and, trained, what they scale); the MLP its two halves and their gate; a linear
-    layer with an adapter, or trained, its input. That input is one tensor for all that read it, unless each casts it
-    for itself: from a float32 residual under autocast, and as PEFT does for float32 adapters on a base that is not
-    quantized. Dropout gives each its own, too.
-    """
-    output = run.weight_size if run.load_in_4bit or not run.bf16 else MIXED
-    taken = MIXED if run.bf16 else (run.adapter_size if run.lora_r else run.weight_size)
-    apart = (run.bf16 and run.weight_size == FULL) or _casts_inputs(run) or run.lora_dropout > 0
-    trained_norms = 0 if run.lora_r else (FULL if shape.float_norms else run.weight_size)
-    inputs = sum(linear.inputs for linear in layer.linears) if apart else _shared_inputs(layer)
-    if apart and not _casts_inputs(run) and not run.lora_dropout:
-        inputs -= layer.query  # what attention returns is in half precision already
-    routed = layer.routed * shape.hidden + (layer.feed_forward if layer.routed else 0)
-    dropped = sum(linear.inputs for linear in layer.linears) if run.lora_dropout else 0
-    linear_attention = 4 * layer.mixer  # ASSUMED: the projections, the convolved ones, and the recurrence's inputs
-    return (
-        (FULL + trained_norms) * sum(layer.norms)
-        + taken * inputs
-        + output * (3 * layer.feed_forward + routed + linear_attention)
-        + dropped  # a byte each, on a GPU
-    )
-
-
-def _casts_inputs(run: Run) -> bool:
-    return run.lora_r is not None and not run.load_in_4bit and run.adapter_size == FULL
-
-
-def _shared_inputs(layer: Layer) -> int:
-    """Widths of the distinct inputs of the layer's linear modules; the output projection reads what attention saved."""
-    distinct: dict[bool, Linear] = {}
-    mixer = [linear for linear in layer.linears if not _is_feed_forward(linear)]
-    feed_forward = [linear for linear in layer.linears if _is_feed_forward(linear)]
-    distinct[True] = mixer[0]
-    return distinct[True].inputs + (feed_forward[0].inputs + feed_forward[-1].inputs if feed_forward else 0)
-
-
-def _is_feed_forward(linear: Linear) -> bool:
-    return linear.name in ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
-
-
-def attention_activations(shape: ModelShape, layer: Layer, run: Run) -> float:
-    """Bytes that the attention of one layer saves for a micro-batch.
-
-    Fused attention saves queries, keys, values and its output. Where it has a mask, transformers repeats keys and
-    values for every query head, and torch turns the mask from booleans into numbers, per layer. Completions that share
-    a prompt each get a copy of its keys and values. Eager attention saves the softmax twice: float32, and cast.
-    """
-    size = MIXED if run.bf16 else run.weight_size
-    rows, prompt, completion = run.per_device_train_batch_size, run.prompt_length, run.max_completion_length
-    total = prompt + completion
-    if not layer.query:
-        return 0
-    if shape.eager:
-        spans = rows * total * total if run.rows != "shared_prompt" else rows * completion * total + prompt * prompt
-        return spans * shape.heads * (FULL + size) + rows * total * 4 * layer.query * size
-    if run.rows == "shared_prompt":
-        prompts = _prompts(run) * prompt * 2 * (layer.query + layer.keys)
-        return size * (prompts + rows * layer.query * (2 * completion + 2 * total) + completion * total)
-    if run.rows == "padding_free":
-        return size * rows * total * 2 * (layer.query + layer.keys)
-    return size * (rows * total * 4 * layer.query + rows * total * total)
-
-
-def _masks(shape: ModelShape, run: Run, size: int) -> float:
-    """Bytes of the masks that all layers share, one for each kind of attention: TRL's rows have them."""
-    if run.rows != "none":
-        return 0
-    return _mask_bytes(shape, run.per_device_train_batch_size, run.prompt_length + run.max_completion_length, size)
-
-
-def _mask_bytes(shape: ModelShape, rows: int, length: int, size: int) -> float:
-    kinds = len({layer.window for layer in shape.layers if layer.query})
-    return kinds * rows * length * length * (size if shape.eager else 1)
-
-
-def backward_activations(shape: ModelShape, layer: Layer, run: Run) -> float:
-    """Bytes per token of derivatives alive at a time in a layer's backward: those of the MLP's two halves."""
-    output = run.weight_size if run.load_in_4bit or not run.bf16 else MIXED
-    widened = FULL * layer.feed_forward if _casts_inputs(run) else 0
-    return 2 * output * max(layer.feed_forward, layer.query, layer.mixer) + widened
-
-
-def weight_copies(shape: ModelShape, layer: Layer, run: Run) -> float:
-    """Bytes of other versions of a layer's weights that the graph keeps.
-
-    Autocast makes half-precision copies of float32 weights. PEFT adds the adapters of experts to their weights: the
-    product and the sum are as large as these.
-    """
-    adapted = 2 * run.weight_size * layer.experts if run.lora_r and layer.expert_lora else 0
-    if run.load_in_4bit or not run.bf16 or run.weight_size != FULL:
-        return adapted
-    return adapted + MIXED * (layer.weights + layer.experts)
 
 
 def _dequantized(shape: ModelShape, run: Run) -> float:
@@ -297,7 +201,7 @@ def _dequantized(shape: ModelShape, run: Run) -> float:
 
 def _tile(shape: ModelShape, run: Run, scored: int, constants: Constants) -> float:
     """A tile of logits, and the weights that it is made with where they are cast."""
-    size = MIXED if run.bf16 else run.weight_size
+    size = MIXED if run.autocast else run.weight_size
     columns = min(shape.vocab, constants.head_vocab)
     cast = columns * shape.hidden * size if run.weight_size != size else 0
     return min(scored, constants.head_tokens) * columns * size + cast
@@ -308,15 +212,3 @@ def _head_backward(shape: ModelShape, run: Run, scored: int, constants: Constant
     hidden = scored * shape.hidden * (2 * run.weight_size + FULL)
     weight = 0 if run.lora_r else shape.embedding * (FULL + run.weight_size)
     return hidden + _tile(shape, run, scored, constants) + weight
-
-
-def _prompts(run: Run) -> int:
-    """Distinct prompts in a micro-batch."""
-    return -(-run.per_device_train_batch_size // run.num_generations)
-
-
-def _tokens(run: Run) -> int:
-    """Tokens of a micro-batch that go through the layers."""
-    rows = run.per_device_train_batch_size
-    prompts = _prompts(run) if run.rows == "shared_prompt" else rows
-    return prompts * run.prompt_length + rows * run.max_completion_length

@@ -7,6 +7,8 @@ from typing import Any
 from grpo_plus.registry import suggestion
 
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
+MIXED = 2  # bytes of an element under autocast, in either half precision
+FULL = 4  # float32
 PACKING = ("auto", "shared_prompt", "padding_free", "none")
 
 # Of each optimizer: its states per parameter, and the bytes of one element; None: as many as the parameter has.
@@ -46,7 +48,7 @@ class Run:
     prompt_length: of the longest prompt, in tokens; every completion is taken to be of `max_completion_length`.
     lora_r: None trains all weights; else LoRA on all linear layers.
     dtype: of the loaded weights; with `load_in_4bit`, of what is not quantized and of the products.
-    bf16: whether the training's forward runs under autocast (TRL's default).
+    bf16, fp16: whether the training's forward runs under autocast; bf16 is TRL's default, fp16 for older cards.
     adapter_dtype: of the adapters; None: float32. TRL alone casts those of a quantized base to "bfloat16".
     packing: as in GRPOPlusConfig; "none" plans trl.GRPOTrainer. "auto" is taken to find shared_prompt exact.
     """
@@ -65,6 +67,7 @@ class Run:
     optim: str = "adamw_torch_fused"
     dtype: str = "float32"
     bf16: bool = True
+    fp16: bool = False
     load_in_4bit: bool = False
     use_bnb_nested_quant: bool = False
     lora_r: int | None = None
@@ -123,6 +126,11 @@ class Run:
         accumulation = self.gradient_accumulation_steps
         every = (self.steps_per_generation or accumulation) * self.num_iterations
         return self.beta > 0 or accumulation % every != 0
+
+    @property
+    def autocast(self) -> bool:
+        """Whether the training's forward runs in half precision, whichever."""
+        return self.bf16 or self.fp16
 
     @property
     def weight_size(self) -> int:

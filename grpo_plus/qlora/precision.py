@@ -9,13 +9,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import is_peft_available
 
 ADAPTER_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def has_adapters(model: Any) -> bool:
     """Whether `model` is one of PEFT's."""
-    return isinstance(model, nn.Module) and hasattr(model, "peft_config") and hasattr(model, "base_model")
+    if not is_peft_available():
+        return False
+    from peft import PeftModel
+
+    return isinstance(model, PeftModel)
 
 
 def bits_of(model: Any) -> int | None:

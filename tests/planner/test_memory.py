@@ -104,6 +104,15 @@ def test_a_layer_of_qwen3_4b_saves_what_was_measured(settings, measured):
     assert predicted == pytest.approx(measured, rel=tolerance)
 
 
+def test_cards_without_bfloat16_need_as_much_in_float16():
+    shape = shape_of(QWEN3_4B)
+    older = Run(**QLORA | {"dtype": "float16"}, bf16=False, fp16=True, beta=0.04)
+    assert plan(shape, older).phases == plan(shape, Run(**QLORA, beta=0.04)).phases
+    # Without autocast, adapters in float32 take their inputs in float32.
+    wide = plan(shape, Run(**QLORA | {"dtype": "float16"}, bf16=False, beta=0.04))
+    assert wide.phase("update") > plan(shape, older).phase("update")
+
+
 def test_weights_in_nf4():
     # Qwen3-4B: 3 633 315 840 in linear layers; 388 956 160 in the embedding and 196 096 in norms stay as they are.
     shape = shape_of(QWEN3_4B)

@@ -7,7 +7,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
 
 from grpo_plus.planner import load_shape, read_config, shape_of
-from grpo_plus.planner.shapes import FAMILIES
+from grpo_plus.planner.families import FAMILIES
 from tests.planner.configs import ARCHITECTURES, LLAMA_3_1_8B, QWEN3_1_7B, QWEN3_4B, QWEN3_8B, TINY
 
 CASES = [pytest.param(model_type, extra, id="-".join([model_type, *extra])[:60]) for model_type, extra in ARCHITECTURES]
