@@ -300,14 +300,10 @@ class TRLSeam(Hooks, GRPOTrainer):
         has_tool_images: bool = False,
     ) -> tuple[list[list[int]], list | None]:
         generate = super()._generate_single_turn
-        size = self.generation_chunk_size
-        if size is None or images or multimodal_fields:  # images are not laid out by row
-            return generate(prompt_ids, images, multimodal_fields, num_generations, has_tool_images)
-        completion_ids: list[list[int]] = []
-        for start in range(0, len(prompt_ids), size):
-            part, _ = generate(prompt_ids[start : start + size], images, multimodal_fields, num_generations)
-            completion_ids += part
-        return completion_ids, None
+        with self.generating():
+            if self.chunks is None or images or multimodal_fields:  # images are not laid out by row
+                return generate(prompt_ids, images, multimodal_fields, num_generations, has_tool_images)
+            return self.chunks.generate(lambda part: generate(part, None, {}, num_generations)[0], prompt_ids), None
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         before = self._buffered_inputs

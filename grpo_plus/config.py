@@ -54,8 +54,10 @@ class GRPOPlusConfig(GRPOConfig):
         logprob_backend: what computes log-probabilities in packed rows. "trl": TRL's fused head; "torch": a frozen head
             in a single pass, two matrix products in place of three; "auto": "torch" on a CPU, where it is measured,
             wherever the head is frozen and no entropy is trained.
-        generation_chunk_size: rows that a process generates for at a time, for a smaller cache; None: its whole
-            generation batch, as TRL. Greedy completions are the same; sampled ones other draws of one distribution.
+        generation_chunk_size: rows that a process generates for at a time, for a smaller cache; "auto": as many as the
+            free memory of a CUDA device holds by the planner's count, and fewer where that runs out (elsewhere all);
+            None: its whole generation batch, as TRL. Greedy completions are the same; sampled ones other draws of one
+            distribution.
         adapter_dtype: of adapters and Adam's state. "float32"; "bfloat16", in which steps of a small learning rate
             round to nothing, is what TRL does above a base that bitsandbytes quantized; None: float32 above such a
             base, else as PEFT made them.
@@ -132,9 +134,12 @@ class GRPOPlusConfig(GRPOConfig):
         default=None,
         metadata={"help": "Skip completions whose advantages are 0; unset: where they have no gradient."},
     )
-    generation_chunk_size: int | None = field(
+    generation_chunk_size: int | str | None = field(
         default=None,
-        metadata={"help": "Rows that a process generates for at a time; unset: its whole generation batch."},
+        metadata={
+            "help": "Rows that a process generates for at a time; auto: as many as the free memory of the GPU holds; "
+            "unset: its whole generation batch."
+        },
     )
     adapter_dtype: str | None = field(
         default=None,

@@ -7,6 +7,7 @@ from grpo_plus.packing import PACKING
 from grpo_plus.registry import suggestion
 
 BACKENDS = ("auto", "trl", "torch")
+AUTO_CHUNKS = "auto"
 
 
 def check_speed(config: GRPOConfig) -> None:
@@ -32,8 +33,12 @@ def _check_chunks(config: GRPOConfig) -> None:
     size = config.generation_chunk_size
     if size is None:
         return
-    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-        raise ValueError(f"generation_chunk_size={size!r} must be a whole number of rows, 1 or more, or unset.")
+    if isinstance(size, str) and size.isdecimal():  # as the command line gives it
+        config.generation_chunk_size = size = int(size)
+    if size != AUTO_CHUNKS and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+        raise ValueError(
+            f"generation_chunk_size={size!r} must be a whole number of rows, 1 or more, {AUTO_CHUNKS!r} or unset."
+        )
     if config.use_vllm or config.use_transformers_continuous_batching or config.use_transformers_paged:
         raise ValueError(
             f"generation_chunk_size={size} is for transformers' plain generation; vLLM and continuous batching size "

@@ -1,12 +1,14 @@
 """What a trainer decides in a step, as methods to override. The defaults leave every decision to TRL."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from grpo_plus.advantages import Rewards
+from grpo_plus.generation import Chunks
 from grpo_plus.losses import LossInputs, PolicyLoss
 from grpo_plus.packing import Packed, PaddedRows
 from grpo_plus.sampling import without_spread
@@ -49,9 +51,13 @@ class Hooks:
         """
         return without_spread(rewards)
 
+    def generating(self) -> AbstractContextManager[None]:
+        """What surrounds the generation of completions."""
+        return nullcontext()
+
     @property
-    def generation_chunk_size(self) -> int | None:
-        """Rows that transformers generates for at a time; None: all of the generation batch."""
+    def chunks(self) -> Chunks | None:
+        """How many rows transformers generates for at a time; None: all of the generation batch."""
         return None
 
     def estimate_advantages(self, rewards: Rewards) -> Tensor | None:

@@ -10,6 +10,8 @@ import copy
 import hashlib
 import json
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from typing import Any
 
@@ -17,11 +19,20 @@ from torch import Tensor
 
 from grpo_plus.advantages import ESTIMATORS, Rewards, State, apply_to_rewards, check_state, clip_limits, estimate
 from grpo_plus.config_run import check_estimator, check_plain_loss, check_task_column
+from grpo_plus.config_speed import AUTO_CHUNKS
 from grpo_plus.diagnostics.metrics import advantage_metrics
+from grpo_plus.generation import Chunks, as_trained, rows_that_fit
 from grpo_plus.losses import AdaptiveBeta, LossInputs, PolicyLoss, policy_loss
 from grpo_plus.qlora.checks import check_adapter_folder, check_run
 from grpo_plus.qlora.frozen import FrozenAdapterCallback
-from grpo_plus.qlora.precision import chosen_dtype, has_adapters, keep_gradients_on_the_cpu, restore_adapters
+from grpo_plus.qlora.precision import (
+    adapter_values,
+    bits_of,
+    chosen_dtype,
+    has_adapters,
+    keep_gradients_on_the_cpu,
+    restore_adapters,
+)
 from grpo_plus.qlora.settings import log_setting_check
 from grpo_plus.trainer_speed import SpeedUps
 
@@ -48,6 +59,7 @@ class GRPOPlusTrainer(SpeedUps):
         if type(self).estimate_advantages is GRPOPlusTrainer.estimate_advantages:
             names, weights = self.reward_func_names, self.reward_weights.tolist()
             check_estimator(self.plus, names, weights, num_generations=self.num_generations)
+        _ = self.chunks  # may refuse
         if has_adapters(self.model):
             self.add_callback(FrozenAdapterCallback())
             if self.accelerator.is_main_process:
@@ -87,10 +99,29 @@ class GRPOPlusTrainer(SpeedUps):
         """The configuration's `max_refills`."""
         return self.plus.max_refills if self.plus is not None else 0
 
-    @property
-    def generation_chunk_size(self) -> int | None:
-        """The configuration's `generation_chunk_size`."""
-        return self.plus.generation_chunk_size if self.plus is not None else None
+    @contextmanager
+    def generating(self) -> Iterator[None]:
+        """Let a quantized policy sample as it is trained, and keep the dtype of the adapters."""
+        casts = self.plus is not None and self.plus.use_transformers_continuous_batching
+        exact = adapter_values(self.model) if casts else {}
+        quantized = self.plus is not None and bits_of(self.model)
+        with as_trained(self.model, self.accelerator.autocast) if quantized else nullcontext():
+            yield
+        if exact:
+            self.restore_adapters(exact)  # TRL casts the whole model to half precision there
+
+    @cached_property
+    def chunks(self) -> Chunks | None:
+        """How many rows to generate for at a time: `generation_chunk_size`."""
+        size = self.plus.generation_chunk_size if self.plus is not None else None
+        if size != AUTO_CHUNKS:
+            return None if size is None else Chunks(int(size))
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(
+                "generation_chunk_size='auto' lets every process generate in parts of its own, but FSDP or DeepSpeed "
+                "spreads the weights, so that all must generate together. Set a number of rows."
+            )
+        return Chunks(None, lambda prompt_length: rows_that_fit(self.model, self.plus, prompt_length))
 
     def dead_groups(self, rewards: Rewards) -> Tensor:
         """The groups whose advantages are all 0; those of equal rewards where TRL's own hold rounding instead of 0."""

@@ -15,13 +15,13 @@ from transformers import PreTrainedModel
 from grpo_plus._trl import TRLSeam
 from grpo_plus.config import GRPOPlusConfig
 from grpo_plus.config_speed import why_not_regroup, why_not_skip
+from grpo_plus.dropout import dropout_of
 from grpo_plus.packing import (
     Head,
     Packed,
     Packer,
     PaddedRows,
     base_model,
-    dropout_of,
     single_pass_head,
     why_not_packed,
     why_not_single_pass,

@@ -37,6 +37,11 @@ def trainer(output_dir, adapter=None, **config) -> GRPOPlusTrainer:
         ({"skip_zero_advantage": True, "loss_type": "kl_to_old"}, "under loss_type='kl_to_old' a completion"),
         ({"skip_zero_advantage": True, "loss_type": "clip_cov"}, "under loss_type='clip_cov' a completion"),
         ({"generation_chunk_size": 0}, "generation_chunk_size=0 must be a whole number of rows, 1 or more"),
+        ({"generation_chunk_size": "automatic"}, "1 or more, 'auto' or unset"),
+        (
+            {"generation_chunk_size": "auto", "use_transformers_continuous_batching": True},
+            "size their batches themselves",
+        ),
         ({"generation_chunk_size": 4, "use_transformers_continuous_batching": True}, "size their batches themselves"),
         ({"logprob_backend": "torch", "packing": "none"}, "packing='none'. Set packing='auto'"),
         ({"logprob_backend": "torch", "entropy_coef": 0.1}, "no gradient of the entropy"),

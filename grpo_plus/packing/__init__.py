@@ -12,7 +12,6 @@ from grpo_plus.packing.packer import (
     Packer,
     PaddedRows,
     base_model,
-    dropout_of,
     forward_live,
     why_not_packed,
 )
@@ -25,7 +24,6 @@ __all__ = [
     "Packer",
     "PaddedRows",
     "base_model",
-    "dropout_of",
     "forward_live",
     "regroup",
     "reorder",

@@ -3,7 +3,6 @@
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from grpo_plus.dropout import dropout_of, without_dropout
 from grpo_plus.packing.attention import uninstall_segments, why_not_segments
 from grpo_plus.packing.check import PaddedLogps, choose
 from grpo_plus.packing.forward import CACHED, PADDING_FREE, SEGMENTS, Form, Head
@@ -166,7 +166,7 @@ class Packer:
     ) -> Choice | None:
         forms, reasons = candidates(self.packing, base, self.no_segments)
         heads = [self.head, None] if self.head is not None and why_not_single_pass(base) is None else [None]
-        with _without_dropout(base):
+        with without_dropout(base):
             verdict = choose(forms, base, groups, padded_logps, heads, gradient=self.gradient_check)
         if self.insist_on_head and verdict.head is not heads[0]:
             warnings.warn(f"logprob_backend: the model's fused head. {'; '.join(verdict.reasons)}.", stacklevel=2)
@@ -259,31 +259,6 @@ def candidates(packing: str, base: PreTrainedModel, no_segments: str | None) -> 
     if segments is not None:
         reasons.append(f"segment attention: {segments}")
     return forms, reasons
-
-
-def dropout_of(model: nn.Module) -> str | None:
-    """The first dropout above 0 in the model, as text; None without one."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Dropout) and module.p > 0:
-            return f"dropout {module.p} in {name}"
-    config: Any = getattr(model, "config", None)
-    rate = getattr(config, "attention_dropout", 0.0) or 0.0
-    return f"attention_dropout {rate}" if rate > 0 else None
-
-
-@contextmanager
-def _without_dropout(model: nn.Module) -> Iterator[None]:
-    """The self-check compares forwards, which dropout would make differ by chance."""
-    if dropout_of(model) is None or not model.training:
-        yield
-        return
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _chunks(groups: Sequence[Group], form: Form, max_tokens: int | None) -> Iterator[list[Group]]:

@@ -6,7 +6,7 @@ the causes are alive together. The facts behind the formulas were read in, or me
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from grpo_plus.planner.activations import (
     attention_activations,
@@ -140,6 +140,13 @@ def generation_bytes(shape: ModelShape, run: Run, constants: Constants) -> Bytes
     if cache[prompt] + prefill > cache[total] + last + logits:
         return {"KV cache": cache[prompt] + states, "activations": prefill}
     return {"KV cache": cache[total] + states, "activations": last, "logits": logits}
+
+
+def row_bytes(shape: ModelShape, run: Run, constants: Constants | None = None) -> float:
+    """Bytes that each row takes which is generated at the same time."""
+    constants = constants or Constants()
+    one = generation_bytes(shape, replace(run, generation_chunk_size=1), constants)
+    return sum(_spread(one, constants).values())
 
 
 def _visible(layer: Layer, length: int) -> int:

@@ -98,8 +98,8 @@ def _dropout(model: Any, args: Any) -> str | None:
     if not rate:
         return None
     return (
-        f"lora_dropout={rate}: completions are sampled, and their log-probabilities taken, under different masks, so "
-        "the ratio of the policies is noise. Set lora_dropout=0.0."
+        f"lora_dropout={rate}: the update computes log-probabilities under random masks that the completions were not "
+        "sampled with, so the ratio of the policies is noise. Set lora_dropout=0.0."
     )
 
 

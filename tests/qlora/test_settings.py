@@ -57,7 +57,7 @@ def quantized(base, **changes):
         ({"dtype": torch.float32}, {}, {}, "The embeddings are float32.*Load the model with dtype='bfloat16'"),
         ({"bnb_4bit_compute_dtype": torch.float32}, {}, {}, "computed in float32.*bnb_4bit_compute_dtype=torch.bfloat16"),
         ({"bnb_4bit_use_double_quant": False}, {}, {}, "No double quantization.*bnb_4bit_use_double_quant=True"),
-        ({}, {"lora_dropout": 0.05}, {}, "lora_dropout=0.05: completions.*Set lora_dropout=0.0"),
+        ({}, {"lora_dropout": 0.05}, {}, "lora_dropout=0.05: the update.*ratio.*Set lora_dropout=0.0"),
         ({}, {}, {"adapter_dtype": "bfloat16", "learning_rate": 1e-6}, "too small for adapters in bfloat16.*adapter_dtype='float32'"),
         ({}, {}, {"learning_rate": 1e-10}, "learning_rate=1e-10 is too small for adapters in float32.*larger learning_rate"),
     ],

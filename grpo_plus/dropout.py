@@ -1,0 +1,32 @@
+"""Dropout: whether a model has any, and a forward without it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+
+def dropout_of(model: nn.Module) -> str | None:
+    """The first dropout above 0 in the model, as text; None without one."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout) and module.p > 0:
+            return f"dropout {module.p} in {name}"
+    config: Any = getattr(model, "config", None)
+    rate = getattr(config, "attention_dropout", 0.0) or 0.0
+    return f"attention_dropout {rate}" if rate > 0 else None
+
+
+@contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Evaluate a model that has dropout; each module goes back to its own mode."""
+    if dropout_of(model) is None or not model.training:
+        yield
+        return
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

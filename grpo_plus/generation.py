@@ -1,0 +1,91 @@
+"""Generation by transformers: with the policy as it is trained, and as many rows at a time as the free memory holds."""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from math import ceil
+from typing import Any
+
+import torch
+from torch import nn
+
+from grpo_plus.dropout import without_dropout
+from grpo_plus.expected import shape_and_run
+from grpo_plus.planner.memory import row_bytes
+
+logger = logging.getLogger("grpo_plus")
+
+Rows = list[list[int]]
+
+
+@contextmanager
+def as_trained(model: nn.Module, autocast: Callable[[], AbstractContextManager]) -> Iterator[None]:
+    """Sample without dropout, and compute in the dtype of the update.
+
+    TRL generates in training mode, where dropout samples from another policy at every token. PEFT's `generate` calls
+    the base model beneath the autocast that wraps the forward of a training step, so that adapters in float32 would be
+    computed in float32 there and in half precision in the update.
+    """
+    with without_dropout(model), autocast():
+        yield
+
+
+@dataclass
+class Chunks:
+    """How many rows to generate for at a time.
+
+    size: a number of rows; None: as many as `fitting` says, and half as many from then on where torch runs out of
+        memory all the same.
+    fitting: prompt length in tokens -> rows that the free memory holds, or None where that is not known.
+    """
+
+    size: int | None
+    fitting: Callable[[int], int | None] = lambda prompt_length: None
+
+    def generate(self, complete: Callable[[Rows], Rows], prompt_ids: Rows) -> Rows:
+        """The completions of all prompts, in order; `complete` gives those of a part of them."""
+        adapts = self.size is None
+        fitting = self.fitting(max(map(len, prompt_ids), default=0)) if adapts else None
+        size = min(size for size in (self.size, fitting, len(prompt_ids)) if size is not None)
+        completion_ids: Rows = []
+        while len(completion_ids) < len(prompt_ids):
+            start = len(completion_ids)
+            try:
+                completion_ids += complete(prompt_ids[start : start + size])
+                continue
+            except torch.OutOfMemoryError:
+                if not adapts or size == 1:
+                    raise
+            # Outside the except clause, whose traceback keeps the tensors of the attempt.
+            size = self._halve(size)
+        return completion_ids
+
+    def _halve(self, size: int) -> int:
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        half = ceil(size / 2)
+        logger.warning(
+            f"Generating for {size} rows at a time ran out of memory. From here on: {half}. To save the attempt, set "
+            f"generation_chunk_size={half}."
+        )
+        before = self.fitting
+        self.fitting = lambda prompt_length: min(half, before(prompt_length) or half)
+        return half
+
+
+def rows_that_fit(model: Any, args: Any, prompt_length: int) -> int | None:
+    """Rows whose cache and logits the free memory of a CUDA device holds, 1 or more, as the planner counts them.
+
+    None on other devices, and for an architecture that the planner does not know.
+    """
+    device = model.device
+    if device.type != "cuda":
+        return None
+    try:
+        shape, run = shape_and_run(model, args, max(prompt_length, 1))
+    except ValueError:
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return max(1, int((free + reusable) // row_bytes(shape, run)))

@@ -1,0 +1,139 @@
+"""A quantized policy samples as it is trained, and in as many rows at a time as memory holds."""
+
+import logging
+from dataclasses import replace
+
+import pytest
+import torch
+from peft import get_peft_model
+from transformers import PreTrainedModel
+from trl import GRPOConfig, GRPOTrainer
+
+from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
+from grpo_plus.expected import shape_and_run
+from grpo_plus.generation import Chunks, rows_that_fit
+from grpo_plus.planner import plan
+from tests.qlora.models import load_nf4, lora, make_qlora_trainer, trained_weights
+
+GREEDY = {"generation_kwargs": {"do_sample": False}, "max_steps": 1, "bf16": True}
+
+
+def random_adapters(base, **changes):
+    torch.manual_seed(3)
+    return get_peft_model(load_nf4(base), lora(init_lora_weights=False, **changes))
+
+
+def completions(trainer):
+    """What the trainer's first batches were completed with, and the rows of every call of generate."""
+    made, rows = [], []
+    generate = trainer.model.generate
+
+    def watched(**arguments):
+        rows.append(len(arguments["input_ids"]))
+        output = generate(**arguments)
+        made.extend(output[:, arguments["input_ids"].shape[1] :].tolist())
+        return output
+
+    trainer.model.generate = watched
+    trainer.train()
+    return made, rows
+
+
+def test_completions_are_sampled_without_dropout(tmp_path, base):
+    kinds = {"ours": (GRPOPlusTrainer, GRPOPlusConfig), "trl": (GRPOTrainer, GRPOConfig)}
+    made = {}
+    for name, rate in (("ours", 0.0), ("ours", 0.5), ("trl", 0.0), ("trl", 0.5)):
+        trainer_class, config_class = kinds[name]
+        model = random_adapters(base, lora_dropout=rate)
+        config = GREEDY | ({"packing": "none"} if name == "ours" else {})
+        trainer = make_qlora_trainer(tmp_path, model, trainer_class=trainer_class, config_class=config_class, **config)
+        made[name, rate], _ = completions(trainer)
+        assert all(module.training for module in trainer.model.modules())
+    assert made["ours", 0.5] == made["ours", 0.0]
+    assert made["trl", 0.5] != made["trl", 0.0]
+
+
+def test_float32_adapters_are_computed_in_bfloat16_when_sampling_as_when_training(tmp_path, base):
+    seen = set()
+
+    def watch(module, inputs, output):
+        seen.add((torch.is_grad_enabled(), output.dtype))
+
+    trainer = make_qlora_trainer(tmp_path, base, **GREEDY)
+    for name, module in trainer.model.named_modules():
+        if name.endswith("q_proj.lora_A.default"):
+            module.register_forward_hook(watch)
+    trainer.train()
+    assert seen == {(False, torch.bfloat16), (True, torch.bfloat16)}
+
+
+def test_continuous_batching_leaves_the_adapters_in_float32(tmp_path, base):
+    """TRL casts the whole model to bfloat16 there, in which steps of this size round to nothing."""
+    config = {"max_steps": 1, "learning_rate": 1e-6, "bf16": True, "use_transformers_continuous_batching": True}
+    cache = {"transformers_continuous_batching_config": {"num_blocks": 16, "max_batch_tokens": 64}}
+    trainer = make_qlora_trainer(tmp_path, random_adapters(base), **config, **cache)
+    start = trained_weights(trainer)
+    trainer.train()
+    for name, weight in trained_weights(trainer).items():
+        assert weight.dtype == torch.float32
+        assert 0 < (weight - start[name]).abs().max() < 2e-6, name
+
+
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_greedy_completions_in_chunks_are_those_of_the_whole_batch(tmp_path, base, size):
+    whole, _ = completions(make_qlora_trainer(tmp_path, random_adapters(base), **GREEDY))
+    trainer = make_qlora_trainer(tmp_path, random_adapters(base), **GREEDY, generation_chunk_size=size)
+    chunked, rows = completions(trainer)
+    assert chunked == whole
+    assert rows == {1: [1] * 8, 3: [3, 3, 2], 8: [8]}[size]
+
+
+def test_auto_halves_the_rows_that_memory_does_not_hold(tmp_path, base, caplog):
+    whole, _ = completions(make_qlora_trainer(tmp_path, random_adapters(base), **GREEDY))
+    config = GREEDY | {"max_steps": 2, "generation_chunk_size": "auto", "learning_rate": 1e-9}
+    trainer = make_qlora_trainer(tmp_path, random_adapters(base), **config)
+
+    def small_memory(module, inputs, keywords):
+        if not torch.is_grad_enabled() and len(keywords["input_ids"]) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    base_model = trainer.model.get_base_model()
+    base_model.register_forward_pre_hook(small_memory, with_kwargs=True)
+    with caplog.at_level(logging.WARNING, logger="grpo_plus"):
+        made, rows = completions(trainer)
+    assert rows == [8, 4, 2, 2, 2, 2, 2, 2, 2, 2]
+    assert made[:8] == whole
+    warned = [record.getMessage() for record in caplog.records if "ran out of memory" in record.getMessage()]
+    assert [message.split(". ")[1] for message in warned] == ["From here on: 4", "From here on: 2"]
+
+
+def test_one_row_that_does_not_fit_and_a_number_that_was_asked_for_stay_errors():
+    def never(part):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    for chunks in (Chunks(None), Chunks(2)):
+        with pytest.raises(torch.OutOfMemoryError):
+            chunks.generate(never, [[1], [2]])
+
+
+def test_auto_takes_the_rows_that_the_planner_finds_room_for(tmp_path, base, monkeypatch):
+    trainer = make_qlora_trainer(tmp_path, base, generation_chunk_size="auto")
+    assert rows_that_fit(trainer.model, trainer.args, 10) is None  # the memory of a CPU is not asked for
+    shape, run = shape_and_run(trainer.model, trainer.args, 10)
+    per_row = plan(shape, run).phase("generate") - plan(shape, replace(run, generation_chunk_size=7)).phase("generate")
+    free = {"mem_get_info": (3 * per_row, 0), "memory_reserved": 2.5 * per_row, "memory_allocated": per_row}
+    for name, value in free.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    monkeypatch.setattr(PreTrainedModel, "device", property(lambda self: torch.device("cuda")))
+    assert rows_that_fit(trainer.model, trainer.args, 10) == 4
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: per_row)
+    assert rows_that_fit(trainer.model, trainer.args, 10) == 1
+
+
+def test_auto_is_refused_where_the_processes_must_generate_together(tmp_path, base):
+    trainer = make_qlora_trainer(tmp_path, base, generation_chunk_size="auto")
+    del trainer.chunks
+    trainer.is_fsdp_enabled = True
+    with pytest.raises(ValueError, match="generation_chunk_size='auto' lets every process.*Set a number of rows"):
+        _ = trainer.chunks
