@@ -10,6 +10,7 @@ import math
 import warnings
 from collections import deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -27,6 +28,7 @@ from trl import GRPOTrainer
 from grpo_plus.advantages import Rewards, checked
 from grpo_plus.hooks import Hooks
 from grpo_plus.losses import TRL_LOSSES, LossInputs
+from grpo_plus.losses.sampler import SamplerGap, joined, sampler_ratio
 from grpo_plus.packing import Packed, PaddedRows, base_model, forward_live, regroup, reorder
 from grpo_plus.qlora.precision import adapter_values
 from grpo_plus.sampling import (
@@ -63,6 +65,7 @@ GENERATES, PREPARES = "_generate", "_generate_and_score_completions"
 
 STATE_FILE = "grpo_plus_state.json"
 DIVISOR = "grpo_plus_divisor"
+SAMPLER_RATIO = "importance_sampling_ratio"
 
 TASK_SHARE = "advantages/task_share/"
 
@@ -83,7 +86,7 @@ PADDING = {
     "old_per_token_logps": Padding("right", 0),
     "sampling_per_token_logps": Padding("right", 0),
     "ref_per_token_logps": Padding("right", 0),
-    "importance_sampling_ratio": Padding("right", 1),
+    SAMPLER_RATIO: Padding("right", 1),
     "advantages": None,
 }
 
@@ -121,9 +124,10 @@ class TRLSeam(Hooks, GRPOTrainer):
 
     _tag_names = [*GRPOTrainer._tag_names, "grpo_plus"]  # noqa: RUF012  (TRL declares it so)
     _rewards: Rewards
-    _live: tuple[tuple[int, ...], Tensor | None] | None = None
+    _micro_batch: dict[str, Any] | None = None
     _buffered_inputs: list[dict[str, Any]] | None
     beta: float
+    vllm_importance_sampling_correction: bool
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         given = inspect.signature(GRPOTrainer).bind(*args, **kwargs).arguments
@@ -133,6 +137,7 @@ class TRLSeam(Hooks, GRPOTrainer):
         self.restore_adapters(exact)
         self._last_draw = (-1, 0)  # the optimizer step, and which of its generation batches
         self._warned_of_dead_groups = False
+        self._sampler_gap = SamplerGap()
         self._check_refills()
         if self.aux_loss_enabled and self.loss_type not in TRL_LOSSES:
             raise ValueError(
@@ -162,16 +167,28 @@ class TRLSeam(Hooks, GRPOTrainer):
         return rewards_per_func
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        if self.model.training and self.max_refills > 0:
-            output = self._generate_live_groups(inputs)
-        else:
-            output = super()._generate_and_score_completions(inputs)
+        with self._without_old_policy_pass():
+            if self.model.training and self.max_refills > 0:
+                output = self._generate_live_groups(inputs)
+            else:
+                output = super()._generate_and_score_completions(inputs)
         advantages = self.estimate_advantages(self._rewards)
         if advantages is not None:
             advantages = checked("hook estimate_advantages", advantages, self._rewards)
             self._replace_advantages(output, advantages)
         self._log_advantage_metrics()
         return output
+
+    @contextmanager
+    def _without_old_policy_pass(self) -> Iterator[None]:
+        """TRL scores without vLLM's importance sampling where the loss can form the ratio from its own forward."""
+        correction = self.vllm_importance_sampling_correction
+        if self.model.training and self.drops_old_policy_pass():
+            self.vllm_importance_sampling_correction = False
+        try:
+            yield
+        finally:
+            self.vllm_importance_sampling_correction = correction
 
     def _generate_live_groups(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """TRL's generation batch, with live groups of up to `max_refills` further ones in the place of dead groups."""
@@ -348,11 +365,12 @@ class TRLSeam(Hooks, GRPOTrainer):
         alive = self.live_rows(inputs["advantages"]) if self.model.training else None
         return [True] * len(inputs["advantages"]) if alive is None else alive.tolist()
 
-    def _live_rows(self, inputs: dict[str, Any]) -> tuple[tuple[int, ...], Tensor | None] | None:
+    def _live_rows(self) -> tuple[tuple[int, ...] | None, Tensor | None]:
         """Rows to forward, and the log-probs of the others, at which their ratio is 1; None where all are forwarded."""
-        alive = self._alive(inputs)
-        if all(alive):
-            return None
+        inputs = self._micro_batch
+        alive = self._alive(inputs) if inputs is not None else []
+        if inputs is None or all(alive):
+            return None, None
         rows = tuple(row for row, live in enumerate(alive) if live)
         if not rows:  # every process needs a backward: the shortest row gives gradients of 0, not None
             lengths = inputs["completion_mask"].sum(1)
@@ -371,7 +389,7 @@ class TRLSeam(Hooks, GRPOTrainer):
         **multimodal: Any,
     ) -> tuple[Tensor, Any, Tensor | None]:
         forward = super()._get_per_token_logps_and_entropies
-        rows = PaddedRows(input_ids, attention_mask, logits_to_keep, *(self._live or ()))
+        rows = PaddedRows(input_ids, attention_mask, logits_to_keep, *self._live_rows())
         packed = None
         if not compute_aux_loss and all(value is None for value in multimodal.values()):
             packed = self._packed_logps(model, rows, batch_size)
@@ -379,11 +397,40 @@ class TRLSeam(Hooks, GRPOTrainer):
                 packed = forward_live(rows, lambda ids, mask: forward(model, ids, mask, logits_to_keep, None, True)[:2])
         if packed is None:
             arguments = (logits_to_keep, batch_size, compute_entropy, compute_aux_loss)
-            return forward(model, input_ids, attention_mask, *arguments, **multimodal)
-        if self.model.training and torch.is_grad_enabled():
+            scores = forward(model, input_ids, attention_mask, *arguments, **multimodal)
+        else:
+            scores = packed.logps, packed.entropies, None
+        if packed is not None and self.model.training and torch.is_grad_enabled():
             self._metrics["train"]["packing/token_ratio"].append(input_ids.numel() / packed.tokens)
             self._metrics["train"]["packing/live_fraction"].append(len(rows.live or input_ids) / len(input_ids))
-        return packed.logps, packed.entropies, None
+        self._form_sampler_ratio(scores[0].detach(), rows.live)
+        return scores
+
+    def _form_sampler_ratio(self, logps: Tensor, live: tuple[int, ...] | None) -> None:
+        """For the loss to read, where the old policy's pass was dropped: the ratio that TRL forms after it."""
+        inputs = self._micro_batch
+        if inputs is None or SAMPLER_RATIO in inputs or not (self.model.training and self.drops_old_policy_pass()):
+            return
+        rows = torch.tensor(live or range(len(logps)), device=logps.device)
+        mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
+        scored = logps[rows], inputs["sampling_per_token_logps"][rows], mask[rows].bool()
+        ratio = sampler_ratio(
+            *scored,
+            mode=self.vllm_importance_sampling_mode,
+            low=self.vllm_importance_sampling_clip_min,
+            high=self.vllm_importance_sampling_clip_max,
+        )
+        # A skipped row's ratio is 1: of its log-probs nothing is known, and infinity times an advantage of 0 is NaN.
+        inputs[SAMPLER_RATIO] = ratio.new_ones(len(logps), ratio.shape[1]).index_copy(0, rows, ratio)
+        self._sampler_gap.add(*scored, ratio)
+        if (self._step + 1) % (self.args.steps_per_generation * self.num_iterations) == 0:
+            self._log_sampler_gap()
+
+    def _log_sampler_gap(self) -> None:
+        figures = self.accelerator.gather(self._sampler_gap.figures().unsqueeze(0))
+        self._sampler_gap = SamplerGap()
+        for name, value in joined(figures).items():
+            self._metrics["train"][f"sampling/{name}"].append(value)
 
     def _packed_logps(self, model: Any, rows: PaddedRows, batch_size: int | None) -> Packed | None:
         forward = super()._get_per_token_logps_and_entropies
@@ -396,12 +443,13 @@ class TRLSeam(Hooks, GRPOTrainer):
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         trls = self.loss_type in TRL_LOSSES
-        # TRL's loss calls our forward without the advantages, so this is how it learns which rows to skip.
-        self._live = self._live_rows(inputs)
+        # TRL's loss calls our forward without the micro-batch, so this is how it learns which rows to skip, and where
+        # it puts the ratio to the sampler before the loss reads it.
+        self._micro_batch = inputs = dict(inputs)
         try:
             loss = super()._compute_loss(model, inputs) if trls else self._compute_our_loss(model, inputs)
         finally:
-            self._live = None
+            self._micro_batch = None
         if self.beta != 0.0 and self.model.training and self.accelerator.sync_gradients:
             rows = inputs["completion_ids"].shape[0] * self.current_gradient_accumulation_steps
             self.beta = self.next_beta(self._metrics["train"]["kl"][-1], rows * self.accelerator.num_processes)
@@ -439,7 +487,7 @@ class TRLSeam(Hooks, GRPOTrainer):
             advantages=advantages.unsqueeze(1) if advantages.dim() == 1 else advantages,
             mask=completion_mask * inputs.get("tool_mask", 1),
             ref_logps=inputs.get("ref_per_token_logps"),
-            importance_sampling_ratio=inputs.get("importance_sampling_ratio"),
+            importance_sampling_ratio=inputs.get(SAMPLER_RATIO),
         )
         return loss_inputs, entropies
 

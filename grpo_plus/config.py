@@ -51,6 +51,9 @@ class GRPOPlusConfig(GRPOConfig):
         skip_zero_advantage: whether completions whose advantages are 0 stay out of the training forward. None: where
             they have no gradient. In the log, their entropy counts as the mean of the others' and their ratio as 1,
             which only vespo/phi_seq_mean shows.
+        skip_old_policy_pass: whether, with vLLM, the update's own log-probabilities take the place of TRL's forward of
+            the whole generation batch before it. None: where the policy is the same, which an update has not changed.
+            The log's sampling/ then describes the completions that are forwarded.
         logprob_backend: what computes log-probabilities in packed rows. "trl": TRL's fused head; "torch": a frozen head
             in a single pass, two matrix products in place of three; "auto": "torch" on a CPU, where it is measured,
             wherever the head is frozen and no entropy is trained.
@@ -133,6 +136,13 @@ class GRPOPlusConfig(GRPOConfig):
     skip_zero_advantage: bool | None = field(
         default=None,
         metadata={"help": "Skip completions whose advantages are 0; unset: where they have no gradient."},
+    )
+    skip_old_policy_pass: bool | None = field(
+        default=None,
+        metadata={
+            "help": "With vLLM: the update's own log-probabilities serve as the old policy's; unset: where they are "
+            "the same."
+        },
     )
     generation_chunk_size: int | str | None = field(
         default=None,

@@ -21,12 +21,23 @@ def check_speed(config: GRPOConfig) -> None:
     if config.logprob_backend == "torch":
         _check_single_pass(config)
     _check_chunks(config)
-    reason = why_not_skip(config)
-    if config.skip_zero_advantage and reason is not None:
+    switched_on("skip_zero_advantage", config.skip_zero_advantage, why_not_skip(config))
+    switched_on("skip_old_policy_pass", config.skip_old_policy_pass, why_not_skip_old_policy(config))
+
+
+def switched_on(name: str, wanted: bool | None, reason: str | None) -> bool:
+    """Whether a speed-up acts: where it is exact, and not where it is switched off.
+
+    Args:
+        wanted: the field `name` of the configuration; None: wherever it is exact.
+        reason: why it is not exact; None where it is.
+    """
+    if wanted and reason is not None:
         raise ValueError(
-            f"skip_zero_advantage=True would change the gradients: {reason}. Change that, or leave "
-            "skip_zero_advantage unset, which skips whenever it is exact."
+            f"{name}=True is not possible: {reason}. Change that, or leave {name} unset, which skips whenever it is "
+            "exact."
         )
+    return wanted is not False and reason is None
 
 
 def _check_chunks(config: GRPOConfig) -> None:
@@ -74,6 +85,19 @@ def why_not_skip(config: GRPOConfig) -> str | None:
     loss = LOSSES[config.loss_type]
     if not loss.zero_without_advantage or loss.scope != "row":
         return f"under loss_type={loss.name!r} a completion with zero advantage takes part in the update"
+    return None
+
+
+def why_not_skip_old_policy(config: GRPOConfig) -> str | None:
+    """Why a forward of the old policy cannot be left to the update; None where both compute the same."""
+    if not (config.use_vllm and config.vllm_importance_sampling_correction):
+        return "TRL makes that pass for vLLM's importance sampling correction, which is off"
+    steps = config.steps_per_generation * config.num_iterations
+    if config.gradient_accumulation_steps % steps:
+        return (
+            f"steps_per_generation * num_iterations = {steps} does not divide gradient_accumulation_steps="
+            f"{config.gradient_accumulation_steps}, so that a generation batch outlives the policy that it came from"
+        )
     return None
 
 

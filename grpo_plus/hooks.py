@@ -131,6 +131,10 @@ class Hooks:
         """
         return None
 
+    def drops_old_policy_pass(self) -> bool:
+        """Whether a training step's own log-probabilities stand in for a forward of the old policy before it."""
+        return False
+
     def keeps_prompts_together(self) -> bool:
         """Whether completions of one prompt should share a micro-batch."""
         return False

@@ -1,7 +1,8 @@
 """What goes through the model and how: the hooks of the seam that make an update cheaper without changing it.
 
 `packing` forwards rows without padding and a shared prompt once, `skip_zero_advantage` leaves out completions that
-have no gradient, `logprob_backend` says what turns hidden states into log-probabilities.
+have no gradient, `skip_old_policy_pass` a forward that the update repeats, `logprob_backend` says what turns hidden
+states into log-probabilities.
 """
 
 import warnings
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel
 
 from grpo_plus._trl import TRLSeam
 from grpo_plus.config import GRPOPlusConfig
-from grpo_plus.config_speed import why_not_regroup, why_not_skip
+from grpo_plus.config_speed import switched_on, why_not_regroup, why_not_skip, why_not_skip_old_policy
 from grpo_plus.dropout import dropout_of
 from grpo_plus.packing import (
     Head,
@@ -38,8 +39,8 @@ class SpeedUps(TRLSeam):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # Both raise where something was asked for that cannot be exact.
-        _ = self.packer, self.skips
+        # They raise where something was asked for that cannot be exact.
+        _ = self.packer, self.skips, self.drops_old_policy_pass()
 
     @cached_property
     def packer(self) -> Packer | None:
@@ -116,13 +117,21 @@ class SpeedUps(TRLSeam):
     @cached_property
     def skips(self) -> bool:
         """Whether completions with zero advantage stay out of the forward."""
-        if self.plus is None or self.plus.skip_zero_advantage is False:
+        if self.plus is None:
             return False
         reason = why_not_skip(self.plus) or ("the model has a router loss" if self.aux_loss_enabled else None)
-        reason = reason or dropout_of(self.model)
-        if reason is not None and self.plus.skip_zero_advantage:
-            raise ValueError(f"skip_zero_advantage=True would change the gradients: {reason}. Leave it unset.")
-        return reason is None
+        return switched_on("skip_zero_advantage", self.plus.skip_zero_advantage, reason or dropout_of(self.model))
+
+    @cached_property
+    def _drops_old_policy_pass(self) -> bool:
+        if self.plus is None:
+            return False
+        reason = why_not_skip_old_policy(self.plus) or dropout_of(self.model)
+        return switched_on("skip_old_policy_pass", self.plus.skip_old_policy_pass, reason)
+
+    def drops_old_policy_pass(self) -> bool:
+        """Whether the update forwards the rows as the policy that generated them would have."""
+        return self._drops_old_policy_pass
 
     def live_rows(self, advantages: Tensor) -> Tensor | None:
         """(B,) booleans: rows with an advantage other than 0, where the others have no gradient."""

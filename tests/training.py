@@ -11,7 +11,9 @@ from trl import GRPOConfig, GRPOTrainer
 
 from grpo_plus.demo.tiny import tiny_model, tiny_tokenizer
 
-NOT_REPRODUCIBLE = {"step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second"}
+NOT_REPRODUCIBLE = {"step_time"} | {
+    f"{mode}_{figure}" for mode in ("train", "eval") for figure in ("runtime", "samples_per_second", "steps_per_second")
+}
 
 PROMPTS = Dataset.from_list([{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(4) for b in range(5)])
 

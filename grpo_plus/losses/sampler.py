@@ -1,0 +1,73 @@
+"""The policy beside an inference engine that samples for it: same weights, other kernels, other probabilities."""
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+SamplerMode = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
+
+# What TRL logs under `sampling/`, in the order of `SamplerGap.figures`, and how it joins the processes' figures.
+FIGURES: dict[str, Callable[[Tensor], Tensor]] = {
+    "sampling_logp_difference/mean": torch.mean,
+    "sampling_logp_difference/max": torch.amax,
+    "importance_sampling_ratio/min": torch.amin,
+    "importance_sampling_ratio/mean": torch.nanmean,
+    "importance_sampling_ratio/max": torch.amax,
+}
+
+
+def sampler_ratio(
+    logps: Tensor, sampler_logps: Tensor, mask: Tensor, *, mode: SamplerMode, low: float | None, high: float | None
+) -> Tensor:
+    """How much likelier the policy finds what the engine sampled, bounded.
+
+    ρₜ = π(oₜ) / μ(oₜ),  or ∏ₜ ρₜ for the sequence;  outside [low, high] truncated to it, or masked: 0
+
+    Weighting a loss with it corrects for tokens that were not drawn from π. Unbounded, a single token could outweigh
+    the batch. Yao et al., "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training" (truncation).
+
+    Args:
+        logps, sampler_logps: (B, T); NaN where the engine has none, which counts as no difference.
+        mask: (B, T) booleans, true where the token was sampled.
+        low, high: None for no bound.
+
+    Returns:
+        (B, T) in the token modes, 1 where masked; (B, 1) in the sequence modes.
+    """
+    level, bounding = mode.split("_")
+    log_ratio = torch.where(mask, logps - sampler_logps, 0.0).nan_to_num(nan=0.0)
+    ratio = (log_ratio.sum(-1, keepdim=True) if level == "sequence" else log_ratio).exp()
+    bounds = (0.0 if low is None else low, math.inf if high is None else high)
+    if bounding == "truncate":
+        return ratio.clamp(*bounds)
+    return ratio.where((ratio >= bounds[0]) & (ratio <= bounds[1]), 0.0)
+
+
+class SamplerGap:
+    """How far engine and policy are apart over one generation batch, collected from its micro-batches."""
+
+    def __init__(self) -> None:
+        self._differences: list[Tensor] = []
+        self._ratios: list[Tensor] = []
+
+    def add(self, logps: Tensor, sampler_logps: Tensor, mask: Tensor, ratio: Tensor) -> None:
+        """Take in a micro-batch: the arguments of `sampler_ratio`, and what it returned."""
+        differences = (logps - sampler_logps).abs()[mask]
+        self._differences.append(differences[~differences.isnan()])
+        self._ratios.append(ratio[mask] if ratio.shape == mask.shape else ratio.flatten())
+
+    def figures(self) -> Tensor:
+        """(5,) this process's figures, as `FIGURES` names them; 0 where nothing was sampled."""
+        differences, ratios = (
+            values if values.numel() else values.new_zeros(1)
+            for values in (torch.cat(self._differences), torch.cat(self._ratios))
+        )
+        return torch.stack([differences.mean(), differences.max(), ratios.min(), ratios.mean(), ratios.max()])
+
+
+def joined(figures: Tensor) -> dict[str, float]:
+    """(processes, 5) `SamplerGap.figures` to one number each, by name."""
+    return {name: float(join(figures[:, column])) for column, (name, join) in enumerate(FIGURES.items())}
