@@ -12,7 +12,7 @@ with more seeds or variants if there are more, and two processes on one folder s
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from grpo_plus.compare.arm import (
     release,
     train_arm,
 )
+from grpo_plus.compare.gradients import StartSignal, measure_start
 from grpo_plus.compare.plan import SEED, Arm, Variant, plan
 from grpo_plus.compare.start import Start
 from grpo_plus.compare.store import ERROR, RESULT, agree, as_json, check, claim, read_json, write_json
@@ -46,6 +47,7 @@ class Comparison:
     Attributes:
         shared: what all arms have in common: task, facts, configuration.
         start: the held-out scores before any training, by name, one number per item.
+        signal: what each estimator makes of the same completions of the start.
         results: of the arms that are finished.
         failures: the tracebacks of those that failed.
     """
@@ -54,6 +56,7 @@ class Comparison:
     shared: Mapping[str, Any]
     arms: Sequence[Arm]
     start: Mapping[str, Sequence[float]]
+    signal: StartSignal
     results: Mapping[Arm, ArmResult]
     failures: Mapping[Arm, str]
 
@@ -154,7 +157,8 @@ class _Run:
         results = {arm: result for arm in self.arms if (result := read_arm(_folder(self.folder, arm))) is not None}
         start = read_json(self.folder / "start" / RESULT)
         failures = {arm: text for arm, text in self.failures.items() if arm not in results}
-        return Comparison(self.folder, self.shared, self.arms, start["scores"], results, failures)
+        signal = StartSignal(**start["signal"])
+        return Comparison(self.folder, self.shared, self.arms, start["scores"], signal, results, failures)
 
     def _settle(self, arm: Arm) -> bool:
         """Whether the arm is finished or has failed; trains it where no other process does."""
@@ -182,12 +186,21 @@ class _Run:
     def _measure_start(self) -> None:
         folder = self.folder / "start"
         for _ in _until_claimed(folder):
-            if (folder / RESULT).exists():
+            if self._knows_start(folder):
                 return
-            trainer = quiet_trainer(self.task, self.start, configuration(self.task, self.arms[0], folder))
-            scores = held_out_scores(self.task, trainer, self.arms[0].seed)
+            configs = {arm.variant.label: configuration(self.task, arm, folder) for arm in self.arms}
+            seed = self.arms[0].seed
+            trainer = quiet_trainer(self.task, self.start, self.task.config(seed=seed, output_dir=str(folder)))
+            signal = measure_start(trainer, configs)
+            scores = held_out_scores(self.task, trainer, seed)
             release(trainer)
-            write_json(folder, {RESULT: {"scores": scores}})
+            write_json(folder, {RESULT: {"scores": scores, "signal": asdict(signal)}})
+
+    def _knows_start(self, folder: Path) -> bool:
+        if not (folder / RESULT).exists():
+            return False
+        signal = read_json(folder / RESULT)["signal"]
+        return {arm.variant.label for arm in self.arms} <= {*signal["advantages"], *signal["refused"]}
 
     def _say(self, arm: Arm, text: str) -> None:
         self.done += 1
