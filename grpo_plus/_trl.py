@@ -5,6 +5,7 @@ copied or patched. When TRL moves, this file and `trl_fingerprints.json` change,
 """
 
 import inspect
+import itertools
 import json
 import math
 import warnings
@@ -75,6 +76,9 @@ STEP_COLUMNS = ("step_rewards", "step_ends")
 # Images and what belongs to them, under the names that TRL's dictionaries and its forward share.
 MULTIMODAL = tuple(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)[8:]
 
+# What a row of text is made of.
+ROWS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+
 # How TRL fills up the rows of its dictionaries: token ids with the pad token, a masked log-probability is 0, a masked
 # ratio 1. None: one number per row.
 PADDING = {
@@ -110,6 +114,28 @@ def log_value(trainer: GRPOTrainer, name: str, value: float, *, latest: bool = F
     if latest:
         trainer._metrics["train"][name] = []
     trainer._metrics["train"][name].append(value)
+
+
+def sampled_batches(trainer: "TRLSeam", count: int) -> Iterator[tuple[Rewards, dict[str, Tensor]]]:
+    """Generation batches as the training would sample them from the model as it is: rewards, and rows for `logps_of`.
+
+    Rows are in the order of the groups. Nothing is trained; the random state moves on.
+    """
+    trainer.model.train()
+    # TRL repeats a batch for every step that trains on it.
+    repeats = trainer.num_iterations * trainer.args.steps_per_generation
+    for inputs in itertools.islice(trainer.get_train_dataloader(), 0, count * repeats, repeats):
+        output = trainer._generate_and_score_completions(inputs)
+        yield trainer._rewards, {name: output[name] for name in ROWS}
+
+
+def logps_of(trainer: "TRLSeam", rows: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Log-probabilities (B, T) of the completions with their gradient, and the mask (B, T), as the training has them."""
+    input_ids = torch.cat([rows["prompt_ids"], rows["completion_ids"]], dim=1)
+    attention_mask = torch.cat([rows["prompt_mask"], rows["completion_mask"]], dim=1)
+    length = rows["completion_ids"].shape[1]
+    logps = trainer._get_per_token_logps_and_entropies(trainer.model, input_ids, attention_mask, length)[0]
+    return logps, rows["completion_mask"]
 
 
 def _gather_labels(labels: list[str | None]) -> list[str] | None:

@@ -1,16 +1,14 @@
 """What the demo leaves behind: the log, a picture of it, and a summary, which is written last."""
 
 import json
-import platform
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from grpo_plus import __version__
 from grpo_plus.demo.progress import ACCURACY, CORRECTNESS, FORMAT
+from grpo_plus.versions import versions
 
 LOG, CURVE, SUMMARY = "log.jsonl", "learning_curve.png", "summary.json"
 CURVES = {FORMAT: ("format reward", "#9a9a9a"), CORRECTNESS: ("correctness reward", "#0072b2")}
@@ -52,12 +50,6 @@ def discard_summary(directory: Path) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     (directory / SUMMARY).unlink(missing_ok=True)
     return directory
-
-
-def versions() -> dict[str, str]:
-    """The versions that a result depends on."""
-    packages = {name: version(name) for name in ("trl", "transformers", "torch")}
-    return {"grpo_plus": __version__, **packages, "python": platform.python_version()}
 
 
 def draw_learning_curve(

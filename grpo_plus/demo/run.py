@@ -12,7 +12,13 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    ProgressCallback,
+)
 
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
 from grpo_plus.demo import task
@@ -28,6 +34,23 @@ MAX_STEPS = 120
 WARM_UP_STEPS = 160
 RANK, QLORA_LEARNING_RATE, MERGED = 32, 3e-3, "merged"
 NUM_EXAMPLES, NUM_TRAIN, NUM_HELD_OUT, NUM_SHOWN = 4_000, 4_000, 500, 3
+
+# 16 prompts x 8 completions a step on the CPU, in float32; nothing is reported or checkpointed.
+SETTINGS: dict[str, Any] = {
+    "num_generations": 8,
+    "per_device_train_batch_size": 128,
+    "max_completion_length": task.MAX_COMPLETION_LENGTH,
+    "learning_rate": 6e-4,
+    "lr_scheduler_type": "linear",
+    "warmup_steps": 5,
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "dataloader_pin_memory": False,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+}
 
 # TRL's own choices, which say how the rewards become a loss; the fields that grpo_plus adds come on top.
 TRL_SWITCHES = ("loss_type", "scale_rewards", "multi_objective_aggregation", "beta", "num_iterations", "learning_rate")
@@ -64,12 +87,12 @@ def run_demo(
     recipe = qlora_recipe(r=RANK, alpha=RANK) if qlora else None
     if recipe is not None:
         config.learning_rate = QLORA_LEARNING_RATE
-    with _one_thread():
+    with one_thread():
         return _run(config, Path(output_dir), warm_up_steps, recipe)
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """A model this small gains little from a second thread, and waits for it whenever the machine does other work."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -83,9 +106,7 @@ def _run(config: GRPOPlusConfig, output_dir: Path, warm_up_steps: int, recipe: Q
     directory = discard_summary(output_dir)
     started = time.perf_counter()
     tokenizer = tiny_tokenizer()
-    model = tiny_model(tokenizer, hidden_size=128, intermediate_size=256, num_heads=8, seed=config.seed)
-    warm_up(model, tokenizer, task.format_examples(NUM_EXAMPLES, config.seed), steps=warm_up_steps, seed=config.seed)
-
+    model = warmed_up_model(tokenizer, config.seed, warm_up_steps)
     held_out = task.dataset("held_out", NUM_HELD_OUT, config.seed)
     if recipe is not None:
         model = _quantized(model, recipe)
@@ -107,10 +128,17 @@ def _run(config: GRPOPlusConfig, output_dir: Path, warm_up_steps: int, recipe: Q
     return result
 
 
+def warmed_up_model(tokenizer: PreTrainedTokenizerFast, seed: int, steps: int) -> PreTrainedModel:
+    """A tiny model that writes four digits in brackets, in random order."""
+    model = tiny_model(tokenizer, hidden_size=128, intermediate_size=256, num_heads=8, seed=seed)
+    warm_up(model, tokenizer, task.format_examples(NUM_EXAMPLES, seed), steps=steps, seed=seed)
+    return model
+
+
 def demo_config(
     output_dir: str | Path, seed: int, max_steps: int, advantage_estimator: str | None, loss_type: str
 ) -> GRPOPlusConfig:
-    """A configuration for the CPU: 16 prompts x 8 completions a step, float32, nothing reported or checkpointed."""
+    """The demo's configuration; raises ValueError for a value that cannot be."""
     if max_steps < 1:
         raise ValueError(
             f"max_steps={max_steps} trains nothing. Set max_steps to 1 or more; the default is {MAX_STEPS}."
@@ -123,19 +151,7 @@ def demo_config(
         max_steps=max_steps,
         advantage_estimator=advantage_estimator,
         loss_type=loss_type,
-        num_generations=8,
-        per_device_train_batch_size=128,
-        max_completion_length=task.MAX_COMPLETION_LENGTH,
-        learning_rate=6e-4,
-        lr_scheduler_type="linear",
-        warmup_steps=5,
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        dataloader_pin_memory=False,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
+        **SETTINGS,
     )
 
 

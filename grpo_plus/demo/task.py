@@ -53,8 +53,13 @@ def format_reward(completions: list[str], **kwargs: Any) -> list[float]:
 def accuracy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> float:
     """Share of the rows whose greedy completion is right in both respects, to the letter."""
     completions = complete(model, tokenizer, rows["prompt"])
-    right = [text == COMPLETION.format(answer) for text, answer in zip(completions, rows["answer"], strict=True)]
+    right = exactly_right(completions, rows["answer"])
     return sum(right) / len(right)
+
+
+def exactly_right(completions: Sequence[str], answer: Sequence[str]) -> list[float]:
+    """1 for the digits in order and in brackets, to the letter; 0 for anything else."""
+    return [float(text == COMPLETION.format(digits)) for text, digits in zip(completions, answer, strict=True)]
 
 
 def complete(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[str]:

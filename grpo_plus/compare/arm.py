@@ -1,0 +1,146 @@
+"""One arm: a trainer on the restored start, its log, its scores, and what it cost."""
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback, set_seed
+from transformers import TrainerControl as Control
+from transformers import TrainerState as State
+from transformers import TrainingArguments as Arguments
+
+from grpo_plus.compare.plan import Arm
+from grpo_plus.compare.start import Start
+from grpo_plus.compare.store import LOG, RESULT, begin, read_json, read_log, write_json
+from grpo_plus.compare.task import Task
+from grpo_plus.config import GRPOPlusConfig
+from grpo_plus.diagnostics.profile import PhasePeaks
+from grpo_plus.trainer import GRPOPlusTrainer
+from grpo_plus.versions import versions
+
+TRAINING = "training"
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    """What a finished arm measured.
+
+    Attributes:
+        scores: by name, one number per held-out item.
+        seconds: of the training, from the first step to the last.
+        cpu_seconds: that all threads of the process were on a core meanwhile.
+        tokens: that the model read and wrote in training, as TRL counts them; None where it logged none.
+        peak_bytes: the most memory during the training, on the accelerator or resident; None where the system does
+            not say.
+        steps: optimizer steps.
+        versions: of the packages that trained it.
+    """
+
+    scores: dict[str, list[float]]
+    seconds: float
+    cpu_seconds: float
+    tokens: float | None
+    peak_bytes: int | None
+    steps: int
+    versions: dict[str, str]
+
+
+def train_arm(task: Task, start: Start, arm: Arm, folder: Path, *, progress: bool) -> ArmResult:
+    """Train the arm and write its result into its folder."""
+    begin(folder)
+    write_json(folder, {"arm.json": identity(arm)})
+    trainer = quiet_trainer(task, start, configuration(task, arm, folder))
+    if progress:
+        trainer.add_callback(ArmBar(arm.name))
+    peaks = PhasePeaks(trainer.accelerator.device)
+    peaks.enter(TRAINING)
+    began, cpu_began = time.perf_counter(), time.process_time()
+    trainer.train()
+    seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began
+    peaks.enter(None)
+    log = trainer.state.log_history
+    result = ArmResult(
+        scores=held_out_scores(task, trainer, arm.seed),
+        seconds=round(seconds, 2),
+        cpu_seconds=round(cpu_seconds, 2),
+        tokens=next((entry["num_tokens"] for entry in reversed(log) if "num_tokens" in entry), None),
+        peak_bytes=peaks.peaks.get(TRAINING, peaks.overall),
+        steps=trainer.state.global_step,
+        versions=versions(),
+    )
+    release(trainer)
+    write_json(folder, {LOG: log, RESULT: asdict(result)})
+    return result
+
+
+def read_arm(folder: Path) -> ArmResult | None:
+    """The result of a finished arm; None where the arm is not."""
+    path = folder / RESULT
+    return ArmResult(**read_json(path)) if path.exists() else None
+
+
+def log_of(folder: Path) -> list[dict[str, Any]]:
+    """The entries of a finished arm's log that are of a step."""
+    return [entry for entry in read_log(folder) if "reward" in entry]
+
+
+def identity(arm: Arm) -> dict[str, Any]:
+    """What makes the arm this one."""
+    return {"label": arm.variant.label, **arm.overrides}
+
+
+def configuration(task: Task, arm: Arm, folder: Path) -> GRPOPlusConfig:
+    """The arm's configuration; its completions, where they are logged, go to its folder."""
+    return task.config(**arm.overrides, output_dir=str(folder))
+
+
+def quiet_trainer(task: Task, start: Start, config: GRPOPlusConfig) -> GRPOPlusTrainer:
+    """A trainer on the restored start that prints nothing per step."""
+    trainer = task.trainer(start.restore(), config)
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
+    return trainer
+
+
+def held_out_scores(task: Task, trainer: GRPOPlusTrainer, seed: int) -> dict[str, list[float]]:
+    """The task's scores of what was trained, as plain numbers."""
+    set_seed(seed)
+    scores = {name: [float(score) for score in values] for name, values in task.evaluate(trainer).items()}
+    if not scores or not all(scores.values()):
+        raise ValueError("The task's evaluate returned no scores. Return {name: [one number per held-out item]}.")
+    return scores
+
+
+def release(trainer: GRPOPlusTrainer) -> None:
+    """Let go of the optimizer, and of what accelerate has wrapped around the model's forward."""
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    model.zero_grad(set_to_none=True)
+    trainer.optimizer = None
+    trainer.accelerator.free_memory()
+
+
+class ArmBar(TrainerCallback):
+    """A bar on the terminal while an arm trains; it leaves no line."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.bar: Any = None
+
+    def on_train_begin(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
+        """Open the bar."""
+        self.bar = tqdm(total=state.max_steps, desc=self.name, unit="step", leave=False)
+
+    def on_step_end(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
+        """Move it."""
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
+        """Show the newest reward."""
+        if "reward" in state.log_history[-1]:
+            self.bar.set_postfix(reward=f"{state.log_history[-1]['reward']:.2f}")
+
+    def on_train_end(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
+        """Clear it."""
+        self.bar.close()

@@ -1,0 +1,192 @@
+"""How much of a gradient is signal: each estimator's first gradient at the common start, on the same completions.
+
+At the first update of a batch the policy is still the one that sampled it, all ratios are 1, and the gradient of every
+clipped loss with a token mean is that of  sum_i A_i sum_t log p(token t of completion i) / tokens.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grpo_plus._trl import logps_of, sampled_batches
+from grpo_plus.advantages import Rewards, estimate
+from grpo_plus.config import GRPOPlusConfig
+from grpo_plus.trainer import GRPOPlusTrainer
+
+GROUPS, BATCHES = 64, 8  # groups aimed at, and the generation batches spent on them at most
+NUMBERS = 2**30  # the most that are remembered: one gradient per estimator
+
+
+@dataclass(frozen=True)
+class StartSignal:
+    """Advantages and gradients at the start, under each variant's estimator.
+
+    Attributes:
+        advantages: by label, of all sampled completions in the same order.
+        snr: by label, see `signal_to_noise`.
+        cosine: by label and label, between the mean gradients.
+        groups: how many groups were sampled.
+        refused: why an estimator cannot be applied, by label.
+        skipped: why there are no gradients; empty where there are.
+    """
+
+    advantages: dict[str, list[float]]
+    snr: dict[str, float | None] = field(default_factory=dict)
+    cosine: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    groups: int = 0
+    refused: dict[str, str] = field(default_factory=dict)
+    skipped: str = ""
+
+
+class Gradients:
+    """Group gradients of one estimator, added up as they come.
+
+    sum: (D,) of the gradients. squares: the sum of their squared norms.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.sum = torch.zeros(size)
+        self.squares = 0.0
+        self.count = 0
+
+    def add(self, gradient: Tensor | None) -> None:
+        """Count one group; None: its gradient is 0."""
+        self.count += 1
+        if gradient is not None:
+            self.sum += gradient
+            self.squares += gradient.double().square().sum().item()
+
+
+def signal_to_noise(gradients: Gradients) -> float:
+    """The share of a single group's gradient that is common to all groups, as a ratio of squared norms.
+
+        SNR = (|m|² - V/N) / V,   m = mean of g_n,   V = sum_n |g_n - m|² / (N - 1)
+
+    over the gradients g_1 .. g_N of N groups. V is the trace of the groups' covariance; |m|² on its own is too large by
+    V/N on average, which the numerator takes off (it is cut off at 0). The gradient of a batch of B groups has B times
+    this ratio, so 1 / SNR is the number of groups whose mean gradient is half signal, the "simple noise scale" of
+    McCandlish et al., "An Empirical Model of Large-Batch Training" (https://huggingface.co/papers/1812.06162), Eq. 2.9
+    and appendix A.1. It does not depend on the size of the advantages. Advantages that are normalized over a batch make
+    its groups slightly dependent, which this ignores. NaN where there is no gradient.
+    """
+    count = gradients.count
+    mean = (gradients.sum.double() / max(count, 1)).square().sum().item()
+    noise = (gradients.squares - count * mean) / max(count - 1, 1)
+    return max(mean - noise / count, 0.0) / noise if noise > 0 else math.nan
+
+
+def measure_start(trainer: GRPOPlusTrainer, configs: Mapping[str, GRPOPlusConfig]) -> StartSignal:
+    """Sample from the trainer's model and see what each configuration's estimator makes of it.
+
+    Args:
+        trainer: one that has not trained.
+        configs: by label; those of the same estimator share the work.
+    """
+    weights = [weight for weight in trainer.model.parameters() if weight.requires_grad]
+    size = sum(weight.numel() for weight in weights)
+    estimators = {label: _Estimator(config) for label, config in configs.items()}
+    distinct = {estimator.key: estimator for estimator in estimators.values()}
+    needed = len(distinct) * size
+    skipped = f"{needed:.1e} numbers would have to be kept, over the limit of {NUMBERS:.1e}" if needed > NUMBERS else ""
+    totals = {key: Gradients(0 if skipped else size) for key in distinct}
+    groups = 0
+    for rewards, rows in sampled_batches(trainer, _batches(trainer)):
+        for estimator in distinct.values():
+            estimator.take(rewards)
+        groups += len(rewards.values)
+        if not skipped:
+            _add_gradients(trainer, weights, rows, distinct, totals)
+    live = {label: estimator for label, estimator in estimators.items() if not estimator.refused}
+    measured = {} if skipped else live
+    return StartSignal(
+        advantages={label: estimator.advantages for label, estimator in live.items()},
+        snr={label: _number(signal_to_noise(totals[estimator.key])) for label, estimator in measured.items()},
+        cosine={
+            first: {second: _cosine(totals[one.key].sum, totals[other.key].sum) for second, other in measured.items()}
+            for first, one in measured.items()
+        },
+        groups=groups,
+        refused={label: estimator.refused for label, estimator in estimators.items() if estimator.refused},
+        skipped=skipped,
+    )
+
+
+def _batches(trainer: GRPOPlusTrainer) -> int:
+    groups = (trainer.args.generation_batch_size or 1) // trainer.num_generations
+    return min(BATCHES, -(-GROUPS // max(groups, 1)))
+
+
+class _Estimator:
+    """A configuration's estimator at the start: what it made of the batches so far."""
+
+    def __init__(self, config: GRPOPlusConfig) -> None:
+        self.config = config
+        self.key = str((config.advantage_estimator, config.advantage_kwargs, config.advantage_modifiers))
+        self.advantages: list[float] = []
+        self.newest: Tensor | None = None
+        self.refused = ""
+
+    def take(self, rewards: Rewards) -> None:
+        """Compute the advantages of one batch; without memory, as in a first step."""
+        config: Any = self.config
+        self.newest = None
+        if self.refused:
+            return
+        try:
+            self.newest = estimate(
+                config.advantage_estimator, rewards, config.advantage_kwargs, modifiers=config.advantage_modifiers
+            )
+        except ValueError as error:
+            self.refused = str(error)
+        else:
+            self.advantages += rewards.per_completion(self.newest).flatten().tolist()
+
+
+def _add_gradients(
+    trainer: GRPOPlusTrainer,
+    weights: list[Tensor],
+    rows: Mapping[str, Tensor],
+    estimators: Mapping[str, _Estimator],
+    totals: Mapping[str, Gradients],
+) -> None:
+    size = trainer.num_generations
+    groups = len(rows["completion_mask"]) // size
+    tokens = rows["completion_mask"].sum().item() / groups  # of a group, on average: the mean is that of a token mean
+    for group in range(groups):
+        part = {name: values[group * size : (group + 1) * size] for name, values in rows.items()}
+        logps, mask = logps_of(trainer, part)
+        for key, estimator in estimators.items():
+            if estimator.newest is None:
+                continue
+            advantages = estimator.newest[group].to(logps)
+            per_token = _per_token(advantages, logps.shape[1])
+            gradient = None
+            if advantages.any():
+                loss = (per_token * logps * mask).sum() / tokens
+                parts = torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)
+                gradient = torch.cat([_flat(part, weight) for part, weight in zip(parts, weights, strict=True)])
+            totals[key].add(gradient)
+
+
+def _per_token(advantages: Tensor, tokens: int) -> Tensor:
+    """(G,) or (G, T') -> (G, 1) or (G, T): past the end of the longest completion the mask is 0 anyway."""
+    if advantages.dim() == 1:
+        return advantages.unsqueeze(1)
+    return torch.nn.functional.pad(advantages, (0, tokens - advantages.shape[1]))
+
+
+def _flat(gradient: Tensor | None, weight: Tensor) -> Tensor:
+    return torch.zeros(weight.numel()) if gradient is None else gradient.detach().float().cpu().flatten()
+
+
+def _cosine(one: Tensor, other: Tensor) -> float | None:
+    scale = one.double().norm() * other.double().norm()
+    return (one.double() @ other.double() / scale).item() if scale > 0 else None
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else value

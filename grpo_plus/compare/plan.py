@@ -1,0 +1,102 @@
+"""What a comparison trains: variants, which differ in estimator, loss or other fields; an arm is one on a seed."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from grpo_plus.advantages import ESTIMATORS
+from grpo_plus.losses import LOSSES
+
+ESTIMATOR, LOSS, SEED = "advantage_estimator", "loss_type", "seed"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One of the things that are compared.
+
+    Attributes:
+        estimator: a name that `grpo-plus ls advantages` prints, or a dotted path.
+        loss: a name that `grpo-plus ls losses` prints; None: the task's own.
+        fields: further fields of GRPOPlusConfig by name, such as {"advantage_kwargs": {"k": 4}}.
+        label: what the report calls it; made of the other three where empty.
+    """
+
+    estimator: str
+    loss: str | None = None
+    fields: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    label: str = ""
+
+    def __post_init__(self) -> None:
+        _ = ESTIMATORS[self.estimator]
+        if self.loss is not None:
+            _ = LOSSES[self.loss]
+        for name in (ESTIMATOR, LOSS, SEED, "output_dir"):
+            if name in self.fields:
+                raise ValueError(f"fields={dict(self.fields)} sets {name}, which the comparison sets itself. Drop it.")
+        if not self.label:
+            object.__setattr__(self, "label", self._described())
+
+    def _described(self) -> str:
+        given = ", ".join(f"{name}={value}" for name, value in self.fields.items())
+        loss = f" + {self.loss}" if self.loss is not None else ""
+        return f"{self.estimator}{loss}{f' ({given})' if given else ''}"
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """The fields of GRPOPlusConfig in which this variant differs from the task's own."""
+        loss = {} if self.loss is None else {LOSS: self.loss}
+        return {ESTIMATOR: self.estimator, **loss, **self.fields}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A variant trained on a seed, which decides the order of the prompts and every random draw."""
+
+    variant: Variant
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"{self.variant.label}, seed {self.seed}"
+
+    @property
+    def folder(self) -> str:
+        """For the file system; the same for the same arm in every run."""
+        words = re.sub(r"[^\w.=-]+", "-", self.variant.label).strip("-.")
+        return f"{words}-seed{self.seed}"
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """The fields of GRPOPlusConfig in which this arm differs from the task's own."""
+        return {**self.variant.overrides, SEED: self.seed}
+
+
+def plan(variants: Sequence[Variant | str], seeds: Sequence[int]) -> list[Arm]:
+    """Every variant on every seed, seed by seed, so that a comparison that is cut short has whole pairs.
+
+    Args:
+        variants: a plain name is an estimator.
+
+    Raises:
+        ValueError: an unknown name, two variants or seeds that are the same, no variant or seed, or a seed out of
+            range.
+    """
+    chosen = [Variant(variant) if isinstance(variant, str) else variant for variant in variants]
+    if not chosen:
+        raise ValueError("There is nothing to compare. Name at least one estimator.")
+    if not seeds:
+        raise ValueError("A comparison needs at least 1 seed, and 3 or more for intervals over runs.")
+    for seed in seeds:
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+            raise ValueError(f"seed={seed!r} cannot seed every generator. Choose whole numbers from 0 to 2**32 - 1.")
+    arms = [Arm(variant, seed) for seed in seeds for variant in chosen]
+    folders = [arm.folder.casefold() for arm in arms]
+    for arm, folder in zip(arms, folders, strict=True):
+        if folders.count(folder) > 1:
+            raise ValueError(
+                f"{arm.name!r} is there twice, or two labels differ in signs only. Give every variant a label of its "
+                "own, and every seed once."
+            )
+    return arms

@@ -1,0 +1,227 @@
+"""Every variant trained over several seeds from the same start: which advantages for these rewards, by experiment.
+
+    from grpo_plus.compare.train import Variant, compare
+
+    comparison = compare(task, ["grpo", "dr_grpo", Variant("rloo", "cispo")], seeds=range(5), folder="comparison")
+
+`task.py` says what a task is. All variants see the same prompts in the same order under the same seed, so they are
+compared seed by seed. What is finished stays finished: called again on its folder, a comparison goes on where it was,
+with more seeds or variants if there are more, and two processes on one folder share the arms.
+"""
+
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from grpo_plus.compare.arm import (
+    ArmResult,
+    configuration,
+    held_out_scores,
+    identity,
+    log_of,
+    quiet_trainer,
+    read_arm,
+    release,
+    train_arm,
+)
+from grpo_plus.compare.gradients import StartSignal, measure_start
+from grpo_plus.compare.plan import SEED, Arm, Variant, plan
+from grpo_plus.compare.start import Start
+from grpo_plus.compare.store import ERROR, RESULT, agree, as_json, check, claim, read_json, write_json
+from grpo_plus.compare.task import Task
+
+COMPARISON, ARM = "comparison.json", "arm.json"
+# Fields of a configuration that do not change what is learned.
+INCIDENTAL = ("output_dir", "logging_dir", "run_name", "disable_tqdm", "report_to", SEED)
+WAIT = 1.0  # seconds between looks at arms that another process trains
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` has found so far.
+
+    Attributes:
+        shared: what all arms have in common: task, facts, configuration.
+        start: the held-out scores before any training, by name, one number per item.
+        signal: what each estimator makes of the same completions of the start.
+        results: of the arms that are finished.
+        failures: the tracebacks of those that failed.
+    """
+
+    folder: Path
+    shared: Mapping[str, Any]
+    arms: Sequence[Arm]
+    start: Mapping[str, Sequence[float]]
+    signal: StartSignal
+    results: Mapping[Arm, ArmResult]
+    failures: Mapping[Arm, str]
+
+    @property
+    def variants(self) -> list[Variant]:
+        """In the order in which they were asked for."""
+        return [arm.variant for arm in self.arms if arm.seed == self.arms[0].seed]
+
+    @property
+    def seeds(self) -> list[int]:
+        """In the order in which they were asked for."""
+        return list(dict.fromkeys(arm.seed for arm in self.arms))
+
+    def log(self, arm: Arm) -> list[dict[str, Any]]:
+        """The logged steps of a finished arm."""
+        return log_of(_folder(self.folder, arm))
+
+
+def compare(
+    task: Task,
+    variants: Sequence[Variant | str],
+    seeds: Sequence[int],
+    folder: str | Path,
+    *,
+    progress: bool = False,
+) -> Comparison:
+    """Train every variant on every seed, but for what `folder` holds already.
+
+    An arm that fails is recorded with its traceback, the others go on, and the next call tries it again.
+
+    Args:
+        variants: estimators by name, or `Variant`s.
+        progress: whether to print a line per arm, and a bar while it trains.
+
+    Raises:
+        ValueError: a name is unknown, a configuration is refused, or the folder holds another comparison; raised
+            before any work is done.
+    """
+    run = _Run(task, plan(variants, seeds), Path(folder), progress)
+    run.check()
+    run.train()
+    return run.comparison()
+
+
+@dataclass(eq=False)
+class _Run:
+    task: Task
+    arms: list[Arm]
+    folder: Path
+    progress: bool
+    failures: dict[Arm, str] = field(default_factory=dict)
+    done: int = 0
+
+    def check(self) -> None:
+        """Refuse what cannot be compared, then record what is."""
+        for arm in self.arms:
+            config = configuration(self.task, arm, _folder(self.folder, arm))
+            if config.world_size > 1:
+                raise ValueError(
+                    f"A comparison trains in one process, but there are {config.world_size}. Start it without "
+                    "`accelerate launch`; two commands on the same folder share the arms."
+                )
+        check(self.folder / COMPARISON, self.shared, "a comparison")
+        for arm in self.arms:
+            check(_folder(self.folder, arm) / ARM, identity(arm), f"the arm {arm.name!r}")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        agree(self.folder / COMPARISON, self.shared, "a comparison")
+
+    @cached_property
+    def shared(self) -> dict[str, Any]:
+        """What all arms have in common."""
+        config = self.task.config(output_dir=str(self.folder)).to_dict()
+        fields = {name: value for name, value in config.items() if name not in INCIDENTAL}
+        return as_json({"task": self.task.name, "facts": dict(self.task.facts), "config": fields})
+
+    @cached_property
+    def start(self) -> Start:
+        """Made where something is left to do, and once."""
+        start = Start(self.task.start())
+        path = self.folder / "start"
+        agree(path / "weights.json", {"sha256": start.digest(), "trainable": start.size}, "a start")
+        return start
+
+    def train(self) -> None:
+        """Train the arms that nobody has trained; wait for those that another process is training."""
+        self._measure_start()
+        if any(read_arm(_folder(self.folder, arm)) is None for arm in self.arms):
+            _ = self.start  # what goes wrong there is the failure of no arm
+        waiting = list(self.arms)
+        while waiting:
+            left = [arm for arm in waiting if not self._settle(arm)]
+            if len(left) == len(waiting):
+                time.sleep(WAIT)
+            waiting = left
+
+    def comparison(self) -> Comparison:
+        """What there is."""
+        results = {arm: result for arm in self.arms if (result := read_arm(_folder(self.folder, arm))) is not None}
+        start = read_json(self.folder / "start" / RESULT)
+        failures = {arm: text for arm, text in self.failures.items() if arm not in results}
+        signal = StartSignal(**start["signal"])
+        return Comparison(self.folder, self.shared, self.arms, start["scores"], signal, results, failures)
+
+    def _settle(self, arm: Arm) -> bool:
+        """Whether the arm is finished or has failed; trains it where no other process does."""
+        folder = _folder(self.folder, arm)
+        with claim(folder) as mine:
+            if not mine:
+                return False
+            if (result := read_arm(folder)) is not None:
+                self._say(arm, f"{_brief(result)} (finished before)")
+                return True
+            self._try(arm, folder)
+            return True
+
+    def _try(self, arm: Arm, folder: Path) -> None:
+        try:
+            result = train_arm(self.task, self.start, arm, folder, progress=self.progress)
+        # Any error of the user's model, rewards or estimator is this arm's, and the others must not pay for it.
+        except Exception as error:
+            self.failures[arm] = traceback.format_exc()
+            (folder / ERROR).write_text(self.failures[arm], encoding="utf-8")
+            self._say(arm, f"failed: {type(error).__name__}: {error}")
+        else:
+            self._say(arm, f"{_brief(result)}, {result.seconds:.0f} s")
+
+    def _measure_start(self) -> None:
+        folder = self.folder / "start"
+        for _ in _until_claimed(folder):
+            if self._knows_start(folder):
+                return
+            configs = {arm.variant.label: configuration(self.task, arm, folder) for arm in self.arms}
+            seed = self.arms[0].seed
+            trainer = quiet_trainer(self.task, self.start, self.task.config(seed=seed, output_dir=str(folder)))
+            signal = measure_start(trainer, configs)
+            scores = held_out_scores(self.task, trainer, seed)
+            release(trainer)
+            write_json(folder, {RESULT: {"scores": scores, "signal": asdict(signal)}})
+
+    def _knows_start(self, folder: Path) -> bool:
+        if not (folder / RESULT).exists():
+            return False
+        signal = read_json(folder / RESULT)["signal"]
+        return {arm.variant.label for arm in self.arms} <= {*signal["advantages"], *signal["refused"]}
+
+    def _say(self, arm: Arm, text: str) -> None:
+        self.done += 1
+        if self.progress:
+            print(f"[{self.done}/{len(self.arms)}] {arm.name}: {text}", flush=True)
+
+
+def _folder(folder: Path, arm: Arm) -> Path:
+    return folder / "arms" / arm.folder
+
+
+def _brief(result: ArmResult) -> str:
+    name, scores = next(iter(result.scores.items()))
+    return f"{name} {sum(scores) / len(scores):.3f}"
+
+
+def _until_claimed(folder: Path) -> Iterator[None]:
+    """One round, in which this process holds the folder; before it, wait while another one does."""
+    while True:
+        with claim(folder) as mine:
+            if mine:
+                yield
+                return
+        time.sleep(WAIT)

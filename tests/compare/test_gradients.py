@@ -1,0 +1,106 @@
+import math
+
+import pytest
+import torch
+
+from grpo_plus import GRPOPlusConfig
+from grpo_plus._trl import sampled_batches
+from grpo_plus.advantages import estimate
+from grpo_plus.compare.gradients import Gradients, measure_start, signal_to_noise
+from tests.compare.small import small_task
+
+
+def gradients_of(rows):
+    gradients = Gradients(rows.shape[1])
+    for row in rows:
+        gradients.add(row)
+    return gradients
+
+
+def test_the_ratio_of_a_worked_example():
+    # mean (2, 1), |m|² 5; deviations (1, 0), (-1, 0), (0, 2), (0, -2): V = 10 / 3; (5 - 10/12) / (10/3) = 1.25
+    rows = torch.tensor([[3.0, 1.0], [1.0, 1.0], [2.0, 3.0], [2.0, -1.0]])
+    assert signal_to_noise(gradients_of(rows)) == pytest.approx(1.25)
+    assert signal_to_noise(gradients_of(10 * rows)) == pytest.approx(1.25)
+
+
+def test_a_group_without_a_gradient_counts():
+    # (2), (0): mean 1, V = 2, (1 - 1) / 2
+    gradients = gradients_of(torch.tensor([[2.0]]))
+    gradients.add(None)
+    assert signal_to_noise(gradients) == 0.0
+    nothing = Gradients(1)
+    nothing.add(None)
+    assert math.isnan(signal_to_noise(nothing))
+
+
+def test_the_correction_takes_off_what_noise_alone_gives():
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.randn(400, 8, 50, generator=generator).double()
+    draws[..., 0] += 1.0  # |mean|² 1, V 50
+    found = [signal_to_noise(gradients_of(rows.float())) for rows in draws]
+    biased = [(rows.mean(0).square().sum() / rows.var(0).sum()).item() for rows in draws]
+    assert sum(found) / 400 == pytest.approx(1 / 50, rel=0.5)  # the cut at 0 adds a little
+    assert sum(biased) / 400 > 5 / 50
+
+
+def test_the_gradients_are_those_of_the_policy_gradient(tmp_path):
+    """Two estimators on a tiny model, against one backward pass per group of plain log-probabilities."""
+    task = small_task()
+    config = {
+        name: task.config(advantage_estimator=name, output_dir=str(tmp_path)) for name in ("dr_grpo", "rloo", "grpo")
+    }
+
+    def trainer():
+        return task.trainer(task.start(), task.config(output_dir=str(tmp_path), packing="none"))
+
+    found = measure_start(trainer(), config)
+    again = trainer()
+    expected = {name: [] for name in config}
+    for rewards, rows in sampled_batches(again, 8):
+        for name, gradients in expected.items():
+            advantages = estimate(name, rewards)
+            for group in range(len(advantages)):
+                part = slice(4 * group, 4 * group + 4)
+                ids = torch.cat([rows["prompt_ids"], rows["completion_ids"]], 1)[part]
+                mask = torch.cat([rows["prompt_mask"], rows["completion_mask"]], 1)[part]
+                again.model.zero_grad()
+                logits = again.model(input_ids=ids, attention_mask=mask).logits[:, :-1]
+                logps = logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+                kept = rows["completion_mask"][part]
+                weighted = logps[:, -kept.shape[1] :] * kept * advantages[group].float()[:, None]
+                (weighted.sum() / rows["completion_mask"].sum()).backward()
+                gradients.append(torch.cat([w.grad.flatten() for w in again.model.parameters()]))
+    assert found.groups == len(expected["rloo"]) == 16
+    for name, gradients in expected.items():
+        stacked = torch.stack(gradients).double()
+        noise = stacked.var(0).sum()
+        snr = ((stacked.mean(0).square().sum() - noise / 16) / noise).clamp(min=0).item()
+        assert found.snr[name] == pytest.approx(snr, rel=1e-3, abs=1e-6)
+    mean = {name: torch.stack(gradients).double().mean(0) for name, gradients in expected.items()}
+    cosine = torch.nn.functional.cosine_similarity(mean["grpo"], mean["dr_grpo"], dim=0).item()
+    assert found.cosine["grpo"]["dr_grpo"] == pytest.approx(cosine, abs=1e-5)
+    assert found.cosine["rloo"]["dr_grpo"] == pytest.approx(1.0, abs=1e-5)  # they differ by a factor
+    assert len(found.advantages["grpo"]) == 16 * 4
+
+
+def test_what_an_estimator_refuses_is_its_own_affair(tmp_path):
+    task = small_task()
+    configs = {
+        name: task.config(advantage_estimator=name, output_dir=str(tmp_path)) for name in ("rloo", "maxrl", "passk")
+    }
+    assert isinstance(configs["rloo"], GRPOPlusConfig)
+    found = measure_start(task.trainer(task.start(), configs["rloo"]), configs)
+    assert set(found.refused) == {"passk"}
+    assert "brevity" in found.refused["passk"]
+    assert set(found.snr) == {"rloo", "maxrl"}
+
+
+def test_gradients_that_are_too_large_to_keep_are_skipped_with_the_reason(tmp_path, monkeypatch):
+    monkeypatch.setattr("grpo_plus.compare.gradients.NUMBERS", 1000)
+    task = small_task()
+    config = task.config(advantage_estimator="rloo", output_dir=str(tmp_path))
+    found = measure_start(task.trainer(task.start(), config), {"rloo": config})
+    assert "over the limit of 1.0e+03" in found.skipped
+    assert found.snr == {}
+    assert len(found.advantages["rloo"]) == 64
