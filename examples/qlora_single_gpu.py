@@ -1,6 +1,6 @@
 """QLoRA on one card: a 4-bit base, float32 adapters, and an export that loads without bitsandbytes.
 
-python examples/qlora_single_gpu.py                       needs a GPU with 12 GB and the hub
+python examples/qlora_single_gpu.py                       needs the hub and a GPU; `grpo-plus plan` expects 5 GB
 python examples/qlora_single_gpu.py --model NAME --r 32   another model, a higher rank
 python examples/qlora_single_gpu.py --offline             the project's tiny model in nf4, on the CPU, for a few steps
 
@@ -49,6 +49,7 @@ def main() -> None:
             per_device_train_batch_size=8,
             num_generations=8,
             gradient_accumulation_steps=2,
+            generation_chunk_size="auto",
             logging_steps=1,
             report_to="none",
             **recipe.config,
@@ -63,7 +64,7 @@ def main() -> None:
 
 
 def tiny_task() -> tuple[str, Dataset, Any]:
-    """A folder with the demo's model and tokenizer, its task and one of its rewards."""
+    """A folder with the demo's model and tokenizer, its prompts and a reward that an untrained model can earn."""
     from grpo_plus.demo import task
     from grpo_plus.demo.tiny import tiny_model, tiny_tokenizer
 
@@ -71,7 +72,12 @@ def tiny_task() -> tuple[str, Dataset, Any]:
     tokenizer = tiny_tokenizer()
     tokenizer.save_pretrained(folder)
     tiny_model(tokenizer).save_pretrained(folder)
-    return folder, task.dataset("train", 64, seed=0), task.correctness_reward
+    return folder, task.dataset("train", 64, seed=0), digits
+
+
+def digits(completions: list[str], **_: Any) -> list[float]:
+    """One point for each digit."""
+    return [float(sum(map(str.isdigit, text))) for text in completions]
 
 
 if __name__ == "__main__":

@@ -174,6 +174,11 @@ class GRPOPlusConfig(GRPOConfig):
             raise ValueError(
                 f"Unknown adapter_dtype {self.adapter_dtype!r}.{suggestion(str(self.adapter_dtype), ADAPTER_DTYPES)}"
             )
+        if self.adapter_dtype == "bfloat16" and self.fp16:
+            raise ValueError(
+                "adapter_dtype='bfloat16' with fp16=True: the scaler of float16 training cannot unscale gradients in "
+                "bfloat16. Set adapter_dtype='float32'."
+            )
         if self.kl_target is not None:
             if self.beta == 0:
                 raise ValueError(

@@ -144,6 +144,7 @@ def advise(
             replayed = _replayed(first, kept)
             if replayed is not None and replayed[-1].fits(gpu_bytes):
                 steps = kept
+    steps = _ordered(first, steps)
     plans = _replayed(first, steps) or [first]
     return Advice(tuple(_merged(steps, plans)), plans[-1], plans[-1].fits(gpu_bytes))
 
@@ -160,6 +161,20 @@ def _replayed(first: MemoryPlan, steps: list[Step]) -> list[MemoryPlan] | None:
             return None
         plans.append(_changed(plans[-1], step))
     return plans
+
+
+def _ordered(first: MemoryPlan, steps: list[Step]) -> list[Step]:
+    """The same steps, each where it saves something if there is such a place: another phase may bind before."""
+    ordered: list[Step] = []
+    current, left = first, list(steps)
+    while left:
+        offered = [step for step in left if step[0].settings(current.run) is not None] or left
+        useful = (step for step in offered if current.peak - _changed(current, step).peak > WORTH * current.peak)
+        step = next(useful, offered[0])
+        current = _changed(current, step)
+        ordered.append(step)
+        left.remove(step)
+    return ordered
 
 
 def _cheapest(current: MemoryPlan) -> Step | None:

@@ -1,4 +1,4 @@
-"""One screen at the start of a run with adapters: what is quantized, which dtype trains, and what will hurt."""
+"""One screen at the start of a run with adapters: what is quantized, which dtype trains, its memory, what will hurt."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -7,6 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from grpo_plus.expected import shape_and_run
+from grpo_plus.planner import Constants, advise, plan
+from grpo_plus.planner.constants import GIB
+from grpo_plus.planner.run import flags
 from grpo_plus.qlora.frozen import WARNS, sample
 from grpo_plus.qlora.precision import adapter_parameters, bits_of
 
@@ -47,6 +51,18 @@ def _overview(model: Any, args: Any) -> Iterator[str]:
     total = sum(_elements(weight) for weight in model.parameters())
     yield f"  trained        {trained:,} of {total:,} weights ({trained / total:.2%})"
     yield f"  optimizer      {_name(args.optim)}, learning_rate={args.learning_rate}"
+    yield f"  expected peak  {_expected_peak(model, args)}"
+
+
+def _expected_peak(model: Any, args: Any) -> str:
+    try:
+        planned = plan(*shape_and_run(model, args))
+    except ValueError as error:
+        return f"unknown: {error}"
+    return (
+        f"{planned.peak / GIB:.2f} GiB of GPU memory, in {planned.binding}, for prompts of {planned.run.prompt_length} "
+        "tokens and completions of full length"
+    )
 
 
 def _groups(model: Any) -> dict[str, list[nn.Parameter]]:
@@ -135,12 +151,42 @@ def _single_quantization(model: Any, args: Any) -> str | None:
     )
 
 
+def _bfloat16_under_float16(model: Any, args: Any) -> str | None:
+    if not getattr(args, "fp16", False) or model.get_input_embeddings().weight.dtype != torch.bfloat16:
+        return None
+    return (
+        "fp16=True, but the weights that are not quantized are bfloat16, which cards before Ampere (T4, RTX 20) only "
+        "emulate. Load the model with dtype='float16' (--dtype float16, or qlora(dtype='float16'))."
+    )
+
+
+def _too_large(model: Any, args: Any) -> str | None:
+    if model.device.type != "cuda":
+        return None
+    constants = Constants(unusable_bytes=0)  # the driver's part is not in what CUDA calls total
+    total = torch.cuda.mem_get_info(model.device)[1]
+    try:
+        shape, run = shape_and_run(model, args)
+    except ValueError:
+        return None
+    planned = plan(shape, run, constants=constants)
+    if planned.fits(total):
+        return None
+    changes = "; ".join(flags(made.settings) for made in advise(shape, total, run, constants=constants).suggestions)
+    return (
+        f"The planner expects {planned.peak / GIB:.2f} GiB, in {planned.binding}, and the GPU has {total / GIB:.2f}. "
+        f"{f'Cheapest changes: {changes}' if changes else 'It knows of no change that helps'}."
+    )
+
+
 HINTS: tuple[Callable[[Any, Any], str | None], ...] = (
     _too_small_a_step,
     _dropout,
     _wide_embeddings,
     _wide_compute,
     _single_quantization,
+    _bfloat16_under_float16,
+    _too_large,
 )
 
 

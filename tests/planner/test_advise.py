@@ -42,6 +42,15 @@ def test_the_advice_fits_and_its_savings_add_up(config, gpu):
 WORTHLESS = 1.0  # byte
 
 
+def test_each_suggestion_saves_something_where_it_stands():
+    # Generation binds first, and the micro-batch, which is cheaper to change, only then.
+    run = Run(**QLORA, max_completion_length=2048, gradient_accumulation_steps=4)
+    advice = advise(QWEN, 8 * GIB, run)
+    assert settings_of(advice)[0] == ("generation_chunk_size",)
+    assert advice.fits
+    assert all(made.saves > 0.1 * GIB for made in advice.suggestions)
+
+
 def test_no_suggestion_is_superfluous():
     rng = random.Random(0)
     for _ in range(40):

@@ -3,10 +3,11 @@
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
+from grpo_plus.qlora import qlora
 from grpo_plus.qlora.precision import keep_gradients_on_the_cpu
 from tests.qlora.models import load_nf4, lora, make_qlora_trainer, trained_weights
 from tests.training import make_trainer
@@ -75,6 +76,38 @@ def test_an_adapter_dtype_without_adapters_is_refused(tmp_path):
 def test_an_unknown_adapter_dtype_is_refused(tmp_path):
     with pytest.raises(ValueError, match="Unknown adapter_dtype 'float16'. Did you mean 'bfloat16'"):
         GRPOPlusConfig(str(tmp_path), adapter_dtype="float16", use_cpu=True, bf16=False)
+
+
+def test_adapters_in_bfloat16_are_refused_where_gradients_are_scaled(tmp_path):
+    with pytest.raises(ValueError, match="adapter_dtype='bfloat16' with fp16=True.*Set adapter_dtype='float32'"):
+        GRPOPlusConfig(str(tmp_path), adapter_dtype="bfloat16", use_cpu=True, fp16=True)
+
+
+def test_a_float16_base_trains_float32_adapters_under_a_gradient_scaler(tmp_path, base):
+    """What a card without bfloat16 does; the trainer itself cannot run it on a CPU, where accelerate refuses fp16."""
+    recipe = qlora(r=4, dtype="float16")
+    quantized = AutoModelForCausalLM.from_pretrained(
+        base, quantization_config=recipe.quantization_config, **recipe.config["model_init_kwargs"]
+    )
+    config = {
+        name: value for name, value in recipe.config.items() if name not in ("model_init_kwargs", "fp16", "optim")
+    }
+    trainer = make_qlora_trainer(tmp_path, get_peft_model(quantized, recipe.peft_config), **config)
+    weights = [weight for weight in trainer.model.parameters() if weight.requires_grad]
+    start = [weight.detach().clone() for weight in weights]
+    scaler, optimizer = torch.amp.GradScaler("cpu"), torch.optim.AdamW(weights, lr=1e-6, weight_decay=0.0)
+    ids = torch.randint(4, 90, (2, 12), generator=torch.Generator().manual_seed(0))
+    for _ in range(2):  # lora_A has no gradient before lora_B has moved
+        with torch.autocast("cpu", torch.float16):
+            output = trainer.model(input_ids=ids, labels=ids)
+        scaler.scale(output.loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    assert output.logits.dtype == torch.float16
+    assert {weight.dtype for weight in trainer.model.parameters()} == {torch.float16, torch.uint8, torch.float32}
+    moved = torch.cat([weight.ne(before).flatten() for weight, before in zip(weights, start, strict=True)])
+    assert moved.float().mean() > 0.99
 
 
 @pytest.mark.parametrize(

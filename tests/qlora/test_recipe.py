@@ -30,8 +30,9 @@ def test_the_recipe_is_made_of_hugging_face_objects():
     assert (recipe.config["optim"], recipe.config["gradient_checkpointing"]) == ("adamw_8bit", True)
 
 
-def test_the_flags_of_the_command_line_give_the_same_objects():
-    recipe, flags = qlora(), qlora_flags()
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_flags_of_the_command_line_give_the_same_objects(dtype):
+    recipe, flags = qlora(dtype=dtype), qlora_flags() | {"dtype": dtype}
     model = ModelConfig(**{name: value for name, value in flags.items() if name in MODEL_FLAGS})
     assert get_quantization_config(model).to_dict() == recipe.quantization_config.to_dict()
     from_flags, ours = (config.to_dict() for config in (get_peft_config(model), recipe.peft_config))

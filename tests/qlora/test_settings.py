@@ -1,14 +1,17 @@
 """What a run with adapters says about itself at its start, and when it keeps silent."""
 
+import json
 import logging
 import re
 
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
+from grpo_plus.expected import shape_and_run
+from grpo_plus.planner import Run, plan, shape_of
 from grpo_plus.qlora import setting_check
 from tests.qlora.models import lora, make_qlora_trainer
 from tests.training import make_trainer
@@ -28,7 +31,59 @@ def test_the_screen_names_quantization_dtypes_and_the_trained_share(tmp_path, ba
     assert "embeddings     bfloat16, 12,800 weights" in text  # 100 tokens x 64, in and out
     assert f"trained        {adapters:,} of " in text
     assert "learning_rate=0.001" in text
+    peak = plan(*shape_and_run(trainer.model, trainer.args)).peak / 2**30
+    assert f"expected peak  {peak:.2f} GiB of GPU memory, in update, for prompts of 512 tokens" in text
     assert len(overview) <= 24
+
+
+def test_the_plan_is_of_the_run_that_starts(tmp_path, base):
+    given = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_generations": 8, "beta": 0.04}
+    given |= {"max_completion_length": 24, "optim": "adamw_8bit", "generation_chunk_size": 3, "packing": "none"}
+    trainer = make_qlora_trainer(tmp_path, base, **given, bf16=True, steps_per_generation=2)
+    shape, run = shape_and_run(trainer.model, trainer.args, 17)
+    assert shape == shape_of(json.loads((base / "config.json").read_text()), name=str(base))
+    quantized = {
+        "load_in_4bit": True,
+        "use_bnb_nested_quant": True,
+        "dtype": "bfloat16",
+        "gradient_checkpointing": False,
+    }
+    adapters = {"lora_r": 4, "adapter_dtype": "float32"}
+    assert run == Run(**given, **quantized, **adapters, prompt_length=17, steps_per_generation=2)
+
+
+def test_an_expectation_that_cannot_be_had_says_why(tmp_path, base, monkeypatch):
+    trainer = make_qlora_trainer(tmp_path, base)
+    monkeypatch.setattr(type(trainer.model.config), "model_type", "mamba")
+    overview, hints = setting_check(trainer.model, trainer.args)
+    assert "expected peak  unknown: '" in overview[-1]
+    assert "model_type='mamba', an architecture that the planner does not know" in overview[-1]
+    assert hints == []
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_a_run_that_is_too_large_for_the_gpu_is_told_what_to_change(tmp_path, base, monkeypatch, fits):
+    trainer = make_qlora_trainer(tmp_path, base, generation_chunk_size=8, max_completion_length=100_000)
+    peak = plan(*shape_and_run(trainer.model, trainer.args)).peak
+    monkeypatch.setattr(PreTrainedModel, "device", property(lambda self: torch.device("cuda")))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, peak if fits else peak - 2**20))
+    _, hints = setting_check(trainer.model, trainer.args)
+    if fits:
+        assert hints == []
+    else:
+        assert re.search(rf"expects {peak / 2**30:.2f} GiB, in .*Cheapest changes: --\w+ ", hints[0])
+
+
+def test_bfloat16_weights_under_float16_are_pointed_out(tmp_path, base):
+    """fp16 itself needs a GPU: accelerate refuses it on a CPU."""
+    trainer = make_qlora_trainer(tmp_path, base)
+    trainer.args.fp16 = True
+    _, hints = setting_check(trainer.model, trainer.args)
+    assert len(hints) == 1
+    assert re.search("fp16=True, but the weights.*dtype='float16'", hints[0])
+    half = make_qlora_trainer(tmp_path, get_peft_model(quantized(base, dtype=torch.float16), lora()))
+    half.args.fp16 = True
+    assert setting_check(half.model, half.args)[1] == []
 
 
 def test_it_is_logged_at_info_and_silent_above(tmp_path, base, caplog):
