@@ -1,9 +1,6 @@
 """Advantages under two processes (gloo): each rank trains the rows that one process computes, groups across ranks."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pandas as pd
@@ -12,37 +9,50 @@ import torch
 
 from grpo_plus.advantages import Steps, estimate, process_advantages
 from tests.advantages.cases import rewards_of
+from tests.processes.jobs import job
 from tests.refilling import Judge, expected_batches, groups_of, is_dead
 
-ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.xdist_group("processes")
+
+# 6 rows a rank, groups of 4: the second of three groups has two rows on each rank.
+SPLIT = {"num_generations": 4, "per_device_train_batch_size": 6}
+TABLES = {
+    name: job(name, advantage_estimator=name, reward_weights=[1.0, 0.5], max_steps=2, **SPLIT)
+    for name in ("rloo", "gdpo")
+}
+# With 512 tokens allowed, the completions end by themselves, and each rank pads to its own longest one.
+WIDTHS = job("widths", advantage_estimator="process", max_steps=1, max_completion_length=512, **SPLIT)
+TASKS = job("tasks", advantage_estimator="ema_task", task_column="answer", max_steps=2, **SPLIT)
+STATEFUL = {
+    "advantage_estimator": "ema_task",
+    "per_device_train_batch_size": 6,
+    "max_steps": 2,
+    "save_strategy": "steps",
+    "save_steps": 1,
+}
+WHOLE = job("whole", **STATEFUL)
+RESUMED = job("resumed", resume_from="whole/checkpoint-1", **STATEFUL)
+# A live group moves from any place to any other, the one across the ranks included; each batch is trained on twice.
+REFILLED = job(
+    "refilled", half_dead=True, max_refills=2, num_iterations=2, advantage_estimator="rloo", max_steps=6, **SPLIT
+)
 
 
-def run(output_dir: Path, processes: int, **config) -> list[list]:
-    """Rows (prompt, completion, advantage) that each rank trained on."""
-    # `--cpu` would ask for MPI; this launcher is torchrun, and use_cpu=True makes the processes meet over gloo.
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    command += ["-m", "tests.processes.worker", str(output_dir), json.dumps(config)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads((output_dir / f"rows_{rank}.json").read_text()) for rank in range(processes)]
+def read(folder: Path, name: str) -> list:
+    """What each rank wrote under that name."""
+    return [json.loads((folder / f"{name}_{rank}.json").read_text()) for rank in range(2)]
 
 
-@pytest.mark.parametrize("estimator", ["rloo", "gdpo"])
-def test_two_ranks_train_the_rows_that_the_whole_table_gives(tmp_path, estimator):
-    # 6 rows a rank, groups of 4: the second of three groups has two rows on each rank.
-    config = {
-        "advantage_estimator": estimator,
-        "num_generations": 4,
-        "per_device_train_batch_size": 6,
-        "max_steps": 2,
-        "reward_weights": [1.0, 0.5],
-    }
-    ranks = run(tmp_path, processes=2, **config)
+def tables_of(folder: Path) -> list[pd.DataFrame]:
+    return [pd.read_parquet(path) for path in sorted((folder / "completions").glob("*.parquet"))]
+
+
+@pytest.mark.parametrize("estimator", TABLES)
+def test_two_ranks_train_the_rows_that_the_whole_table_gives(runs, estimator):
+    folder = runs / TABLES[estimator]
+    ranks = read(folder, "rows")
     assert [len(rows) for rows in ranks] == [12, 12]
-    tables = [pd.read_parquet(path) for path in sorted((tmp_path / "completions").glob("*.parquet"))]
-    for step, table in enumerate(tables):
+    for step, table in enumerate(tables_of(folder)):
         values = torch.tensor(table[["vowels", "brevity"]].to_numpy()).view(3, 4, 2)
         expected = estimate(estimator, rewards_of(values.tolist(), [1.0, 0.5])).flatten()
         torch.testing.assert_close(torch.tensor(table["advantage"].to_numpy()), expected, rtol=0, atol=1e-6)
@@ -54,23 +64,12 @@ def test_two_ranks_train_the_rows_that_the_whole_table_gives(tmp_path, estimator
             assert [advantage for _, advantage in trained] == pytest.approx([a for _, a in logged], abs=1e-5)
 
 
-def test_two_ranks_of_different_widths_train_the_tokens_that_the_whole_table_gives(tmp_path):
-    # 6 rows a rank, groups of 4: the second of three groups has two rows on each rank. With 512 tokens allowed, the
-    # completions end by themselves, and each rank pads to its own longest one.
-    ranks = run(
-        tmp_path,
-        processes=2,
-        advantage_estimator="process",
-        num_generations=4,
-        per_device_train_batch_size=6,
-        max_steps=1,
-        max_completion_length=512,
-    )
+def test_two_ranks_of_different_widths_train_the_tokens_that_the_whole_table_gives(runs):
+    ranks = read(runs / WIDTHS, "rows")
     widths = [{len(completion) for _, completion, _ in rows} for rows in ranks]
     assert len(widths[0]) == len(widths[1]) == 1
     assert widths[0] != widths[1]
-    (path,) = (tmp_path / "completions").glob("*.parquet")
-    table = pd.read_parquet(path)
+    (table,) = tables_of(runs / WIDTHS)
     ends = table["step_ends"].tolist()
     lengths = torch.tensor([int(row[-1]) + 1 for row in ends]).view(3, 4)  # the last step ends with the completion
     steps = Steps.from_rows(table["step_rewards"].tolist(), ends, lengths=lengths)
@@ -89,77 +88,41 @@ def test_two_ranks_of_different_widths_train_the_tokens_that_the_whole_table_giv
     torch.testing.assert_close(torch.tensor(table["advantage"].to_numpy()), means, rtol=0, atol=1e-5)
 
 
-def test_two_ranks_keep_one_state_by_task(tmp_path):
-    ranks = run(
-        tmp_path,
-        processes=2,
-        advantage_estimator="ema_task",
-        task_column="answer",
-        num_generations=4,
-        per_device_train_batch_size=6,
-        max_steps=2,
-    )
-    states = [json.loads((tmp_path / f"state_{rank}.json").read_text()) for rank in range(len(ranks))]
+def test_two_ranks_keep_one_state_by_task(runs):
+    states, tables = read(runs / TASKS, "state"), tables_of(runs / TASKS)
     assert states[0] == states[1]
-    tables = [pd.read_parquet(path) for path in sorted((tmp_path / "completions").glob("*.parquet"))]
     prompts = {prompt for table in tables for prompt in table["prompt"]}
     # The answer is the task: "1+2=" belongs to "3".
     assert set(states[0]) == {str(sum(map(int, prompt.rstrip("=").split("+")))) for prompt in prompts}
 
 
-def test_a_stateful_run_of_two_ranks_resumes_to_the_same_weights(tmp_path):
-    config = {
-        "advantage_estimator": "ema_task",
-        "per_device_train_batch_size": 6,
-        "max_steps": 2,
-        "save_strategy": "steps",
-        "save_steps": 1,
-    }
-    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    run(whole, processes=2, **config)
-    run(resumed, processes=2, **config, resume_from=str(whole / "checkpoint-1"))
-    for name in ("state_0", "state_1", "weights_0", "weights_1"):
-        assert json.loads((resumed / f"{name}.json").read_text()) == json.loads((whole / f"{name}.json").read_text()), (
-            name
-        )
+def test_a_stateful_run_of_two_ranks_resumes_to_the_same_weights(runs):
+    for name in ("state", "weights"):
+        assert read(runs / RESUMED, name) == read(runs / WHOLE, name), name
 
 
-def test_a_group_across_two_ranks_is_refilled_on_both(tmp_path):
-    # 6 rows a rank, groups of 4: a live group moves from any place to any other, the one across the ranks included.
-    ranks = run(
-        tmp_path,
-        processes=2,
-        half_dead=True,
-        max_refills=2,
-        num_iterations=2,
-        advantage_estimator="rloo",
-        num_generations=4,
-        per_device_train_batch_size=6,
-        max_steps=6,
-    )
+def test_a_group_across_two_ranks_is_refilled_on_both(runs):
+    folder = runs / REFILLED
+    ranks, calls = read(folder, "rows"), read(folder, "calls")
     judge = Judge()
-    calls = [json.loads((tmp_path / f"calls_{rank}.json").read_text()) for rank in range(2)]
     judge.calls = [[tuple(row) for row in [*first, *second]] for first, second in zip(*calls, strict=True)]
     assert all(len({prompt for prompt, _ in group}) == 1 for call in judge.calls for group in groups_of(call))
-    log = json.loads((tmp_path / "log_0.json").read_text())
+    log = read(folder, "log")[0]
     refills = [int(entry["sampling/refills"]) for entry in log if "sampling/refills" in entry]
     batches, firsts = expected_batches(judge, refills), [sum(refills[:step]) + step for step in range(3)]
     assert any(
         is_dead(judge.calls[call][4][0]) != is_dead(rows[4][0]) for call, rows in zip(firsts, batches, strict=True)
     )
     for step, rows in enumerate(batches):
-        table = pd.read_parquet(tmp_path / "completions" / f"completions_{2 * step + 1:05d}.parquet")
+        table = pd.read_parquet(folder / "completions" / f"completions_{2 * step + 1:05d}.parquet")
         assert list(zip(table["prompt"], table["completion"], strict=True)) == rows
         for rank, trained in enumerate(ranks):
-            # Each batch is trained on twice.
             own = sorted((prompt, advantage) for prompt, _, advantage in trained[12 * step : 12 * step + 6])
             shown = table[6 * rank : 6 * rank + 6]
             logged = sorted(zip(shown["prompt"], shown["advantage"], strict=True))
             assert [prompt for prompt, _ in own] == [prompt for prompt, _ in logged]
             assert [advantage for _, advantage in own] == pytest.approx([a for _, a in logged], abs=1e-5)
-    for rank in range(2):
-        drifts = json.loads((tmp_path / f"drifts_{rank}.json").read_text())
+    for drifts in read(folder, "drifts"):
         assert max(drifts[::2]) < 1e-4 < max(drifts[1::2])
-    tokens = [json.loads((tmp_path / f"tokens_{rank}.json").read_text()) for rank in range(2)]
-    for (first, first_total), (second, second_total) in zip(*tokens, strict=True):
+    for (first, first_total), (second, second_total) in zip(*read(folder, "tokens"), strict=True):
         assert first_total == second_total == first + second

@@ -1,12 +1,15 @@
 """The speed-ups under two processes (gloo): the weights of a run without them, with groups across ranks and dead rows."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from tests.close import assert_close
-from tests.processes.test_advantages import run
+from tests.processes.jobs import job
+
+pytestmark = pytest.mark.xdist_group("processes")
 
 CONFIG = {
     "num_generations": 4,
@@ -19,17 +22,20 @@ CONFIG = {
     "advantage_estimator": "dr_grpo",
     "advantage_modifiers": {"clip": {"max": 0.5}},
 }
-OFF = {"packing": "none", "skip_zero_advantage": False}
+SWITCHES = {"off": {"packing": "none", "skip_zero_advantage": False}, "on": {"packing": "shared_prompt"}}
+PAIRS = {
+    kind: {name: job(f"{kind}-{name}", **CONFIG, **extra, **switches) for name, switches in SWITCHES.items()}
+    for kind, extra in {"plain": {}, "reused": {"gradient_checkpointing": True, "num_iterations": 2}}.items()
+}
 
 
-def weights(folder, rank: int) -> torch.Tensor:
+def weights(folder: Path, rank: int) -> torch.Tensor:
     saved = json.loads((folder / f"weights_{rank}.json").read_text())
     return torch.cat([torch.tensor(values).flatten() for values in saved.values()])
 
 
-@pytest.mark.parametrize("extra", [{}, {"gradient_checkpointing": True, "num_iterations": 2}], ids=["plain", "reused"])
-def test_two_ranks_train_the_same_weights_with_and_without(tmp_path, extra):
-    for name, switches in (("off", OFF), ("on", {"packing": "shared_prompt"})):
-        run(tmp_path / name, processes=2, **CONFIG, **extra, **switches)
-    assert torch.equal(weights(tmp_path / "on", 0), weights(tmp_path / "on", 1))
-    assert_close("weights", weights(tmp_path / "on", 0), weights(tmp_path / "off", 0), rtol=1e-6)
+@pytest.mark.parametrize("kind", PAIRS)
+def test_two_ranks_train_the_same_weights_with_and_without(runs, kind):
+    off, on = (runs / PAIRS[kind][name] for name in SWITCHES)
+    assert torch.equal(weights(on, 0), weights(on, 1))
+    assert_close("weights", weights(on, 0), weights(off, 0), rtol=1e-6)

@@ -1,8 +1,9 @@
-"""One rank of a training under `accelerate launch`: writes the rows it trained on and what it logged."""
+"""One rank of trainings under `accelerate launch`: writes the rows it trained on and what it logged."""
 
-import argparse
 import json
+import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -36,37 +37,33 @@ class Recorder(GRPOPlusTrainer):
         return super().compute_loss(model, inputs, *arguments, **keywords)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("output_dir", type=Path)
-    parser.add_argument("config", type=json.loads)
-    args = parser.parse_args()
-    resume_from = args.config.pop("resume_from", None)
+def train(output_dir: Path, config: dict[str, Any]) -> None:
+    output_dir.mkdir(parents=True, exist_ok=True)
+    resume_from = config.pop("resume_from", None)
     judge = Judge()
-    stepped = args.config.get("advantage_estimator") == "process"
+    stepped = config.get("advantage_estimator") == "process"
     task = {"reward_funcs": [stepwise] if stepped else [vowels, brevity]}
-    if args.config.pop("half_dead", False):
+    if config.pop("half_dead", False):
         task = {"reward_funcs": [judge], "train_dataset": MIXED}
     trainer = make_trainer(
-        args.output_dir,
-        trainer_class=Recorder,
-        config_class=GRPOPlusConfig,
-        log_completions=True,
-        **task,
-        **args.config,
+        output_dir, trainer_class=Recorder, config_class=GRPOPlusConfig, log_completions=True, **task, **config
     )
-    trainer.train(resume_from_checkpoint=resume_from)
+    trainer.train(resume_from_checkpoint=resume_from and str(output_dir.parent / resume_from))
     rank = PartialState().process_index
-    (args.output_dir / f"rows_{rank}.json").write_text(json.dumps(trainer.rows))
-    (args.output_dir / f"calls_{rank}.json").write_text(json.dumps(judge.calls))
-    (args.output_dir / f"drifts_{rank}.json").write_text(json.dumps(trainer.drifts))
-    (args.output_dir / f"tokens_{rank}.json").write_text(json.dumps(trainer.tokens))
-    (args.output_dir / f"log_{rank}.json").write_text(json.dumps(trainer.state.log_history))
-    (args.output_dir / f"state_{rank}.json").write_text(json.dumps(trainer.estimator_state))
-    (args.output_dir / f"weights_{rank}.json").write_text(
-        json.dumps({k: v.tolist() for k, v in weights_of(trainer).items()})
-    )
+    written = {
+        "rows": trainer.rows,
+        "calls": judge.calls,
+        "drifts": trainer.drifts,
+        "tokens": trainer.tokens,
+        "log": trainer.state.log_history,
+        "state": trainer.estimator_state,
+        "weights": {name: weight.tolist() for name, weight in weights_of(trainer).items()},
+    }
+    for name, values in written.items():
+        (output_dir / f"{name}_{rank}.json").write_text(json.dumps(values))
 
 
 if __name__ == "__main__":
-    main()
+    folder, jobs = Path(sys.argv[1]), json.loads(sys.argv[2])
+    for name, config in jobs.items():
+        train(folder / name, config)

@@ -1,0 +1,27 @@
+"""All trainings of this folder in one launch: two processes spend more on their imports than on any of them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.processes.jobs import JOBS
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory) -> Path:
+    """A folder per job, with what each rank wrote into it."""
+    folder = tmp_path_factory.mktemp("runs")
+    # `--cpu` would ask for MPI; this launcher is torchrun, and use_cpu=True makes the processes meet over gloo.
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command += ["-m", "tests.processes.worker", str(folder), json.dumps(JOBS)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
