@@ -52,8 +52,9 @@ class GRPOPlusConfig(GRPOConfig):
             they have no gradient. In the log, their entropy counts as the mean of the others' and their ratio as 1,
             which only vespo/phi_seq_mean shows.
         logprob_backend: what computes log-probabilities in packed rows. "trl": TRL's fused head; "torch": a frozen head
-            in a single pass, two matrix products in place of three; "auto": "torch" on a CPU, where it is measured,
-            wherever the head is frozen and no entropy is trained.
+            in a single pass, two matrix products in place of three; "triton": the same on a GPU, with all between the
+            products in one kernel; "auto": "torch" on a CPU, where it is measured, wherever the head is frozen and no
+            entropy is trained.
         generation_chunk_size: rows that a process generates for at a time, for a smaller cache; None: its whole
             generation batch, as TRL. Greedy completions are the same; sampled ones other draws of one distribution.
         adapter_dtype: of adapters and Adam's state. "float32"; "bfloat16", in which steps of a small learning rate
@@ -146,7 +147,9 @@ class GRPOPlusConfig(GRPOConfig):
 
     logprob_backend: str = field(
         default="auto",
-        metadata={"help": "What computes log-probabilities in packed rows: trl, torch (frozen heads), or auto."},
+        metadata={
+            "help": "What computes log-probabilities in packed rows: trl, torch or triton (frozen heads), or auto."
+        },
     )
 
     def __post_init__(self) -> None:
