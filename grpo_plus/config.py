@@ -55,8 +55,9 @@ class GRPOPlusConfig(GRPOConfig):
             the whole generation batch before it. None: where the policy is the same, which an update has not changed.
             The log's sampling/ then describes the completions that are forwarded.
         logprob_backend: what computes log-probabilities in packed rows. "trl": TRL's fused head; "torch": a frozen head
-            in a single pass, two matrix products in place of three; "auto": "torch" on a CPU, where it is measured,
-            wherever the head is frozen and no entropy is trained.
+            in a single pass, two matrix products in place of three; "triton": the same on a GPU, with all between the
+            products in one kernel; "auto": "torch" on a CPU, where it is measured, wherever the head is frozen and no
+            entropy is trained.
         generation_chunk_size: rows that a process generates for at a time, for a smaller cache; "auto": as many as the
             free memory of a CUDA device holds by the planner's count, and fewer where that runs out (elsewhere all);
             None: its whole generation batch, as TRL. Greedy completions are the same; sampled ones other draws of one
@@ -161,7 +162,9 @@ class GRPOPlusConfig(GRPOConfig):
 
     logprob_backend: str = field(
         default="auto",
-        metadata={"help": "What computes log-probabilities in packed rows: trl, torch (frozen heads), or auto."},
+        metadata={
+            "help": "What computes log-probabilities in packed rows: trl, torch or triton (frozen heads), or auto."
+        },
     )
 
     def __post_init__(self) -> None:

@@ -2,11 +2,12 @@
 
 from trl import GRPOConfig
 
+from grpo_plus.kernels.linear_logprob import BACKENDS as SINGLE_PASS
 from grpo_plus.losses import LOSSES
 from grpo_plus.packing import PACKING
 from grpo_plus.registry import suggestion
 
-BACKENDS = ("auto", "trl", "torch")
+BACKENDS = ("auto", "trl", *SINGLE_PASS)
 AUTO_CHUNKS = "auto"
 
 
@@ -18,7 +19,7 @@ def check_speed(config: GRPOConfig) -> None:
         raise ValueError(
             f"Unknown logprob_backend {config.logprob_backend!r}.{suggestion(str(config.logprob_backend), BACKENDS)}"
         )
-    if config.logprob_backend == "torch":
+    if config.logprob_backend in SINGLE_PASS:
         _check_single_pass(config)
     _check_chunks(config)
     switched_on("skip_zero_advantage", config.skip_zero_advantage, why_not_skip(config))
@@ -60,18 +61,18 @@ def _check_chunks(config: GRPOConfig) -> None:
 def _check_single_pass(config: GRPOConfig) -> None:
     if config.packing == "none":
         raise ValueError(
-            "logprob_backend='torch' is a part of the packed forward, but packing='none'. Set packing='auto', or leave "
-            "logprob_backend unset."
+            f"logprob_backend={config.logprob_backend!r} is a part of the packed forward, but packing='none'. Set "
+            "packing='auto', or leave logprob_backend unset."
         )
     if config.cast_lm_head_to_fp32:
         raise ValueError(
-            "logprob_backend='torch' does not know the head that cast_lm_head_to_fp32=True makes. Leave "
-            "logprob_backend unset."
+            f"logprob_backend={config.logprob_backend!r} does not know the head that cast_lm_head_to_fp32=True makes. "
+            "Leave logprob_backend unset."
         )
     if config.entropy_coef != 0.0 or config.use_adaptive_entropy:
         raise ValueError(
-            f"logprob_backend='torch' gives no gradient of the entropy, but entropy_coef={config.entropy_coef} trains "
-            "it. Leave logprob_backend unset."
+            f"logprob_backend={config.logprob_backend!r} gives no gradient of the entropy, but entropy_coef="
+            f"{config.entropy_coef} trains it. Leave logprob_backend unset."
         )
 
 

@@ -17,6 +17,7 @@ from grpo_plus._trl import TRLSeam
 from grpo_plus.config import GRPOPlusConfig
 from grpo_plus.config_speed import switched_on, why_not_regroup, why_not_skip, why_not_skip_old_policy
 from grpo_plus.dropout import dropout_of
+from grpo_plus.kernels.linear_logprob import BACKENDS, why_not_on
 from grpo_plus.packing import (
     Head,
     Packed,
@@ -53,13 +54,13 @@ class SpeedUps(TRLSeam):
         if reason is not None:
             warnings.warn(f"packing: none, rows stay padded. {reason}.", stacklevel=2)
             return None
-        if self.plus.logprob_backend == "torch":
-            self._check_head()
+        if self.plus.logprob_backend in BACKENDS:
+            self._check_head(self.plus.logprob_backend)
         reentrant = (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
         return Packer(
             self.plus.packing,
             head=self._head(),
-            insist_on_head=self.plus.logprob_backend == "torch",
+            insist_on_head=self.plus.logprob_backend in BACKENDS,
             gradient_check=not (self.args.gradient_checkpointing and reentrant),
             no_segments=self._why_not_segments(),
             note="skipping zero-advantage rows" if self.skips else None,
@@ -90,14 +91,17 @@ class SpeedUps(TRLSeam):
         backend = self.plus.logprob_backend if self.plus is not None else "trl"
         if backend == "auto" and not self.args.entropy_coef and not self.args.use_adaptive_entropy:
             backend = "torch" if self.accelerator.device.type == "cpu" else "trl"
-        return single_pass_head(temperature=self.temperature) if backend == "torch" else None
+        return single_pass_head(backend, temperature=self.temperature) if backend in BACKENDS else None
 
-    def _check_head(self) -> None:
+    def _check_head(self, backend: str) -> None:
+        reason = why_not_on(backend, self.accelerator.device.type)
+        if reason is not None:
+            raise ValueError(f"logprob_backend={backend!r} cannot run here: {reason}. Leave logprob_backend unset.")
         reason = why_not_single_pass(base_model(self.accelerator.unwrap_model(self.model)))
         if reason is not None:
             raise ValueError(
-                f"logprob_backend='torch' is for a frozen head, but {reason}. Train adapters (peft_config) that leave "
-                "the head alone, or leave logprob_backend unset."
+                f"logprob_backend={backend!r} is for a frozen head, but {reason}. Train adapters (peft_config) that "
+                "leave the head alone, or leave logprob_backend unset."
             )
 
     def logps(

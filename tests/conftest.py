@@ -8,6 +8,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests.interpreter import INTERPRETED
+
 settings.register_profile("suite", deadline=None, max_examples=60)
 settings.load_profile("suite")
 
@@ -16,6 +18,14 @@ def pytest_collection_finish() -> None:
     """Every training ends with a collection, which would walk all of torch and transformers each time: 0.25 s."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_collection_modifyitems(items):
+    if not INTERPRETED:
+        skipped = pytest.mark.skip(reason="needs Triton's interpreter; runs in `make test-kernels`")
+        for item in items:
+            if item.get_closest_marker("triton"):
+                item.add_marker(skipped)
 
 
 @pytest.fixture(autouse=True)

@@ -65,7 +65,8 @@ def test_pure_files_import_torch_and_the_standard_library(path):
 
 @pytest.mark.parametrize("path", sorted((PACKAGE / "kernels").rglob("*.py")), ids=relative)
 def test_kernels_import_torch_the_standard_library_and_kernels(path):
-    assert roots(path) <= {"torch", "grpo_plus"} | sys.stdlib_module_names
+    triton = {"triton"} if path.name == "triton.py" else set()
+    assert roots(path) <= {"torch", "grpo_plus"} | triton | sys.stdlib_module_names
     assert all(module.startswith("grpo_plus.kernels.") for module in imported(path) if module.startswith("grpo_plus"))
 
 

@@ -30,7 +30,7 @@ def trainer(output_dir, adapter=None, **config) -> GRPOPlusTrainer:
     ("fields", "message"),
     [
         ({"packing": "shared"}, "Unknown packing 'shared'. Did you mean 'shared_prompt'"),
-        ({"logprob_backend": "triton"}, "Unknown logprob_backend 'triton'"),
+        ({"logprob_backend": "tritn"}, "Unknown logprob_backend 'tritn'. Did you mean 'triton'"),
         ({"skip_zero_advantage": True, "beta": 0.1}, "with beta=0.1 every completion has a KL gradient"),
         ({"skip_zero_advantage": True, "entropy_coef": 0.1}, "the entropy bonus is a mean over the micro-batch"),
         ({"skip_zero_advantage": True, "top_entropy_quantile": 0.5}, "top_entropy_quantile=0.5 compares the tokens"),
@@ -45,6 +45,10 @@ def trainer(output_dir, adapter=None, **config) -> GRPOPlusTrainer:
         ({"generation_chunk_size": 4, "use_transformers_continuous_batching": True}, "size their batches themselves"),
         ({"logprob_backend": "torch", "packing": "none"}, "packing='none'. Set packing='auto'"),
         ({"logprob_backend": "torch", "entropy_coef": 0.1}, "no gradient of the entropy"),
+        (
+            {"logprob_backend": "triton", "entropy_coef": 0.1},
+            "logprob_backend='triton' gives no gradient of the entropy",
+        ),
         ({"logprob_backend": "torch", "cast_lm_head_to_fp32": True}, "the head that cast_lm_head_to_fp32=True makes"),
     ],
 )
@@ -58,6 +62,10 @@ def test_the_trainer_refuses_what_only_the_model_tells(tmp_path):
         trainer(tmp_path, PROMPT_TUNING, packing="padding_free")
     with pytest.raises(ValueError, match="logprob_backend='torch' is for a frozen head, but its weight would get no"):
         trainer(tmp_path, logprob_backend="torch")
+    with pytest.raises(
+        ValueError, match="logprob_backend='triton' cannot run here: Triton .* Leave logprob_backend unset"
+    ):
+        trainer(tmp_path, LORA, logprob_backend="triton")
     with pytest.raises(ValueError, match=r"skip_zero_advantage=True is not possible: dropout 0.3 in"):
         trainer(tmp_path, LoraConfig(r=4, lora_dropout=0.3, target_modules="all-linear"), skip_zero_advantage=True)
 

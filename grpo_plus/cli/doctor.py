@@ -9,7 +9,7 @@ from grpo_plus import __version__
 
 HELP = "Print versions and active parts, and check that the installed TRL fits."
 
-PACKAGES = ("trl", "transformers", "torch", "accelerate", "datasets", "peft", "bitsandbytes", "vllm")
+PACKAGES = ("trl", "transformers", "torch", "accelerate", "datasets", "peft", "bitsandbytes", "triton", "vllm")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,16 +59,26 @@ def _active() -> list[str]:
         f"advantages: TRL's by default; {len(ESTIMATORS)} more by name (grpo-plus ls advantages)",
         f"losses: TRL's {len(TRL_LOSSES)}, and {len(LOSSES) - len(TRL_LOSSES)} that it lacks (grpo-plus ls losses)",
         "forward: packed where a check on the first rows finds it exact (packing), without zero-advantage rows",
-        f"log-probabilities (logprob_backend): {_head()}",
+        "log-probabilities (logprob_backend='auto'):",
+        *(f"  {line}" for line in _heads()),
     ]
 
 
-def _head() -> str:
+def _heads() -> list[str]:
+    """What 'auto' takes for a frozen head on this machine, and why not the others."""
     import torch
 
-    if torch.cuda.is_available():
-        return "TRL's fused head; 'torch' is not measured on a GPU"
-    return "a frozen head in a single pass ('torch'); TRL's fused head where the head trains"
+    from grpo_plus.kernels.linear_logprob import why_not_on
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    reason = why_not_on("triton", device)
+    if device == "cpu":
+        lines = ["torch   chosen for a frozen head: a single pass over it, measured on CPUs"]
+        lines.append("trl     where the head or an entropy bonus trains")
+    else:
+        lines = ["trl     chosen: TRL's fused head; the single passes below await a measurement on a GPU"]
+        lines.append("torch   at your word, for a frozen head")
+    return [*lines, f"triton  not here: {reason}" if reason else "triton  at your word, for a frozen head"]
 
 
 def _seam() -> list[str]:

@@ -3,12 +3,18 @@
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from grpo_plus.kernels.linear_logprob import linear_logprob, why_not
+from grpo_plus.kernels.linear_logprob import backend as linear_logprob_of
+from grpo_plus.kernels.linear_logprob import why_not
 from grpo_plus.packing.forward import Head, Logps
 
 
-def single_pass_head(*, temperature: float) -> Head:
-    """Log-probabilities and entropies of a frozen head, as TRL's fused head gives them at this temperature."""
+def single_pass_head(backend: str, *, temperature: float) -> Head:
+    """Log-probabilities and entropies of a frozen head, as TRL's fused head gives them at this temperature.
+
+    Args:
+        backend: of `grpo_plus.kernels.linear_logprob`.
+    """
+    linear_logprob = linear_logprob_of(backend)
 
     def head(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> Logps:
         config, lm_head = model.config.get_text_config(), model.get_output_embeddings()

@@ -41,6 +41,8 @@ def test_doctor_prints_versions_and_the_seam(capsys):
     output = capsys.readouterr().out
     assert "transformers  5." in output
     assert "as tested: trl 1." in output
+    assert "    torch   chosen for a frozen head" in output
+    assert "    triton  not here: Triton " in output
 
 
 def test_doctor_fails_when_trl_has_changed(capsys, monkeypatch):

@@ -7,14 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from grpo_plus.demo.tiny import tiny_model, tiny_tokenizer
-from grpo_plus.kernels.linear_logprob import linear_logprob, reference, single_pass, why_not
+from grpo_plus.kernels import linear_logprob as backends
+from grpo_plus.kernels.linear_logprob import reference, single_pass, why_not
 from tests.close import assert_close
+from tests.interpreter import INTERPRETED
 
-IMPLEMENTATIONS = [
-    pytest.param(reference.linear_logprob, id="reference"),
-    pytest.param(linear_logprob, id="single_pass"),
-]
-PRECISIONS = [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-2)]
+FROZEN = ["torch", pytest.param("triton", marks=pytest.mark.triton)]
+PRECISIONS = [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 2e-3)]
 OPTIONS = [
     {},
     {"temperature": 0.7},
@@ -22,8 +21,9 @@ OPTIONS = [
     {"logit_scale": 0.25},
     {"softcap": 2.0, "logit_scale": 1.7, "temperature": 1.3},
 ]
-# N, H, V. The tile holds 2000 logits and a product 64 columns in `small_tiles`: from one tile to a tile per row.
-SIZES = [(1, 2, 5), (7, 5, 129), (13, 8, 333), (40, 16, 2003), (3, 33, 64)]
+EVERYTHING = OPTIONS[-1]
+# N, H, V: from one tile, chunk and block to many of each, see `small_tiles`; a vocabulary of one token; odd ones.
+SIZES = [(1, 2, 5), (4, 3, 1), (7, 5, 129), (13, 8, 333), (12, 16, 1003), (3, 33, 64)]
 
 
 @pytest.fixture
@@ -31,6 +31,23 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(single_pass, "TILE_BYTES", 2000 * 4)
     monkeypatch.setattr(single_pass, "VOCAB_CHUNK", 64)
     monkeypatch.setattr(single_pass, "BLOCK_BYTES", {"cpu": 700 * 4})
+    if INTERPRETED:
+        from grpo_plus.kernels.linear_logprob import triton
+
+        monkeypatch.setattr(triton, "ROWS", 8)
+        monkeypatch.setattr(triton, "COLUMNS", 256)
+        monkeypatch.setattr(triton, "DEFAULT_BLOCKS", triton.Blocks(128, 1))
+
+
+@pytest.fixture
+def linear_logprob(request):
+    """The implementation of the parameter `linear_logprob`; "torch" where a test has none."""
+    name = getattr(request, "param", "torch")
+    return reference.linear_logprob if name == "reference" else backends.backend(name)
+
+
+every_frozen = pytest.mark.parametrize("linear_logprob", FROZEN, indirect=True)
+every = pytest.mark.parametrize("linear_logprob", ["reference", *FROZEN], indirect=True)
 
 
 @pytest.fixture(autouse=True)
@@ -61,14 +78,14 @@ def assert_all_close(actual: dict[str, Tensor], expected: dict[str, Tensor], rto
         assert_close(name, actual[name], expected[name], rtol=rtol)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_two_tokens_by_hand(implementation):
+@every
+def test_two_tokens_by_hand(linear_logprob):
     # Logits 0 and ln 3 at temperature 1: probabilities 1/4 and 3/4. At temperature 1/2: 0 and 2 ln 3, 1/10 and 9/10.
     hidden = torch.tensor([[1.0, 2.0]], requires_grad=True)
     weight = torch.tensor([[0.0, 0.0], [math.log(3), 0.0]])
     for temperature, p in ((1.0, 0.75), (0.5, 0.9)):
         hidden.grad = None
-        logps, entropy = implementation(hidden, weight, torch.tensor([1]), temperature=temperature)
+        logps, entropy = linear_logprob(hidden, weight, torch.tensor([1]), temperature=temperature)
         logps.sum().backward()
         assert_close("logps", logps, torch.tensor([math.log(p)]), rtol=1e-6)
         assert_close("entropy", entropy, torch.tensor([-p * math.log(p) - (1 - p) * math.log(1 - p)]), rtol=1e-6)
@@ -76,11 +93,27 @@ def test_two_tokens_by_hand(implementation):
         assert_close("gradient", hidden.grad, torch.tensor([[(1 - p) * math.log(3) / temperature, 0.0]]), rtol=1e-6)
 
 
-@pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@every_frozen
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize(("dtype", "rtol"), PRECISIONS, ids=str)
-def test_outputs_and_gradient_are_those_of_the_reference(small_tiles, dtype, rtol, size, options, with_bias):
+def test_outputs_and_gradient_are_those_of_the_reference(small_tiles, linear_logprob, dtype, rtol, size):
+    check(linear_logprob, dtype, rtol, size, EVERYTHING, with_bias=True)
+
+
+@every_frozen
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize(("dtype", "rtol"), PRECISIONS[1:3], ids=str)
+def test_every_option_is_that_of_the_reference(small_tiles, linear_logprob, dtype, rtol, options, with_bias):
+    check(linear_logprob, dtype, rtol, (13, 8, 333), options, with_bias=with_bias)
+
+
+@every_frozen
+def test_a_vocabulary_of_151936(linear_logprob):
+    check(linear_logprob, torch.bfloat16, 1e-2, (2, 8, 151_936), {"temperature": 0.9}, with_bias=False)
+
+
+def check(linear_logprob, dtype, rtol, size, options, *, with_bias):
     hidden, weight, bias, targets = head(*size, dtype)
     cotangent = torch.randn(size[0], dtype=torch.float64)
     bias = bias if with_bias else None
@@ -105,17 +138,17 @@ def test_outputs_and_gradient_are_those_of_the_reference(small_tiles, dtype, rto
 
 def distance(actual: Tensor, expected: Tensor) -> float:
     actual, expected = actual.detach().double(), expected.detach().double()
-    return float((actual - expected).norm() / expected.norm())
+    return float((actual - expected).norm() / (expected.norm() or 1.0))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("linear_logprob", ["reference", "torch"], indirect=True)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_gradcheck(small_tiles, implementation, options):
+def test_gradcheck(small_tiles, linear_logprob, options):
     hidden, weight, bias, targets = head(5, 4, 77, torch.float64)
-    assert torch.autograd.gradcheck(lambda h: implementation(h, weight, targets, bias=bias, **options)[0], hidden)
+    assert torch.autograd.gradcheck(lambda h: linear_logprob(h, weight, targets, bias=bias, **options)[0], hidden)
 
 
-def test_one_tile_and_many_are_the_same(monkeypatch):
+def test_one_tile_and_many_are_the_same(monkeypatch, linear_logprob):
     hidden, weight, bias, targets = head(50, 16, 300)
     cotangent = torch.randn(50)
     one = outputs(linear_logprob, hidden, weight, targets, cotangent, bias=bias)
@@ -124,14 +157,33 @@ def test_one_tile_and_many_are_the_same(monkeypatch):
         assert_all_close(outputs(linear_logprob, hidden, weight, targets, cotangent, bias=bias), one, 1e-6)
 
 
-def test_no_buffer_holds_more_than_a_tile(monkeypatch, nan_from_torch_empty):
+@every_frozen
+def test_a_maximum_that_rises_and_falls_from_chunk_to_chunk(small_tiles, linear_logprob):
+    # One hidden unit, so that a row's logits rise over the vocabulary, fall, or rise to the middle; the last by 200.
+    slopes = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [20.0, 0.0]])
+    place = torch.linspace(-5, 5, 1000)
+    weight, targets = torch.stack([place, -place.abs()], 1), torch.tensor([0, 999, 500, 10])
+    cotangent = torch.ones(4)
+    expected = outputs(reference.linear_logprob, slopes.double(), weight.double(), targets, cotangent)
+    assert_all_close(outputs(linear_logprob, slopes, weight, targets, cotangent), expected, 1e-5)
+
+
+def test_no_buffer_holds_more_than_a_tile(monkeypatch, nan_from_torch_empty, linear_logprob):
     monkeypatch.setattr(single_pass, "TILE_BYTES", 10 * 500 * 4)
     hidden, weight, _, targets = head(95, 4, 500)
     linear_logprob(hidden, weight, targets)
     assert max(nan_from_torch_empty) == 10 * 500
 
 
-def test_a_nearly_certain_token_keeps_its_gradient_in_bf16():
+@pytest.mark.triton
+def test_no_buffer_of_tritons_holds_more_than_a_tile(small_tiles, nan_from_torch_empty):
+    hidden, weight, _, targets = head(20, 4, 500)
+    backends.backend("triton")(hidden, weight, targets)
+    assert max(nan_from_torch_empty) <= 8 * 256
+
+
+@every_frozen
+def test_a_nearly_certain_token_keeps_its_gradient_in_bf16(linear_logprob):
     # p(target) is about 0.9997: 1 - p rounds to 0 if p is rounded to bf16 before the subtraction.
     weight = torch.tensor([[8.0, 0.0], [0.0, 1.0]], dtype=torch.bfloat16)
     hidden = torch.tensor([[1.0, 0.0]], dtype=torch.bfloat16, requires_grad=True)
@@ -140,30 +192,33 @@ def test_a_nearly_certain_token_keeps_its_gradient_in_bf16():
     assert_close("gradient", hidden.grad, torch.tensor([[8 * rest, -rest]]), rtol=1e-2)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@every
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_no_tokens_still_give_a_gradient_of_zero(implementation, dtype):
+def test_no_tokens_still_give_a_gradient_of_zero(linear_logprob, dtype):
     hidden, weight, _, _ = head(4, 8, 30, dtype)
     kept = torch.zeros(4, dtype=torch.bool)
-    logps, entropy = implementation(hidden[kept], weight, torch.empty(0, dtype=torch.long))
+    logps, entropy = linear_logprob(hidden[kept], weight, torch.empty(0, dtype=torch.long))
     assert logps.shape == entropy.shape == (0,)
     logps.sum().backward()
     assert hidden.grad is not None
     assert not hidden.grad.any()
 
 
+@every_frozen
 @pytest.mark.parametrize("no_gradient", ["no_grad", "frozen"])
-def test_without_a_gradient_the_second_product_is_left_out(monkeypatch, no_gradient):
+def test_without_a_gradient_the_second_product_is_left_out(monkeypatch, linear_logprob, no_gradient):
     hidden, weight, _, targets = head(9, 4, 50)
     expected = linear_logprob(hidden, weight, targets)
-    monkeypatch.setattr(single_pass, "_times_weight", lambda *_: pytest.fail("the derivatives were computed"))
+    for module in {single_pass.__name__, linear_logprob.__module__}:
+        monkeypatch.setattr(f"{module}.add_product", lambda *_: pytest.fail("the derivatives were computed"))
     with torch.no_grad() if no_gradient == "no_grad" else nullcontext():
         actual = linear_logprob(hidden if no_gradient == "no_grad" else hidden.detach(), weight, targets)
     assert not actual[0].requires_grad
     assert all(map(torch.equal, actual, expected))
 
 
-def test_backward_may_run_twice_and_leaves_the_inputs_alone():
+@every_frozen
+def test_backward_may_run_twice_and_leaves_the_inputs_alone(linear_logprob):
     hidden, weight, bias, targets = head(9, 4, 50)
     before = [tensor.detach().clone() for tensor in (hidden, weight, bias)]
     logps, _ = linear_logprob(hidden, weight, targets, bias=bias)
@@ -173,7 +228,8 @@ def test_backward_may_run_twice_and_leaves_the_inputs_alone():
     assert all(map(torch.equal, before, (hidden, weight, bias)))
 
 
-def test_hidden_states_may_be_a_view():
+@every_frozen
+def test_hidden_states_may_be_a_view(linear_logprob):
     _, weight, _, targets = head(12, 6, 40)
     strided = torch.randn(12, 12)[:, ::2]
     cotangent = torch.randn(12)
@@ -211,6 +267,7 @@ CONFIGS = [
 ]
 
 
+@every_frozen
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 @pytest.mark.parametrize(
     ("dtype", "autocast", "cast_lm_head_to_fp32", "rtol"),
@@ -223,7 +280,9 @@ CONFIGS = [
         (torch.float32, True, True, 1e-5),
     ],
 )
-def test_outputs_and_gradients_are_those_of_trls_head(trls, config, dtype, autocast, cast_lm_head_to_fp32, rtol):
+def test_outputs_and_gradients_are_those_of_trls_head(
+    trls, linear_logprob, config, dtype, autocast, cast_lm_head_to_fp32, rtol
+):
     model = trls(dtype, cast_lm_head_to_fp32, **config)
     input_ids = torch.randint(model.config.vocab_size, (3, 11))
     labels = input_ids.clone()
@@ -327,14 +386,16 @@ def test_a_frozen_linear_head_will_do():
     assert why_not(nn.Linear(4, 9, bias=False, dtype=torch.bfloat16).requires_grad_(False)) is None
 
 
+@every_frozen
 @pytest.mark.parametrize("make", [lambda: nn.Linear(4, 9), biased, quantized, gathered])
-def test_the_operator_refuses_what_it_would_get_wrong(make):
+def test_the_operator_refuses_what_it_would_get_wrong(linear_logprob, make):
     linear = make()
     with pytest.raises(ValueError, match="The single-pass head cannot be used: its"):
         linear_logprob(torch.randn(2, 4), linear.weight, torch.tensor([0, 1]), bias=linear.bias)
 
 
-def test_a_trainable_head_may_be_scored_without_a_gradient():
+@every_frozen
+def test_a_trainable_head_may_be_scored_without_a_gradient(linear_logprob):
     linear = nn.Linear(4, 9)
     hidden, targets = torch.randn(2, 4), torch.tensor([0, 8])
     with torch.no_grad():

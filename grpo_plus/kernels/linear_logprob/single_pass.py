@@ -1,19 +1,14 @@
-"""Log-probabilities whose gradient is ready when the forward ends: each tile of logits is built once.
+"""The frozen head in torch: each tile of logits is built once, and its softmax worked on in place.
 
-The log-probability of a token depends on its own hidden state and no other. For a head that does not train, all that
-backward will ever need is therefore one H-vector per token,
-
-    d logp_i / d hidden_i = (W[y_i] - p_i W) * logit_scale / temperature
-
-which the forward computes while the tile of logits lives, whatever the loss; backward scales it. Two matrix products of
-the size N x V x H, where a head that rebuilds its logits in backward, as TRL's, needs three.
+For a tile of rows, over the whole vocabulary at once:
+    logits = transform(states @ W.T + bias);  p = softmax(logits);  logp, entropy = logits' own
+    vectors = (onehot(targets) - p) * slope @ W * logit_scale / temperature
 """
 
-from typing import Any, NamedTuple
-
 import torch
-from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch import Tensor
+
+from grpo_plus.kernels.linear_logprob.frozen import Head, add_product, compute_dtype, frozen_logprob
 
 # Logits that live at a time; TRL's tile of 4096 x 32768 has as many bytes in bf16.
 TILE_BYTES = 2**28
@@ -22,18 +17,6 @@ VOCAB_CHUNK = 32768
 # The softmax of a tile goes through it in blocks: on a CPU of the cache's size, elsewhere few and large.
 BLOCK_BYTES = {"cpu": 2**20}
 LARGE_BLOCK_BYTES = 2**26
-
-PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-class Head(NamedTuple):
-    """What turns hidden states into the logits of a tempered softmax."""
-
-    weight: Tensor  # (V, H)
-    bias: Tensor | None  # (V,)
-    temperature: float
-    softcap: float | None
-    logit_scale: float
 
 
 def linear_logprob(
@@ -51,67 +34,12 @@ def linear_logprob(
     Under autocast it computes in autocast's dtype, else in that of `hidden`, and the softmax always in float32. Raises
     ValueError for a weight or bias that trains, or a weight that is not a plain floating tensor.
     """
-    reason = _unfit_weight(weight) or (_training(weight, bias) if torch.is_grad_enabled() else None)
-    if reason is not None:
-        raise ValueError(f"The single-pass head cannot be used: {reason}. Use TRL's own head.")
-    head = Head(weight, bias, temperature, softcap, logit_scale)
-    return _SinglePass.apply(hidden, targets, head, torch.is_grad_enabled() and hidden.requires_grad)
-
-
-def why_not(lm_head: nn.Module) -> str | None:
-    """Why this head cannot be computed in a single pass; None if it can."""
-    # LoRA, quantized layers and offloading each bring a forward of their own.
-    if (
-        not isinstance(lm_head, nn.Linear)
-        or type(lm_head).forward is not nn.Linear.forward
-        or "forward" in vars(lm_head)
-    ):
-        return f"the head is no plain nn.Linear but {type(lm_head).__name__} with a forward of its own"
-    hooks = (lm_head._forward_hooks, lm_head._forward_pre_hooks, lm_head._backward_hooks, lm_head._backward_pre_hooks)
-    if any(hooks):
-        return "the head has hooks, which would not be called"
-    return _unfit_weight(lm_head.weight) or _training(lm_head.weight, lm_head.bias)
-
-
-def _unfit_weight(weight: Tensor) -> str | None:
-    # Quantized and sharded (DTensor) weights are subclasses, some of which pose as floating tensors.
-    if type(weight) not in (Tensor, nn.Parameter) or weight.dtype not in PLAIN_DTYPES:
-        return f"its weight is a {type(weight).__name__} of {weight.dtype}, no plain floating tensor"
-    if weight.dim() != 2 or weight.device.type == "meta":
-        return f"its weight is not there (shape {tuple(weight.shape)} on {weight.device}): sharded or offloaded"
-    return None
-
-
-def _training(weight: Tensor, bias: Tensor | None) -> str | None:
-    trained = [
-        name for name, tensor in (("weight", weight), ("bias", bias)) if tensor is not None and tensor.requires_grad
-    ]
-    return f"its {' and '.join(trained)} would get no gradient (requires_grad=True)" if trained else None
-
-
-class _SinglePass(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: Head, with_gradient: bool) -> tuple[Tensor, Tensor]:
-        ctx.set_materialize_grads(False)
-        logps, entropy, vectors = _score(hidden, targets, head, with_gradient)
-        ctx.save_for_backward(vectors)
-        ctx.mark_non_differentiable(entropy)
-        return logps, entropy
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_logps: Tensor | None, _: None) -> tuple[Tensor | None, None, None, None]:
-        (vectors,) = ctx.saved_tensors
-        if grad_logps is None:
-            return None, None, None, None
-        # With `out` the product is rounded once, from float32, and no float32 copy is made.
-        return torch.mul(vectors, grad_logps.unsqueeze(1), out=torch.empty_like(vectors)), None, None, None
+    return frozen_logprob(_score, hidden, targets, Head(weight, bias, temperature, softcap, logit_scale))
 
 
 def _score(hidden: Tensor, targets: Tensor, head: Head, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """Log-probabilities (N,), entropies (N,) and the derivatives (N, H) of the former, tile by tile."""
-    device = hidden.device
-    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else hidden.dtype
+    device, dtype = hidden.device, compute_dtype(hidden)
     count, vocab = hidden.shape[0], head.weight.shape[0]
     most = max(1, TILE_BYTES // (vocab * dtype.itemsize))
     rows = -(-count // max(1, -(-count // most)))  # as many in each tile, so that the last one is no remnant
@@ -181,11 +109,7 @@ def _times_weight(tile: Tensor, head: Head) -> Tensor:
     wide = torch.promote_types(tile.dtype, torch.float32)
     total = torch.zeros((tile.shape[0], head.weight.shape[1]), dtype=wide, device=tile.device)
     for chunk in _vocab_chunks(head):
-        weight = head.weight[chunk].to(tile.dtype)
-        if tile.dtype != wide and tile.device.type == "cuda" and torch.__version__ >= "2.8":
-            torch.addmm(total, tile[:, chunk], weight, out_dtype=wide, out=total)
-        else:
-            total.addmm_(tile[:, chunk].to(wide), weight.to(wide))
+        add_product(total, tile[:, chunk], head.weight[chunk].to(tile.dtype))
     return total.mul_(-head.logit_scale / head.temperature)
 
 
