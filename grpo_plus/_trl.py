@@ -17,7 +17,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 import torch.nn.functional as F
 from accelerate.utils import gather, gather_object, pad_across_processes
@@ -27,6 +26,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 
 from grpo_plus.advantages import Rewards, checked
+from grpo_plus.diagnostics.metrics import share_with_absent_tasks
 from grpo_plus.hooks import Hooks
 from grpo_plus.losses import TRL_LOSSES, LossInputs
 from grpo_plus.losses.sampler import SamplerGap, joined, sampler_ratio
@@ -65,10 +65,7 @@ RELIED_ON = (
 GENERATES, PREPARES = "_generate", "_generate_and_score_completions"
 
 STATE_FILE = "grpo_plus_state.json"
-DIVISOR = "grpo_plus_divisor"
 SAMPLER_RATIO = "importance_sampling_ratio"
-
-TASK_SHARE = "advantages/task_share/"
 
 # Columns of TRL's completions table that a reward function may fill through `log_extra` with lists, one per completion.
 STEP_COLUMNS = ("step_rewards", "step_ends")
@@ -145,6 +142,15 @@ def _gather_labels(labels: list[str | None]) -> list[str] | None:
     return gather_object(labels)
 
 
+def _trained(inputs: dict[str, Any]) -> Tensor:
+    """(B, T), 1 at the tokens that the policy sampled and the loss counts: neither padding nor a tool's."""
+    return inputs["completion_mask"] * inputs.get("tool_mask", 1)
+
+
+def _with_advantages_times(inputs: dict[str, Any], factor: Tensor) -> dict[str, Any]:
+    return inputs | {"advantages": inputs["advantages"] * factor}
+
+
 class TRLSeam(Hooks, GRPOTrainer):
     """GRPOTrainer that asks the hooks: translates TRL's private data for them, and their answers for TRL."""
 
@@ -164,13 +170,6 @@ class TRLSeam(Hooks, GRPOTrainer):
         self._last_draw = (-1, 0)  # the optimizer step, and which of its generation batches
         self._warned_of_dead_groups = False
         self._sampler_gap = SamplerGap()
-        self._check_refills()
-        if self.aux_loss_enabled and self.loss_type not in TRL_LOSSES:
-            raise ValueError(
-                f"loss_type={self.loss_type!r} does not add the router's auxiliary loss of a mixture-of-experts model, "
-                f"but router_aux_loss_coef={self.router_aux_loss_coef}, from the arguments or the model's config. Set "
-                "router_aux_loss_coef=0.0 in the arguments to train without it, or take one of TRL's losses."
-            )
 
     def _calculate_rewards(
         self, inputs: list[dict[str, Any]], prompts: list, completions: list, completion_ids_list: list[list[int]]
@@ -279,8 +278,7 @@ class TRLSeam(Hooks, GRPOTrainer):
                 side = padding.side == "left"
                 values = pad_across_processes(values, dim=1, pad_index=padding.value, pad_first=side)
             joined[name] = join_rows(old[name], gather(values), taken, padding)
-        tokens = (joined["completion_mask"] * joined.get("tool_mask", 1)).sum()
-        return joined | {"num_items_in_batch": self.accelerator.gather(tokens).sum()}
+        return joined | {"num_items_in_batch": self.accelerator.gather(_trained(joined).sum()).sum()}
 
     def _logged_columns(self) -> dict[tuple[str, ...], deque]:
         """The columns of TRL's table of completions, each as long as one generation batch."""
@@ -303,20 +301,6 @@ class TRLSeam(Hooks, GRPOTrainer):
         ratio = (1 + refills) * groups / trained if trained else math.nan
         for name, value in {"refills": refills, "dead_groups": 1 - trained / groups, "generated_ratio": ratio}.items():
             self._metrics["train"][f"sampling/{name}"].append(value)
-
-    def _check_refills(self) -> None:
-        if self.max_refills == 0:
-            return
-        if isinstance(self.train_dataset, datasets.IterableDataset | torch.utils.data.IterableDataset):
-            raise ValueError(
-                f"max_refills={self.max_refills} draws rows of train_dataset by index, but a "
-                f"{type(self.train_dataset).__name__} has none. Load it without streaming, or set max_refills=0."
-            )
-        if images := sorted({"image", "images"} & set(self.train_dataset[0])):
-            raise ValueError(
-                f"max_refills={self.max_refills} moves rows of text only, but train_dataset has the column "
-                f"{images[0]!r}. Set max_refills=0."
-            )
 
     def _gather_steps(self, rows: int) -> tuple[list, list] | None:
         """What the reward functions of all processes passed to `log_extra` as step rewards and ends; None for none."""
@@ -367,25 +351,19 @@ class TRLSeam(Hooks, GRPOTrainer):
         return [batch for part in windows for batch in self._regrouped_window(part)]
 
     def _regrouped_window(self, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        masks = [batch["completion_mask"] * batch.get("tool_mask", 1) for batch in batches]
-        for batch, mask in zip(batches, masks, strict=True):
-            # Only bnpo reads it: the tokens that a row's loss is divided by, wherever the row goes.
-            batch[DIVISOR] = mask.sum().clamp(min=1.0).expand(len(mask))
         prompts = torch.cat([batch["prompt_ids"] * batch["prompt_mask"] for batch in batches]).tolist()
         tokens = [
             int(length) if live else 0
-            for batch, mask in zip(batches, masks, strict=True)
-            for length, live in zip(mask.sum(1).tolist(), self._alive(batch), strict=True)
+            for batch in batches
+            for length, live in zip(_trained(batch).sum(1).tolist(), self._alive(batch), strict=True)
         ]
-        regrouped = reorder(batches, regroup([tuple(prompt) for prompt in prompts], tokens, len(batches)))
-        for batch in regrouped:
-            divisor = batch.pop(DIVISOR)
-            if self.loss_type == "bnpo":
-                mask = batch["completion_mask"] * batch.get("tool_mask", 1)
-                scale = mask.sum().clamp(min=1.0) / divisor
-                advantages = batch["advantages"]
-                batch["advantages"] = advantages * scale.view(-1, *[1] * (advantages.dim() - 1))
-        return regrouped
+        order = regroup([tuple(prompt) for prompt in prompts], tokens, len(batches))
+        if self.loss_type != "bnpo":
+            return reorder(batches, order)
+        # bnpo divides by the tokens of the micro-batch: a row keeps the divisor of the one that it came from.
+        batches = [_with_advantages_times(batch, 1 / _trained(batch).sum().clamp(min=1.0)) for batch in batches]
+        regrouped = reorder(batches, order)
+        return [_with_advantages_times(batch, _trained(batch).sum().clamp(min=1.0)) for batch in regrouped]
 
     def _alive(self, inputs: dict[str, Any]) -> list[bool]:
         alive = self.live_rows(inputs["advantages"]) if self.model.training else None
@@ -438,8 +416,7 @@ class TRLSeam(Hooks, GRPOTrainer):
         if inputs is None or SAMPLER_RATIO in inputs or not (self.model.training and self.drops_old_policy_pass()):
             return
         rows = torch.tensor(live or range(len(logps)), device=logps.device)
-        mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
-        scored = logps[rows], inputs["sampling_per_token_logps"][rows], mask[rows].bool()
+        scored = logps[rows], inputs["sampling_per_token_logps"][rows], _trained(inputs)[rows].bool()
         ratio = sampler_ratio(
             *scored,
             mode=self.vllm_importance_sampling_mode,
@@ -511,7 +488,7 @@ class TRLSeam(Hooks, GRPOTrainer):
             logps=logps,
             old_logps=logps.detach() if old_logps is None else old_logps,
             advantages=advantages.unsqueeze(1) if advantages.dim() == 1 else advantages,
-            mask=completion_mask * inputs.get("tool_mask", 1),
+            mask=_trained(inputs),
             ref_logps=inputs.get("ref_per_token_logps"),
             importance_sampling_ratio=inputs.get(SAMPLER_RATIO),
         )
@@ -533,19 +510,10 @@ class TRLSeam(Hooks, GRPOTrainer):
         values = {
             f"advantages/{name}": value for name, value in self.advantage_metrics(self._rewards, advantages).items()
         }
-        mode = "train" if self.model.training else "eval"
-        self._share_with_absent_tasks(mode, values)
+        logged = self._metrics["train" if self.model.training else "eval"]
+        share_with_absent_tasks(logged, values)
         for name, value in values.items():
-            self._metrics[mode][name].append(value)
-
-    def _share_with_absent_tasks(self, mode: str, values: dict[str, float]) -> None:
-        """A share of 0 for the batches of this log without the task: TRL averages over the values that are there."""
-        logged = self._metrics[mode]
-        shares = {name for name in (*logged, *values) if name.startswith(TASK_SHARE)}
-        batches = max((len(logged[name]) for name in shares), default=0)
-        for name in shares:
-            values.setdefault(name, 0.0)
-            logged[name].extend([0.0] * (batches - len(logged[name])))
+            logged[name].append(value)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)

@@ -1,7 +1,10 @@
-"""Which settings fit the run: what only the trainer knows, the reward functions' names and the dataset's columns."""
+"""Which settings fit the run: what only the trainer knows, of the reward functions, the dataset and the model."""
 
 from collections.abc import Sequence
 from typing import Any
+
+from datasets import IterableDataset
+from torch.utils import data
 
 from grpo_plus.advantages import ESTIMATORS, check_keywords, check_modifiers
 from grpo_plus.config import GRPOPlusConfig
@@ -50,6 +53,32 @@ def check_task_column(column: str | None, dataset: Any) -> None:
     columns = getattr(dataset, "column_names", None)
     if column is not None and columns is not None and column not in columns:
         raise ValueError(f"task_column={column!r} is no column of the dataset.{suggestion(column, columns)}")
+
+
+def check_refillable(max_refills: int, dataset: Any) -> None:
+    """Refuse dynamic sampling where rows cannot be drawn by index, or hold more than text."""
+    if max_refills == 0:
+        return
+    if isinstance(dataset, IterableDataset | data.IterableDataset):
+        raise ValueError(
+            f"max_refills={max_refills} draws rows of train_dataset by index, but a {type(dataset).__name__} has none. "
+            "Load it without streaming, or set max_refills=0."
+        )
+    if images := sorted({"image", "images"} & set(dataset[0])):
+        raise ValueError(
+            f"max_refills={max_refills} moves rows of text only, but train_dataset has the column {images[0]!r}. Set "
+            "max_refills=0."
+        )
+
+
+def check_router_loss(loss_type: str, coefficient: float) -> None:
+    """Refuse, for a model with a router's auxiliary loss, one of our losses."""
+    if loss_type not in TRL_LOSSES:
+        raise ValueError(
+            f"loss_type={loss_type!r} does not add the router's auxiliary loss of a mixture-of-experts model, but "
+            f"router_aux_loss_coef={coefficient}, from the arguments or the model's config. Set "
+            "router_aux_loss_coef=0.0 in the arguments to train without it, or take one of TRL's losses."
+        )
 
 
 def check_plain_loss(loss_type: str) -> None:

@@ -18,7 +18,13 @@ from typing import Any
 from torch import Tensor
 
 from grpo_plus.advantages import ESTIMATORS, Rewards, State, apply_to_rewards, check_state, clip_limits, estimate
-from grpo_plus.config_run import check_estimator, check_plain_loss, check_task_column
+from grpo_plus.config_run import (
+    check_estimator,
+    check_plain_loss,
+    check_refillable,
+    check_router_loss,
+    check_task_column,
+)
 from grpo_plus.config_speed import AUTO_CHUNKS
 from grpo_plus.diagnostics.metrics import advantage_metrics
 from grpo_plus.generation import Chunks, as_trained, rows_that_fit
@@ -48,6 +54,9 @@ class GRPOPlusTrainer(SpeedUps):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        check_refillable(self.max_refills, self.train_dataset)
+        if self.aux_loss_enabled:
+            check_router_loss(self.loss_type, self.router_aux_loss_coef)
         if self.plus is None:
             if type(self).policy_loss is GRPOPlusTrainer.policy_loss:
                 check_plain_loss(self.loss_type)

@@ -76,6 +76,7 @@ def trained(trainer: GRPOTrainer) -> GRPOTrainer:
 LEVELS = [(name, "token") for name in TRL_LOSSES] + [("grpo", "sequence"), ("luspo", "sequence"), ("cispo", "sequence")]
 
 
+@pytest.mark.newest_trl
 @pytest.mark.parametrize(("loss", "level"), LEVELS)
 def test_trls_losses_have_the_gradient_that_trl_gives_them(tmp_path, loss, level):
     config = {**SETTINGS, "loss_type": loss, "importance_sampling_level": level}
@@ -91,6 +92,7 @@ def test_trls_losses_have_the_gradient_that_trl_gives_them(tmp_path, loss, level
     assert without_ours == logs_of(stock)
 
 
+@pytest.mark.newest_trl
 @pytest.mark.parametrize("loss", ["grpo", "dapo", "sapo", "luspo"])
 def test_our_path_has_the_gradient_that_trl_gives_the_same_loss(tmp_path, twin, loss):
     stock = trained(make_trainer(tmp_path / "stock", trainer_class=Stock, loss_type=loss, **SETTINGS))
@@ -101,6 +103,7 @@ def test_our_path_has_the_gradient_that_trl_gives_the_same_loss(tmp_path, twin, 
             assert_close(name, mine[name], gradient, rtol=1e-4)
 
 
+@pytest.mark.newest_trl
 @pytest.mark.parametrize("loss", [name for name in LOSSES if LOSSES[name].origin == "grpo_plus"])
 def test_a_loss_of_ours_trains_on_step_rewards(tmp_path, loss):
     arguments = {"trainer_class": GRPOPlusTrainer, "config_class": GRPOPlusConfig, "loss_type": loss}

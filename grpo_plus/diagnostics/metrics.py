@@ -1,10 +1,14 @@
 """Numbers about one generation batch, logged under `advantages/`: which rewards and tasks drive the update, and how."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from grpo_plus.advantages.rewards import Rewards
 from grpo_plus.reductions import RESOLUTION, centre, has_spread, zscore
+
+LOGGED_TASK_SHARE = "advantages/task_share/"
 
 
 def advantage_metrics(
@@ -104,6 +108,20 @@ def task_shares(tasks: tuple[str, ...], advantages: Tensor) -> dict[str, float]:
     for task, size in zip(tasks, (per_prompt / total).tolist(), strict=True):
         shares[task] += size
     return shares
+
+
+def share_with_absent_tasks(logged: Mapping[str, list[float]], values: dict[str, float]) -> None:
+    """Give a share of 0 to the tasks that are missing in `values` or in batches before: a log averages what is there.
+
+    Args:
+        logged: the batches since the last log, by name.
+        values: the next batch's.
+    """
+    shares = {name for name in (*logged, *values) if name.startswith(LOGGED_TASK_SHARE)}
+    batches = max((len(logged[name]) for name in shares if name in logged), default=0)
+    for name in shares:
+        values.setdefault(name, 0.0)
+        logged[name].extend([0.0] * (batches - len(logged[name])))
 
 
 def effective_samples(advantages: Tensor) -> float:

@@ -144,16 +144,15 @@ def _span(start: int, shared: int, lengths: list[int]) -> Span:
     return Span(start, start + shared, tuple(ends.tolist()), padded, inside.flatten().nonzero().squeeze(1))
 
 
-def scored(groups: Sequence[Group]) -> tuple[Tensor, Tensor]:
+def scored(groups: Sequence[Group], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
     """Row and column (M,) in the padded (B, T) completions of each scored token, in packed order."""
     rows = [
         torch.full((len(c),), row) for group in groups for row, c in zip(group.rows, group.completions, strict=True)
     ]
     columns = [torch.arange(len(completion)) for group in groups for completion in group.completions]
-    return torch.cat(rows), torch.cat(columns)
+    return torch.cat(rows).to(device), torch.cat(columns).to(device)
 
 
-def unpack(values: Tensor, groups: Sequence[Group], fill: Tensor) -> Tensor:
-    """(M,) values of the scored tokens to (B, T); every other place keeps `fill` (B, T)."""
-    rows, columns = (index.to(values.device) for index in scored(groups))
-    return fill.to(values.dtype).index_put((rows, columns), values)
+def unpack(values: Tensor, places: tuple[Tensor, Tensor], fill: Tensor) -> Tensor:
+    """(M,) values of the `scored` tokens to their places in (B, T); every other place keeps `fill` (B, T)."""
+    return fill.to(values.dtype).index_put(places, values)

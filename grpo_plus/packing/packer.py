@@ -17,7 +17,7 @@ from grpo_plus.packing.attention import uninstall_segments, why_not_segments
 from grpo_plus.packing.check import PaddedLogps, choose
 from grpo_plus.packing.forward import CACHED, PADDING_FREE, SEGMENTS, Form, Head
 from grpo_plus.packing.head import why_not_single_pass
-from grpo_plus.packing.layout import Group, group_rows, unpack
+from grpo_plus.packing.layout import Group, group_rows, scored, unpack
 from grpo_plus.qlora.precision import has_adapters
 
 logger = logging.getLogger("grpo_plus")
@@ -145,9 +145,10 @@ class Packer:
         groups = form.arrange(groups)
         parts = [_call(model, choice, chunk) for chunk in _chunks(groups, form, max_tokens)]
         logps, entropies = (torch.cat(part) for part in zip(*parts, strict=True))
+        places = scored(groups, logps.device)
         return Packed(
-            unpack(logps, groups, _fill(rows, logps)),
-            unpack(entropies, groups, _imputed(rows, entropies)),
+            unpack(logps, places, _fill(rows, logps)),
+            unpack(entropies, places, _imputed(rows, entropies)),
             form.tokens(groups),
         )
 

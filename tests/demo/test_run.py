@@ -97,7 +97,7 @@ def test_a_run_that_fails_leaves_no_summary_of_an_earlier_one(tmp_path):
 
 
 def test_grpo_learns_to_sort_prompts_that_it_never_saw_and_saves_the_model_that_can(tmp_path):
-    result = run_demo(tmp_path, seed=0, max_steps=100)
+    result = run_demo(tmp_path, seed=0, max_steps=60)
     assert result.accuracy_before < 0.5
     assert result.accuracy_after > 0.9
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
@@ -108,7 +108,7 @@ def test_grpo_learns_to_sort_prompts_that_it_never_saw_and_saves_the_model_that_
 
 
 def test_adapters_on_a_4_bit_base_learn_too_and_the_export_can_what_they_learned(tmp_path, capsys):
-    result = run_demo(tmp_path, seed=0, max_steps=60, qlora=True)
+    result = run_demo(tmp_path, seed=0, max_steps=30, qlora=True)
     assert result.accuracy_after > result.accuracy_before + 0.25
     assert result.switches["qlora"] is True
     trained_in_4_bits = read_log(tmp_path)[-2]["held_out_accuracy"]

@@ -10,27 +10,26 @@ from tests.training import logs_of, make_trainer, weights_of
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
 
+ACCUMULATED = {
+    "multi_objective_aggregation": "normalize_then_sum",
+    "loss_type": "grpo",
+    "gradient_accumulation_steps": 2,
+}
 SETTINGS = [
-    pytest.param({"scale_rewards": "group", "num_iterations": 1}, None, id="group"),
-    pytest.param({"scale_rewards": "group", "num_iterations": 2}, LORA, id="group-lora-2iterations"),
-    pytest.param({"scale_rewards": "none", "num_iterations": 2}, None, id="none-2iterations"),
-    pytest.param({"scale_rewards": "none", "num_iterations": 1, "beta": 0.1}, LORA, id="none-lora-beta"),
-    pytest.param(
-        {"multi_objective_aggregation": "normalize_then_sum", "loss_type": "grpo", "gradient_accumulation_steps": 2},
-        None,
-        id="gdpo-accumulation",
-    ),
+    pytest.param({"scale_rewards": "group"}, None, GRPOPlusConfig, id="group"),
+    pytest.param({"scale_rewards": "group", "num_iterations": 2}, LORA, GRPOPlusConfig, id="group-lora-2iterations"),
+    pytest.param({"scale_rewards": "none", "num_iterations": 2}, None, GRPOConfig, id="none-2iterations-plain"),
+    pytest.param({"scale_rewards": "none", "beta": 0.1}, LORA, GRPOPlusConfig, id="none-lora-beta"),
+    pytest.param(ACCUMULATED, None, GRPOPlusConfig, id="gdpo-accumulation"),
+    pytest.param(ACCUMULATED, None, GRPOConfig, id="gdpo-accumulation-plain"),
 ]
 
 
 OFF = {"packing": "none", "skip_zero_advantage": False}
 
 
-@pytest.mark.parametrize("config_class", [GRPOPlusConfig, GRPOConfig])
-@pytest.mark.parametrize(("config", "peft_config"), SETTINGS)
+@pytest.mark.parametrize(("config", "peft_config", "config_class"), SETTINGS)
 def test_three_steps_are_bit_identical(tmp_path, config, peft_config, config_class):
-    if config_class is GRPOConfig and peft_config is not None:
-        pytest.skip("a plain GRPOConfig is covered by the full fine-tuning cases")
     arguments = {"peft_config": peft_config}
     stock = make_trainer(tmp_path / "stock", trainer_arguments=arguments, **config)
     stock.train()

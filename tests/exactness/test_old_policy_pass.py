@@ -1,5 +1,7 @@
 """Aligned vLLM runs without TRL's forward of the old policy: its loss, its gradients, its log, one forward less."""
 
+from functools import partial
+
 import pytest
 import torch
 from peft import LoraConfig
@@ -33,15 +35,16 @@ def settings(mode: str, low: float | None, high: float | None) -> dict:
     }
 
 
+newest = partial(pytest.param, marks=pytest.mark.newest_trl)
 CASES = [
     ("dapo", settings("token_truncate", 0.8, 1.2), {"packing": "shared_prompt"}, LORA),
-    ("bnpo", settings("token_mask", 0.8, None), {"packing": "padding_free"}, None),
-    ("grpo", settings("sequence_truncate", None, 1.3), {"packing": "none"}, None),
-    ("dr_grpo", settings("sequence_mask", 0.5, 2.0), {"packing": "shared_prompt"}, None),
+    newest("bnpo", settings("token_mask", 0.8, None), {"packing": "padding_free"}, None),
+    newest("grpo", settings("sequence_truncate", None, 1.3), {"packing": "none"}, None),
+    newest("dr_grpo", settings("sequence_mask", 0.5, 2.0), {"packing": "shared_prompt"}, None),
     ("vespo", settings("token_mask", None, 1.2), {"packing": "shared_prompt"}, None),
-    ("sapo", {"off_policy_mask_threshold": 0.05, "max_steps": 2}, {"packing": "none"}, LORA),
-    ("cispo", {"num_iterations": 2, "beta": 0.1}, {"packing": "shared_prompt"}, LORA),
-    ("topr", settings("token_truncate", None, 1.2), {"packing": "shared_prompt"}, None),
+    newest("sapo", {"off_policy_mask_threshold": 0.05, "max_steps": 2}, {"packing": "none"}, LORA),
+    newest("cispo", {"num_iterations": 2, "beta": 0.1}, {"packing": "shared_prompt"}, LORA),
+    newest("topr", settings("token_truncate", None, 1.2), {"packing": "shared_prompt"}, None),
 ]
 
 
@@ -102,6 +105,7 @@ def test_the_pass_is_gone_in_training_and_stays_in_evaluation(tmp_path, monkeypa
     assert ours
 
 
+@pytest.mark.newest_trl
 def test_skipped_completions_need_no_old_policy(tmp_path, monkeypatch):
     install_engine(monkeypatch)
 
@@ -118,6 +122,7 @@ def test_skipped_completions_need_no_old_policy(tmp_path, monkeypatch):
     assert 0.4 < log["sampling/importance_sampling_ratio/min"] < 1 < log["sampling/importance_sampling_ratio/max"] < 2.5
 
 
+@pytest.mark.newest_trl
 def test_refilled_groups_bring_what_their_ratio_needs(tmp_path, monkeypatch):
     install_engine(monkeypatch)
     runs = []
@@ -144,6 +149,7 @@ def test_the_pass_stays_where_the_policy_changes(tmp_path, monkeypatch, config, 
         trainer(tmp_path, skip_old_policy_pass=True, **config)
 
 
+@pytest.mark.newest_trl
 def test_the_pass_stays_under_dropout_and_where_it_is_switched_off(tmp_path, monkeypatch):
     install_engine(monkeypatch)
     dropout = LoraConfig(r=4, lora_dropout=0.3, target_modules="all-linear", task_type="CAUSAL_LM")

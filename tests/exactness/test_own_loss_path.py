@@ -1,5 +1,7 @@
 """The path of losses that TRL lacks, held to TRL's: its own formulas, registered under other names, train alike."""
 
+from functools import partial
+
 import pytest
 import torch
 from peft import LoraConfig
@@ -27,14 +29,16 @@ def twin():
     LOSSES._entries.update(before)
 
 
+newest = partial(pytest.param, marks=pytest.mark.newest_trl)
+
 CASES = [
-    pytest.param("grpo", {"gradient_accumulation_steps": 2}, None, id="grpo-accumulation"),
-    pytest.param("bnpo", {"num_iterations": 2}, None, id="bnpo-2iterations"),
-    pytest.param("dapo", {"gradient_accumulation_steps": 2, "steps_per_generation": 4}, None, id="dapo-4steps"),
+    newest("grpo", {"gradient_accumulation_steps": 2}, None, id="grpo-accumulation"),
+    newest("bnpo", {"num_iterations": 2}, None, id="bnpo-2iterations"),
+    newest("dapo", {"gradient_accumulation_steps": 2, "steps_per_generation": 4}, None, id="dapo-4steps"),
     pytest.param("dr_grpo", {"num_iterations": 2, "mask_truncated_completions": True}, None, id="dr_grpo-truncated"),
     pytest.param("luspo", {"beta": 0.2, "num_iterations": 2}, LORA, id="luspo-lora-kl"),
-    pytest.param("grpo", {"beta": 0.2, "use_bias_correction_kl": False, "num_iterations": 2}, LORA, id="grpo-plain-kl"),
-    pytest.param("sapo", {"num_iterations": 2}, None, id="sapo-2iterations"),
+    newest("grpo", {"beta": 0.2, "use_bias_correction_kl": False, "num_iterations": 2}, LORA, id="grpo-plain-kl"),
+    newest("sapo", {"num_iterations": 2}, None, id="sapo-2iterations"),
 ]
 
 
@@ -95,7 +99,7 @@ class OursWithTools(FromTools, GRPOPlusTrainer):
     pass
 
 
-@pytest.mark.parametrize("loss", ["dapo", "grpo"])
+@pytest.mark.parametrize("loss", ["dapo", newest("grpo")])
 def test_tools_a_sampler_and_evaluation_follow_trls(tmp_path, twin, loss):
     # Two optimizer steps of two micro-batches per generation: in evaluation neither of the two may count.
     common = {
@@ -128,6 +132,7 @@ def test_tools_a_sampler_and_evaluation_follow_trls(tmp_path, twin, loss):
         torch.testing.assert_close(weights_of(ours)[name], weight, rtol=1e-5, atol=1e-6, msg=name)
 
 
+@pytest.mark.newest_trl
 @pytest.mark.parametrize("loss", [name for name in LOSSES if LOSSES[name].origin == "grpo_plus"])
 def test_every_loss_that_trl_lacks_trains(tmp_path, loss):
     trainer = make_trainer(

@@ -21,6 +21,7 @@ def seldom(completions: list[str], **_) -> list[float]:
     return [float(text.count("a") > 2) for text in completions]
 
 
+@pytest.mark.newest_trl
 @pytest.mark.parametrize("loss", ["dapo", "bnpo"])
 def test_twenty_steps_follow_trls(tmp_path, loss):
     config = CONFIG | {"loss_type": loss, "reward_funcs": [seldom]}

@@ -12,7 +12,7 @@ from grpo_plus.packing import attention
 from grpo_plus.packing.attention import Segments
 from grpo_plus.packing.cached import PromptRecord
 from grpo_plus.packing.forward import CACHED, PADDING_FREE, SEGMENTS, install_packed_forward
-from grpo_plus.packing.layout import Group, group_rows, pack, unpack
+from grpo_plus.packing.layout import Group, group_rows, pack, scored, unpack
 from tests.close import assert_close
 from tests.packing.models import CONFIGS, HYBRIDS, OWN_ATTENTION, tiny
 from tests.packing.rows import COMPLETION, gradients, padded_batch, padded_output, rows_alone, rows_padded
@@ -24,8 +24,8 @@ SEGMENTED = [name for name in CONFIGS if name not in (*HYBRIDS, *OWN_ATTENTION, 
 def in_form(model, form, ids, mask):
     groups = form.arrange(group_rows(ids, mask, COMPLETION))
     logps, entropies = model(packed=partial(form.run, groups, None))
-    zeros = torch.zeros(len(ids), COMPLETION)
-    return unpack(logps, groups, zeros), unpack(entropies, groups, zeros)
+    places, zeros = scored(groups), torch.zeros(len(ids), COMPLETION)
+    return unpack(logps, places, zeros), unpack(entropies, places, zeros)
 
 
 def assert_exact(model, form, lengths=None):

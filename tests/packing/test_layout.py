@@ -37,7 +37,7 @@ def test_every_scored_token_comes_back_to_its_place(batch, share):
         assert not mask[:, P:].any()
         return
     labels = pack(groups).shift_labels
-    restored = unpack(labels[labels != IGNORED], groups, filled)
+    restored = unpack(labels[labels != IGNORED], scored(groups), filled)
     assert torch.equal(restored, torch.where(mask[:, P:].bool(), ids[:, P:], filled))
 
 
