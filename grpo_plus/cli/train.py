@@ -96,11 +96,16 @@ def train(
     trainer.accelerator.print(config.describe())
     if trainer.accelerator.is_main_process:
         _show_information()
-    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=_checkpoint(config.resume_from_checkpoint))
     trainer.save_model(config.output_dir)
     trainer.accelerator.print(f"Saved the model to {config.output_dir}")
     if config.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset_name)
+
+
+def _checkpoint(given: Any) -> Any:
+    """`--resume_from_checkpoint true` is text to TRL's parser, and no folder."""
+    return {"true": True, "false": None}.get(str(given).lower(), given)
 
 
 def _show_information() -> None:
