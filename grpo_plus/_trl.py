@@ -26,6 +26,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 
 from grpo_plus.advantages import Rewards, checked
+from grpo_plus.checkpoints import mark_unfinished
 from grpo_plus.diagnostics.metrics import share_with_absent_tasks
 from grpo_plus.hooks import Hooks
 from grpo_plus.losses import TRL_LOSSES, LossInputs
@@ -45,7 +46,7 @@ from grpo_plus.sampling import (
 
 TESTED_TRL = SpecifierSet(">=1.15,<1.17")
 
-# Fingerprinted for each tested version. The first nine are overridden. Of the others the seam assumes what they do:
+# Fingerprinted for each tested version. The first ten are overridden. Of the others the seam assumes what they do:
 # `log` writes the advantages out, `_log_completion_extra` keeps the columns of a reward function.
 RELIED_ON = (
     "_calculate_rewards",
@@ -54,6 +55,7 @@ RELIED_ON = (
     "_save_checkpoint",
     "_load_optimizer_and_scheduler",
     "_load_from_checkpoint",
+    "_load_best_model",
     "_get_per_token_logps_and_entropies",
     "_prepare_inputs",
     "_generate_single_turn",
@@ -516,17 +518,20 @@ class TRLSeam(Hooks, GRPOTrainer):
             logged[name].append(value)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        state = self.running_state()
-        if state and self.args.should_save:
+        if self.args.should_save:
             folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            unfinished = folder / f"{STATE_FILE}.tmp"
-            unfinished.write_text(json.dumps(state))
-            unfinished.replace(folder / STATE_FILE)
+            mark_unfinished(folder)
+            if state := self.running_state():
+                (folder / STATE_FILE).write_text(json.dumps(state))
+        super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.check_checkpoint(resume_from_checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.restore_adapters({})
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
         self.restore_adapters({})
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

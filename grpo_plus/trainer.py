@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from grpo_plus.advantages import ESTIMATORS, Rewards, State, apply_to_rewards, check_state, clip_limits, estimate
+from grpo_plus.checkpoints import last_finished, why_unfinished
 from grpo_plus.config_run import (
     check_estimator,
     check_plain_loss,
@@ -74,6 +75,12 @@ class GRPOPlusTrainer(SpeedUps):
             if self.accelerator.is_main_process:
                 log_setting_check(self.model, self.plus)
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train. `resume_from_checkpoint=True` goes on from the newest checkpoint that was saved to its end."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = str(last_finished(self.args.output_dir))
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
     @property
     def _estimator_name(self) -> str | None:
         return self.plus.advantage_estimator if self.plus is not None else None
@@ -88,7 +95,9 @@ class GRPOPlusTrainer(SpeedUps):
         check_run(model, args, quantization_config, peft_config)
 
     def check_checkpoint(self, folder: str) -> None:
-        """Refuse the adapter of another base."""
+        """Refuse a checkpoint that is not complete, and the adapter of another base."""
+        if reason := why_unfinished(folder):
+            raise ValueError(f"resume_from_checkpoint={str(folder)!r} {reason}. Choose an older checkpoint.")
         check_adapter_folder(folder, self.model)
 
     def restore_adapters(self, exact: dict[str, Tensor]) -> None:

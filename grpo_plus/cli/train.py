@@ -52,6 +52,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
     inputs: list[Any] = [RecipeArguments, GRPOScriptArguments, ModelConfig, DatasetMixtureConfig]
     parser = TrlParser([*inputs, GRPOPlusConfig], prog="grpo-plus train")
     if not {"-h", "--help"} & set(arguments):
+        _check_width(arguments)
         # GRPOPlusConfig comes later: its own complaint (no GPU, say) would hide the more basic one.
         early = TrlParser(inputs, add_help=False).parse_args_and_config(arguments, return_remaining_strings=True)
         _check(*early[:4])
@@ -96,11 +97,16 @@ def train(
     trainer.accelerator.print(config.describe())
     if trainer.accelerator.is_main_process:
         _show_information()
-    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=_checkpoint(config.resume_from_checkpoint))
     trainer.save_model(config.output_dir)
     trainer.accelerator.print(f"Saved the model to {config.output_dir}")
     if config.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset_name)
+
+
+def _checkpoint(given: Any) -> Any:
+    """`--resume_from_checkpoint true` is text to TRL's parser, and no folder."""
+    return {"true": True, "false": None}.get(str(given).lower(), given)
 
 
 def _show_information() -> None:
@@ -137,14 +143,32 @@ def _refuse(unknown: list[str]) -> None:
     )
 
 
+@dataclass
+class Width:
+    """The flags of which only one can be: TRL's own complaint names neither."""
+
+    load_in_4bit: bool = False
+    load_in_8bit: bool = False
+    qlora: bool = False
+
+
+def _check_width(arguments: list[str]) -> None:
+    from trl import TrlParser
+
+    from grpo_plus.qlora.checks import require_one_width
+
+    width = TrlParser([Width], add_help=False).parse_args_and_config(arguments, return_remaining_strings=True)[0]
+    if width.qlora and width.load_in_8bit:
+        raise ValueError("--qlora loads the base in 4 bits, but load_in_8bit=True. Drop one of the two.")
+    require_one_width(width.load_in_4bit, width.load_in_8bit)
+
+
 def _check(
     recipe: RecipeArguments, script: "GRPOScriptArguments", model: "ModelConfig", mixture: "DatasetMixtureConfig"
 ) -> None:
     """Refuse what cannot train before anything is loaded."""
     from grpo_plus.qlora.checks import require_bitsandbytes
 
-    if recipe.qlora and model.load_in_8bit:
-        raise ValueError("--qlora loads the base in 4 bits, but load_in_8bit=True. Drop one of the two.")
     if recipe.qlora or model.load_in_4bit or model.load_in_8bit:
         require_bitsandbytes("A quantized base (--qlora, --load_in_4bit, --load_in_8bit)")
     if model.model_name_or_path is None:

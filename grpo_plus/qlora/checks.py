@@ -1,6 +1,7 @@
 """What cannot work with a quantized base, refused before anything is loaded."""
 
 import json
+import re
 import struct
 from importlib.util import find_spec
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from grpo_plus.planner import read_config
 from grpo_plus.qlora.precision import bits_of, has_adapters, require_trainable
 
 INSTALL = "pip install bitsandbytes peft"
@@ -31,9 +33,9 @@ def check_run(model: Any, args: Any, quantization_config: Any, peft_config: Any)
         ImportError: bitsandbytes is missing.
         ValueError: anything else, with the argument's name and value.
     """
-    in_args = None if isinstance(model, nn.Module) else (getattr(args, "model_init_kwargs", None) or {})
-    wanted = quantization_config or (in_args or {}).get("quantization_config")
-    bits = bits_of(model) or _bits_of_config(wanted)
+    in_args = {} if isinstance(model, nn.Module) else (getattr(args, "model_init_kwargs", None) or {})
+    wanted = quantization_config or in_args.get("quantization_config")
+    require_one_width(_get(wanted, "load_in_4bit"), _get(wanted, "load_in_8bit"))
     if _bits_of_config(wanted):
         require_bitsandbytes("quantization_config")
     if quantization_config is not None and isinstance(model, nn.Module):
@@ -43,7 +45,13 @@ def check_run(model: Any, args: Any, quantization_config: Any, peft_config: Any)
             f"{state} already. Pass the model's name together with quantization_config, or the model alone."
         )
     _check_target_modules(peft_config)
-    if bits is not None and getattr(args, "use_vllm", False):
+    bits = bits_of(model) or _bits_of_config(wanted)
+    uses_vllm = getattr(args, "use_vllm", False)
+    if isinstance(model, str) and (wanted is not None or uses_vllm) and not (bits and uses_vllm):
+        saved = _saved_quantization(model, in_args.get("revision"))
+        _check_second(model, saved, wanted)
+        bits = bits or _bits_of_config(saved)
+    if bits is not None and uses_vllm:
         raise ValueError(
             f"use_vllm=True does not work with a base in {bits} bits: TRL sends vLLM the packed bytes of the weights "
             "without their scales, so that completions come from the starting policy and not from the one that is "
@@ -52,19 +60,50 @@ def check_run(model: Any, args: Any, quantization_config: Any, peft_config: Any)
     require_trainable(model)
 
 
+def require_one_width(load_in_4bit: bool, load_in_8bit: bool) -> None:
+    """Refuse both at once."""
+    if load_in_4bit and load_in_8bit:
+        raise ValueError(
+            "load_in_4bit=True and load_in_8bit=True: a base is loaded in one of the two. Drop load_in_8bit for QLoRA."
+        )
+
+
+def _get(config: Any, name: str) -> bool:
+    return bool(config.get(name) if isinstance(config, dict) else getattr(config, name, False))
+
+
+def _saved_quantization(model: str, revision: str | None) -> Any:
+    """The quantization that the model was saved with; None for none, and where TRL is about to say what is wrong."""
+    try:
+        return read_config(model, revision=revision).get("quantization_config")
+    except ValueError:
+        return None
+
+
+def _check_second(model: str, saved: Any, wanted: Any) -> None:
+    if saved is not None and wanted is not None:
+        raise ValueError(
+            f"quantization_config={type(wanted).__name__} would be ignored: {model!r} was saved quantized "
+            f"(quant_method={saved.get('quant_method')!r}), and transformers keeps its settings. Drop "
+            "quantization_config (on the command line: --load_in_4bit false), or name the unquantized model."
+        )
+
+
 def _bits_of_config(config: Any) -> int | None:
-    get = config.get if isinstance(config, dict) else lambda name, default: getattr(config, name, default)
-    if config is not None and get("load_in_4bit", False):
+    if _get(config, "load_in_4bit"):
         return 4
-    return 8 if config is not None and get("load_in_8bit", False) else None
+    return 8 if _get(config, "load_in_8bit") else None
 
 
 def _check_target_modules(peft_config: Any) -> None:
-    targets = getattr(peft_config, "target_modules", None)
-    named = {targets} if isinstance(targets, str) else set(targets or ())
-    if any(name.split(".")[-1] == "lm_head" for name in named):
+    targets = getattr(peft_config, "target_modules", None) or ()
+    if isinstance(targets, str):  # PEFT takes it for an expression
+        named, hit = targets, re.fullmatch(targets, "lm_head") or targets.split(".")[-1] == "lm_head"
+    else:
+        named, hit = sorted(targets), any(name.split(".")[-1] == "lm_head" for name in targets)
+    if hit:
         raise ValueError(
-            f"target_modules={sorted(named)} contains 'lm_head', which TRL reads directly: an adapter there would "
+            f"target_modules={named!r} contains 'lm_head', which TRL reads directly: an adapter there would "
             "never be trained. Remove 'lm_head'; target_modules='all-linear' leaves it out by itself."
         )
 

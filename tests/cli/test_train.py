@@ -105,7 +105,7 @@ def test_a_quantized_base_without_bitsandbytes_is_refused(workplace, capsys, mon
     ("arguments", "message"),
     [
         ([*NAMES, "--qlora", "--load_in_8bit"], "--qlora loads the base in 4 bits, but load_in_8bit=True"),
-        ([*NAMES, "--load_in_4bit", "--load_in_8bit"], "8 bit and 4 bit precision at the same time"),
+        ([*NAMES, "--load_in_4bit", "--load_in_8bit"], "load_in_4bit=True and load_in_8bit=True: a base is loaded in one of the two"),
         (NAMES[:2], "train needs --dataset_name"),
         (NAMES[:4], "train needs --reward_funcs"),
         ([*NAMES[:4], "--reward_funcs", "accuracy_rewards"], "Unknown reward function 'accuracy_rewards'. Did you mean 'acc"),
@@ -115,6 +115,7 @@ def test_a_quantized_base_without_bitsandbytes_is_refused(workplace, capsys, mon
         ([*NAMES, "--dataset_train_split", "trian"], "no split 'trian'. Did you mean 'train'"),
         ([*NAMES, "--eval_strategy", "steps", "--eval_steps", "1"], "no split 'test'"),
         (["run.yaml", *NAMES], "Write --config run.yaml"),
+        ([*NAMES, "--output_dir", "out", "--resume_from_checkpoint", "true"], "output_dir='out' has no complete checkpoint. Leave"),
         ([*NAMES, "--config"], "--config needs a file"),
     ],
 )  # fmt: skip

@@ -43,7 +43,7 @@ def make_qlora_trainer(output_dir: Path, base: Any, *, config_class: Any = GRPOP
         trainer_class=config.pop("trainer_class", GRPOPlusTrainer),
         config_class=config_class,
         model=load_nf4(base) if isinstance(base, Path) else base,
-        trainer_arguments=arguments,
+        trainer_arguments=arguments | config.pop("trainer_arguments", {}),
         **({"learning_rate": 1e-3} | config),
     )
 

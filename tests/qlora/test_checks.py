@@ -45,6 +45,36 @@ def test_four_and_eight_bits_together_are_refused_by_transformers():
         BitsAndBytesConfig(load_in_4bit=True, load_in_8bit=True)
 
 
+def test_four_and_eight_bits_together_are_refused_in_model_init_kwargs(tmp_path):
+    both = {"quantization_config": {"load_in_4bit": True, "load_in_8bit": True}}
+    with pytest.raises(ValueError, match="load_in_4bit=True and load_in_8bit=True.*Drop load_in_8bit"):
+        construct(tmp_path, "nowhere/to-be-found", config={"model_init_kwargs": both})
+
+
+@pytest.fixture
+def saved_quantized(tmp_path, base):
+    load_nf4(base).save_pretrained(tmp_path / "nf4")
+    return str(tmp_path / "nf4")
+
+
+@pytest.mark.parametrize("given", ["argument", "model_init_kwargs"])
+def test_a_second_quantization_config_for_a_folder_saved_in_nf4_is_refused(tmp_path, saved_quantized, given):
+    """transformers would keep the folder's settings, whatever is asked for."""
+    arguments = {"quantization_config": NF4} if given == "argument" else {}
+    config = {} if arguments else {"model_init_kwargs": {"quantization_config": {"load_in_4bit": True}}}
+    with pytest.raises(
+        ValueError, match="nf4' was saved quantized .quant_method='bitsandbytes'.*Drop quantization_con"
+    ):
+        construct(tmp_path, saved_quantized, config=config, peft_config=lora(), **arguments)
+
+
+def test_a_folder_saved_in_nf4_trains_by_itself_but_not_with_vllm(tmp_path, saved_quantized):
+    trainer = construct(tmp_path, saved_quantized, config={"bf16": True}, peft_config=lora())
+    assert trainer.model.is_loaded_in_4bit
+    with pytest.raises(ValueError, match="use_vllm=True does not work with a base in 4 bits"):
+        construct(tmp_path, saved_quantized, config={"use_vllm": True}, peft_config=lora())
+
+
 def test_a_second_quantization_config_is_refused(tmp_path, base):
     with pytest.raises(
         ValueError, match="quantization_config=BitsAndBytesConfig would be ignored.*quantized to 4 bits"
@@ -57,7 +87,7 @@ def test_a_quantization_config_for_a_loaded_model_is_refused(tmp_path):
         make_trainer(tmp_path, trainer_class=GRPOPlusTrainer, trainer_arguments={"quantization_config": NF4})
 
 
-@pytest.mark.parametrize("targets", ["lm_head", ["q_proj", "lm_head"], ["model.lm_head"]])
+@pytest.mark.parametrize("targets", ["lm_head", ["q_proj", "lm_head"], ["model.lm_head"], ".*(q_proj|lm_head)"])
 def test_an_adapter_on_the_lm_head_is_refused(tmp_path, targets):
     with pytest.raises(ValueError, match="contains 'lm_head'.*Remove 'lm_head'"):
         construct(tmp_path, "nowhere/to-be-found", quantization_config=NF4, peft_config=lora(target_modules=targets))

@@ -1,0 +1,61 @@
+"""Which checkpoint a run can go on from: a process that was killed while it saved leaves one that looks like any other.
+
+transformers writes trainer_state.json last. `GRPOPlusTrainer` takes an old one out of a folder before it writes there,
+and its own file before transformers' begin, so that a folder with a readable trainer_state.json is complete. Older
+checkpoints are deleted only after that.
+"""
+
+import json
+import logging
+import re
+from pathlib import Path
+
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+logger = logging.getLogger("grpo_plus")
+
+
+def why_unfinished(folder: str | Path) -> str | None:
+    """What is missing from a checkpoint; None where it is complete."""
+    path = Path(folder) / TRAINER_STATE_NAME
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return f"has no {TRAINER_STATE_NAME}, which is written last"
+    except ValueError:
+        return f"has a {TRAINER_STATE_NAME} that is cut off"
+    return None
+
+
+def mark_unfinished(folder: Path) -> None:
+    """Make the folder; whatever it held, it is no complete checkpoint before the next is saved there to its end."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+
+
+def last_finished(output_dir: str | Path) -> Path:
+    """The newest complete checkpoint; one warning for each newer one that is not.
+
+    Raises:
+        ValueError: there is none.
+    """
+    passed_over: list[str] = []
+    for folder in _newest_first(Path(output_dir)):
+        reason = why_unfinished(folder)
+        if reason is None:
+            for text in passed_over:
+                logger.warning(f"{text}: its saving was interrupted. Resuming from {folder}.")
+            return folder
+        passed_over.append(f"{folder} {reason}")
+    found = f": {'; '.join(passed_over)}" if passed_over else ""
+    raise ValueError(
+        f"resume_from_checkpoint=True, but output_dir={str(output_dir)!r} has no complete checkpoint{found}. Leave "
+        "resume_from_checkpoint unset to start from the beginning."
+    )
+
+
+def _newest_first(output_dir: Path) -> list[Path]:
+    numbered = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
+    steps = {path: numbered.fullmatch(path.name) for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*")}
+    return sorted((path for path, step in steps.items() if step), key=lambda path: -int(str(path).rpartition("-")[2]))

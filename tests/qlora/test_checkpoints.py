@@ -1,0 +1,109 @@
+"""A run that is killed while it saves goes on from the checkpoint before, to the last bit."""
+
+import logging
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from grpo_plus.checkpoints import last_finished, why_unfinished
+from tests.qlora.models import make_qlora_trainer, trained_weights
+from tests.training import PROMPTS
+
+CONFIG = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
+
+# The process dies with the second checkpoint's last file half written.
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from transformers import TrainerState
+from tests.qlora.models import make_qlora_trainer
+from tests.qlora.test_checkpoints import CONFIG
+
+def save_half(state, path):
+    save(state, path)
+    if state.global_step == 2:
+        text = Path(path).read_text()
+        Path(path).write_text(text[: len(text) // 2])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+save, TrainerState.save_to_json = TrainerState.save_to_json, save_half
+make_qlora_trainer(Path(sys.argv[1]), Path(sys.argv[2]), **CONFIG).train()
+"""
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory, base):
+    """The output of a run that was killed while it saved its second checkpoint."""
+    folder = tmp_path_factory.mktemp("killed")
+    command = [sys.executable, "-c", KILLED, str(folder), str(base)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    return folder
+
+
+def test_the_checkpoint_before_is_whole_and_goes_on_to_the_same_weights(tmp_path, killed, base, caplog):
+    assert sorted(path.name for path in killed.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+    assert why_unfinished(killed / "checkpoint-1") is None
+    assert why_unfinished(killed / "checkpoint-2") == "has a trainer_state.json that is cut off"
+    resumed = make_qlora_trainer(killed, base, **CONFIG)
+    with caplog.at_level(logging.WARNING, logger="grpo_plus"):
+        resumed.train(resume_from_checkpoint=True)
+    assert "checkpoint-2 has a trainer_state.json that is cut off: its saving was interrupted" in caplog.text
+    whole = make_qlora_trainer(tmp_path, base, **CONFIG | {"save_strategy": "no"})
+    whole.train()
+    expected = trained_weights(whole)
+    assert all(torch.equal(weight, expected[name]) for name, weight in trained_weights(resumed).items())
+    assert [path.name for path in killed.glob("checkpoint-*")] == ["checkpoint-3"]
+
+
+def test_a_checkpoint_that_is_written_over_is_unfinished_meanwhile(tmp_path, base, monkeypatch):
+    make_qlora_trainer(tmp_path, base, **CONFIG | {"max_steps": 1}).train()
+    assert why_unfinished(tmp_path / "checkpoint-1") is None
+
+    def full_disk(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        make_qlora_trainer(tmp_path, base, **CONFIG | {"max_steps": 1}).train()
+    assert why_unfinished(tmp_path / "checkpoint-1") == "has no trainer_state.json, which is written last"
+
+
+def test_an_unfinished_checkpoint_that_is_named_is_refused(tmp_path, base):
+    (tmp_path / "checkpoint-4").mkdir()
+    trainer = make_qlora_trainer(tmp_path, base)
+    with pytest.raises(ValueError, match=r"checkpoint-4' has no trainer_state.json.*Choose an older checkpoint"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    with pytest.raises(ValueError, match=r"no complete checkpoint: .*checkpoint-4 has no.*unset to start from the beg"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+def test_the_newest_is_the_one_of_the_highest_step(tmp_path):
+    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-x", "checkpoint-11.bak"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "trainer_state.json").write_text("{}")
+    assert last_finished(tmp_path).name == "checkpoint-10"
+
+
+@pytest.mark.parametrize("adapter_dtype", ["float32", "bfloat16"])
+def test_the_best_model_comes_back_in_the_dtype_it_was_trained_in(tmp_path, base, adapter_dtype):
+    """PEFT loads every adapter in float32."""
+    evaluation = {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "eval_loss"}
+    keep = {"load_best_model_at_end": True, "save_total_limit": None, "greater_is_better": True}
+    trainer = make_qlora_trainer(
+        tmp_path,
+        base,
+        adapter_dtype=adapter_dtype,
+        trainer_arguments={"eval_dataset": PROMPTS.select(range(2))},
+        **CONFIG | evaluation | keep | {"num_generations_eval": 2, "per_device_eval_batch_size": 2},
+    )
+    trainer.train()
+    saved = load_file(Path(trainer.state.best_model_checkpoint) / "adapter_model.safetensors")
+    for name, weight in trained_weights(trainer).items():
+        assert weight.dtype == getattr(torch, adapter_dtype)
+        assert torch.equal(weight, saved[name.replace(".default", "")]), name
