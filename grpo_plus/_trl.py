@@ -129,7 +129,7 @@ def sampled_batches(trainer: "TRLSeam", count: int) -> Iterator[tuple[Rewards, d
 
 
 def logps_of(trainer: "TRLSeam", rows: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Log-probabilities (B, T) of the completions with their gradient, and the mask (B, T), as the training has them."""
+    """Log-probabilities (B, T) of the completions, as the training differentiates them, and their mask (B, T)."""
     input_ids = torch.cat([rows["prompt_ids"], rows["completion_ids"]], dim=1)
     attention_mask = torch.cat([rows["prompt_mask"], rows["completion_mask"]], dim=1)
     length = rows["completion_ids"].shape[1]

@@ -12,8 +12,9 @@ from types import ModuleType
 
 from grpo_plus import __version__
 
-VERBS = ("demo", "train", "replay", "plan", "ls", "doctor")
-FORWARDING = ("train",)  # verbs whose flags are TRL's, parsed by TRL
+VERBS = ("demo", "train", "replay", "compare", "plan", "ls", "doctor")
+FORWARDING = ("train", "compare")  # verbs that take TRL's flags, parsed by TRL
+HELPED = ("train",)  # and of these, the ones without flags of their own: TRL's parser shows the help
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,9 +49,8 @@ def _parser(verbs: dict[str, ModuleType]) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"grpo-plus {__version__}")
     commands = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for verb, module in verbs.items():
-        forwards = verb in FORWARDING
         command = commands.add_parser(
-            verb, help=module.HELP, description=module.HELP, add_help=not forwards, allow_abbrev=False
+            verb, help=module.HELP, description=module.HELP, add_help=verb not in HELPED, allow_abbrev=False
         )
         module.add_arguments(command)
     return parser

@@ -4,7 +4,8 @@ import argparse
 import json
 import os
 import sys
-from typing import Any
+
+from grpo_plus.cli.words import keywords_by_estimator, words
 
 HELP = "Compare advantage estimators on the completions that a run logged (log_completions=True)."
 
@@ -29,45 +30,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, rest: list[str]) -> int:
     """Replay, write the report, and print what it says in short."""
+    from grpo_plus.advantages import ESTIMATORS
     from grpo_plus.compare import Rollouts, replay, write_replay
     from grpo_plus.compare.replay_report import in_short
 
     sys.path.insert(0, os.getcwd())  # dotted paths name the user's own modules
+    weights = words(args.reward_weights)
     rollouts = Rollouts(
         args.run_dir,
         num_generations=args.num_generations,
-        reward_names=_words(args.rewards),
-        reward_weights=None if args.reward_weights is None else [float(word) for word in _words(args.reward_weights)],
+        reward_names=words(args.rewards),
+        reward_weights=None if weights is None else [float(word) for word in weights],
     )
-    result = replay(
-        rollouts, _estimators(args), groups=[_group(word) for word in _words(args.groups) or []], progress=True
-    )
+    estimators = keywords_by_estimator(args.advantage_kwargs, words(args.estimators) or list(ESTIMATORS))
+    result = replay(rollouts, estimators, groups=[_group(word) for word in words(args.groups) or []], progress=True)
     written = write_replay(result, args.output)
     for line in in_short(result):
         print(f"- {line}")
     print(f"Written: {', '.join(map(str, written))}")
     return 0
-
-
-def _words(text: str | None) -> Any:
-    return None if text is None else [word.strip() for word in text.split(",") if word.strip()]
-
-
-def _estimators(args: argparse.Namespace) -> Any:
-    """Names with their hyper-parameters."""
-    from grpo_plus.advantages import ESTIMATORS
-
-    if not isinstance(args.advantage_kwargs, dict) or not all(map(_is_table, args.advantage_kwargs.values())):
-        raise ValueError("""--advantage_kwargs takes a table by estimator: '{"passk": {"k": 4}}'.""")
-    names = _words(args.estimators) or list(ESTIMATORS)
-    for name in args.advantage_kwargs:
-        if name not in names:
-            raise ValueError(f"--advantage_kwargs is about {name!r}, which is not replayed. Add it to --estimators.")
-    return {name: args.advantage_kwargs.get(name, {}) for name in names}
-
-
-def _is_table(value: object) -> bool:
-    return isinstance(value, dict)
 
 
 def _group(word: str) -> tuple[int, int]:

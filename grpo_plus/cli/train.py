@@ -41,58 +41,57 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, rest: list[str]) -> int:
     """Parse `rest` and train."""
     from accelerate import PartialState
+
+    from grpo_plus.config import GRPOPlusConfig
+
+    train(*parse("train", rest, GRPOPlusConfig))
+    # After the trainer is gone: a DDP model that outlives its process group waits for it forever under gloo.
+    PartialState().destroy_process_group()
+    return 0
+
+
+def parse(verb: str, rest: list[str], config_class: type["GRPOPlusConfig"], **defaults: Any) -> tuple[Any, ...]:
+    """The script's, the model's, the mixture's and the training's arguments, read by TRL and checked.
+
+    Args:
+        defaults: of flags, for this verb; what the user gives wins.
+    """
     from trl import DatasetMixtureConfig, ModelConfig, TrlParser
     from trl.scripts.grpo import GRPOScriptArguments
 
-    from grpo_plus.config import GRPOPlusConfig
     from grpo_plus.qlora.recipe import qlora_flags
 
     sys.path.insert(0, os.getcwd())  # dotted paths name the user's own modules, as in `trl grpo`
     arguments = _with_config_file(rest)
     inputs: list[Any] = [RecipeArguments, GRPOScriptArguments, ModelConfig, DatasetMixtureConfig]
-    parser = TrlParser([*inputs, GRPOPlusConfig], prog="grpo-plus train")
+    parser = TrlParser([*inputs, config_class], prog=f"grpo-plus {verb}")
     if not {"-h", "--help"} & set(arguments):
         _check_width(arguments)
         # GRPOPlusConfig comes later: its own complaint (no GPU, say) would hide the more basic one.
         early = TrlParser(inputs, add_help=False).parse_args_and_config(arguments, return_remaining_strings=True)
-        _check(*early[:4])
-        if early[0].qlora:
-            # As defaults, so that every flag on the command line or in the file still has the last word.
-            parser.set_defaults_with_config(**qlora_flags())
+        _check(verb, *early[:4])
+        # As defaults, so that every flag on the command line or in the file still has the last word.
+        parser.set_defaults_with_config(**defaults, **(qlora_flags() if early[0].qlora else {}))
     _, *parsed, unknown = parser.parse_args_and_config(arguments, return_remaining_strings=True)
-    _refuse(unknown)
-    train(*parsed)
-    # After the trainer is gone: a DDP model that outlives its process group waits for it forever under gloo.
-    PartialState().destroy_process_group()
-    return 0
+    _refuse(verb, unknown)
+    return tuple(parsed)
 
 
 def train(
     script: "GRPOScriptArguments", model: "ModelConfig", mixture: "DatasetMixtureConfig", config: "GRPOPlusConfig"
 ) -> None:
     """Load what the arguments name, train, save, and push if asked to."""
-    from trl import get_peft_config, get_quantization_config
-
     from grpo_plus import GRPOPlusTrainer
 
-    reward_functions = _reward_functions(script)
-    dataset = _dataset(script, mixture)
+    rewards = reward_functions(script)
+    dataset = load(script, mixture)
     evaluates = config.eval_strategy != "no"
-    loading: dict[str, Any] = {
-        "revision": model.model_revision,
-        "trust_remote_code": config.trust_remote_code,
-        "attn_implementation": model.attn_implementation,
-        "dtype": model.dtype,
-    }
-    config.model_init_kwargs = loading | dict(config.model_init_kwargs or {})
     trainer = GRPOPlusTrainer(
-        model=str(model.model_name_or_path),
-        reward_funcs=reward_functions,
+        **loading(model, config),
+        reward_funcs=rewards,
         args=config,
-        train_dataset=_split(dataset, script.dataset_train_split, "--dataset_train_split"),
-        eval_dataset=_split(dataset, script.dataset_test_split, "--dataset_test_split") if evaluates else None,
-        quantization_config=get_quantization_config(model),
-        peft_config=get_peft_config(model),
+        train_dataset=split(dataset, script.dataset_train_split, "--dataset_train_split"),
+        eval_dataset=split(dataset, script.dataset_test_split, "--dataset_test_split") if evaluates else None,
     )
     trainer.accelerator.print(config.describe())
     if trainer.accelerator.is_main_process:
@@ -107,6 +106,24 @@ def train(
 def _checkpoint(given: Any) -> Any:
     """`--resume_from_checkpoint true` is text to TRL's parser, and no folder."""
     return {"true": True, "false": None}.get(str(given).lower(), given)
+
+
+def loading(model: "ModelConfig", config: "GRPOPlusConfig") -> dict[str, Any]:
+    """The trainer's arguments that say which model it loads, and how; the rest of it goes into `config`."""
+    from trl import get_peft_config, get_quantization_config
+
+    given: dict[str, Any] = {
+        "revision": model.model_revision,
+        "trust_remote_code": config.trust_remote_code,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+    }
+    config.model_init_kwargs = given | dict(config.model_init_kwargs or {})
+    return {
+        "model": str(model.model_name_or_path),
+        "quantization_config": get_quantization_config(model),
+        "peft_config": get_peft_config(model),
+    }
 
 
 def _show_information() -> None:
@@ -130,16 +147,16 @@ def _split_config(argument: str) -> list[str]:
     return argument.split("=", 1) if argument.startswith("--config=") else [argument]
 
 
-def _refuse(unknown: list[str]) -> None:
+def _refuse(verb: str, unknown: list[str]) -> None:
     """Say what to do about words that nobody takes; those of `accelerate launch` have their place before the module."""
     if not unknown:
         return
     words = " ".join(unknown)
     if unknown[0].endswith((".yaml", ".yml")):
-        raise ValueError(f"train does not take {words}. Write --config {unknown[0]}.")
+        raise ValueError(f"{verb} does not take {words}. Write --config {unknown[0]}.")
     raise ValueError(
         f"Neither TRL nor grpo_plus takes {words}. If that is for the launcher, run "
-        f"`accelerate launch {words} -m grpo_plus train ...`."
+        f"`accelerate launch {words} -m grpo_plus {verb} ...`."
     )
 
 
@@ -164,7 +181,11 @@ def _check_width(arguments: list[str]) -> None:
 
 
 def _check(
-    recipe: RecipeArguments, script: "GRPOScriptArguments", model: "ModelConfig", mixture: "DatasetMixtureConfig"
+    verb: str,
+    recipe: RecipeArguments,
+    script: "GRPOScriptArguments",
+    model: "ModelConfig",
+    mixture: "DatasetMixtureConfig",
 ) -> None:
     """Refuse what cannot train before anything is loaded."""
     from grpo_plus.qlora.checks import require_bitsandbytes
@@ -173,19 +194,20 @@ def _check(
         require_bitsandbytes("A quantized base (--qlora, --load_in_4bit, --load_in_8bit)")
     if model.model_name_or_path is None:
         raise ValueError(
-            "train needs --model_name_or_path: a hub name or a local folder. To see GRPO at work without a model, run "
-            "`grpo-plus demo`."
+            f"{verb} needs --model_name_or_path: a hub name or a local folder. To see GRPO at work without a model, "
+            "run `grpo-plus demo`."
         )
     if not (script.dataset_name or mixture.datasets):
-        raise ValueError("train needs --dataset_name, or `datasets:` in the --config file.")
+        raise ValueError(f"{verb} needs --dataset_name, or `datasets:` in the --config file.")
     if not (script.reward_funcs or script.reward_model_name_or_path):
         raise ValueError(
-            f"train needs --reward_funcs ({', '.join(REWARD_NAMES)}, or a dotted path to a function of yours) or "
+            f"{verb} needs --reward_funcs ({', '.join(REWARD_NAMES)}, or a dotted path to a function of yours) or "
             "--reward_model_name_or_path."
         )
 
 
-def _dataset(script: "GRPOScriptArguments", mixture: "DatasetMixtureConfig") -> Any:
+def load(script: "GRPOScriptArguments", mixture: "DatasetMixtureConfig") -> Any:
+    """The dataset that the arguments name, with its splits."""
     from datasets import load_dataset
     from trl import get_dataset
 
@@ -194,13 +216,15 @@ def _dataset(script: "GRPOScriptArguments", mixture: "DatasetMixtureConfig") -> 
     return load_dataset(script.dataset_name, name=script.dataset_config, streaming=script.dataset_streaming)
 
 
-def _split(dataset: Any, name: str, flag: str) -> Any:
+def split(dataset: Any, name: str, flag: str) -> Any:
+    """One split of the dataset; `flag` is what chooses it."""
     if name not in dataset:
         raise ValueError(f"The dataset has no split {name!r}.{suggestion(name, dataset)} Choose one with {flag}.")
     return dataset[name]
 
 
-def _reward_functions(script: "GRPOScriptArguments") -> list[str | Callable[..., Any]]:
+def reward_functions(script: "GRPOScriptArguments") -> list[str | Callable[..., Any]]:
+    """The functions that the arguments name, and the path of the reward model in front of them."""
     names = script.reward_funcs or []
     functions: list[str | Callable[..., Any]] = [_reward_function(name) for name in names]
     if script.reward_model_name_or_path:

@@ -1,7 +1,7 @@
 """One arm: a trainer on the restored start, its log, its scores, and what it cost."""
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,10 @@ from transformers import TrainerControl as Control
 from transformers import TrainerState as State
 from transformers import TrainingArguments as Arguments
 
+from grpo_plus.compare.comparison import ArmResult
 from grpo_plus.compare.plan import Arm
 from grpo_plus.compare.start import Start
-from grpo_plus.compare.store import LOG, RESULT, begin, read_json, read_log, write_json
+from grpo_plus.compare.store import LOG, RESULT, begin, write_json
 from grpo_plus.compare.task import Task
 from grpo_plus.config import GRPOPlusConfig
 from grpo_plus.diagnostics.profile import PhasePeaks
@@ -21,30 +22,6 @@ from grpo_plus.trainer import GRPOPlusTrainer
 from grpo_plus.versions import versions
 
 TRAINING = "training"
-
-
-@dataclass(frozen=True)
-class ArmResult:
-    """What a finished arm measured.
-
-    Attributes:
-        scores: by name, one number per held-out item.
-        seconds: of the training, from the first step to the last.
-        cpu_seconds: that all threads of the process were on a core meanwhile.
-        tokens: that the model read and wrote in training, as TRL counts them; None where it logged none.
-        peak_bytes: the most memory during the training, on the accelerator or resident; None where the system does
-            not say.
-        steps: optimizer steps.
-        versions: of the packages that trained it.
-    """
-
-    scores: dict[str, list[float]]
-    seconds: float
-    cpu_seconds: float
-    tokens: float | None
-    peak_bytes: int | None
-    steps: int
-    versions: dict[str, str]
 
 
 def train_arm(task: Task, start: Start, arm: Arm, folder: Path, *, progress: bool) -> ArmResult:
@@ -73,17 +50,6 @@ def train_arm(task: Task, start: Start, arm: Arm, folder: Path, *, progress: boo
     release(trainer)
     write_json(folder, {LOG: log, RESULT: asdict(result)})
     return result
-
-
-def read_arm(folder: Path) -> ArmResult | None:
-    """The result of a finished arm; None where the arm is not."""
-    path = folder / RESULT
-    return ArmResult(**read_json(path)) if path.exists() else None
-
-
-def log_of(folder: Path) -> list[dict[str, Any]]:
-    """The entries of a finished arm's log that are of a step."""
-    return [entry for entry in read_log(folder) if "reward" in entry]
 
 
 def identity(arm: Arm) -> dict[str, Any]:

@@ -6,7 +6,6 @@ clipped loss with a token mean is that of  sum_i A_i sum_t log p(token t of comp
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,32 +13,12 @@ from torch import Tensor
 
 from grpo_plus._trl import logps_of, sampled_batches
 from grpo_plus.advantages import Rewards, estimate
+from grpo_plus.compare.comparison import StartSignal
 from grpo_plus.config import GRPOPlusConfig
 from grpo_plus.trainer import GRPOPlusTrainer
 
 GROUPS, BATCHES = 64, 8  # groups aimed at, and the generation batches spent on them at most
 NUMBERS = 2**30  # the most that are remembered: one gradient per estimator
-
-
-@dataclass(frozen=True)
-class StartSignal:
-    """Advantages and gradients at the start, under each variant's estimator.
-
-    Attributes:
-        advantages: by label, of all sampled completions in the same order.
-        snr: by label, see `signal_to_noise`.
-        cosine: by label and label, between the mean gradients.
-        groups: how many groups were sampled.
-        refused: why an estimator cannot be applied, by label.
-        skipped: why there are no gradients; empty where there are.
-    """
-
-    advantages: dict[str, list[float]]
-    snr: dict[str, float | None] = field(default_factory=dict)
-    cosine: dict[str, dict[str, float | None]] = field(default_factory=dict)
-    groups: int = 0
-    refused: dict[str, str] = field(default_factory=dict)
-    skipped: str = ""
 
 
 class Gradients:

@@ -61,13 +61,17 @@ def differences(
 ) -> list[Difference]:
     """Paired differences of mean scores, with simultaneous intervals.
 
-    For each pair, d = mean over S seeds and N items of (first - second). Seeds and items are resampled with replacement,
-    independently of each other and alike for all pairs; the standard error is that of the resampled d, times
-    sqrt(S / (S - 1)), for a resample of few seeds varies too little. The bounds are d ± c * error with one c for all
-    pairs: the `level` quantile of  max over pairs |resampled d - d| / error / sqrt(chi2 / (S - 1)),  a max-t statistic,
-    the chi2 draw with S - 1 degrees of freedom being what is not known about an error that S runs tell. So all intervals
-    hold together with the probability `level`, and a single pair has the t interval where seeds alone matter. Crossed
-    resampling errs on the wide side (Owen, "The pigeonhole bootstrap", https://arxiv.org/abs/0712.1111).
+    For each pair, d = mean over S seeds and N items of (first - second). Seeds and items are resampled with
+    replacement, independently of each other and alike for all pairs; the standard error is that of the resampled d,
+    times sqrt(S / (S - 1)), for a resample of few seeds varies too little. The bounds are d ± c * error with one c for
+    all pairs, the `level` quantile of the max-t statistic
+
+        max over pairs |resampled d - d| / error / sqrt(chi2 / (S - 1))
+
+    where the chi2 draw with S - 1 degrees of freedom is what is not known about an error that S runs tell. So all
+    intervals hold together with the probability `level`, and a single pair has the t interval where seeds alone
+    matter. Crossed resampling errs on the wide side (Owen, "The pigeonhole bootstrap",
+    https://arxiv.org/abs/0712.1111).
 
     The draws are seeded: the same scores give the same bounds.
 

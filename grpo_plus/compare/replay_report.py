@@ -7,25 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.csv
-import pyarrow.parquet as pq
 
 from grpo_plus.advantages import ESTIMATORS
 from grpo_plus.compare.figures import bars, heatmap, histograms, side_by_side, stacked
-from grpo_plus.compare.report import (
-    Block,
-    Figure,
-    Heading,
-    Quote,
-    Section,
-    Table,
-    Text,
-    shown,
-    to_html,
-    to_markdown,
-    write_files,
-)
+from grpo_plus.compare.files import write_report
+from grpo_plus.compare.report import Block, Figure, Heading, Quote, Section, Table, Text, shown
 from grpo_plus.compare.result import FACTOR, LOGGED, SAME, Group, Replay
 
 PACKAGES = ("grpo_plus", "torch", "numpy", "pyarrow", "matplotlib")
@@ -35,19 +21,7 @@ OPEN = 8  # completions of a group that are shown without being asked for
 
 def write_replay(replay: Replay, folder: str | Path) -> list[Path]:
     """Write the report and its data into `folder`, each file whole or not at all; returns their paths."""
-    title, lead, sections = document(replay)
-    rows = replay.rows()
-    table = pa.table({name: [row[name] for row in rows] for name in rows[0]})
-    page, summary = to_html(title, lead, sections), to_markdown(title, lead, sections)
-    return write_files(
-        folder,
-        {
-            "report.html": lambda path: path.write_text(page, encoding="utf-8"),
-            "summary.md": lambda path: path.write_text(summary, encoding="utf-8"),
-            "results.csv": lambda path: pa.csv.write_csv(table, path),
-            "results.parquet": lambda path: pq.write_table(table, path),
-        },
-    )
+    return write_report(folder, *document(replay), replay.rows())
 
 
 def document(replay: Replay) -> tuple[str, str, list[Section]]:

@@ -7,12 +7,9 @@ The HTML holds no script, and its policy forbids any: what a model wrote is show
 """
 
 import html
-import os
 import re
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 STYLE = """
 :root { color-scheme: light dark; --page: #fff; --ink: #1b1f24; --soft: #57606a; --line: #d0d7de; --box: #f6f8fa;
@@ -155,21 +152,6 @@ def to_markdown(title: str, lead: str, sections: Sequence[Section]) -> str:
         blocks = [text for block in section.blocks if (text := _markdown(block))]
         parts += [f"## {section.title}", *blocks] if blocks else []
     return "\n\n".join(parts) + "\n"
-
-
-def write_files(folder: str | Path, files: dict[str, Callable[[Path], object]]) -> list[Path]:
-    """Write files so that each appears whole or not at all: every writer gets a path of its own, moved into place.
-
-    None is moved before all are written.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished-") as unfinished:
-        for name, write in files.items():
-            write(Path(unfinished, name))
-        for name in files:
-            os.replace(Path(unfinished, name), folder / name)
-    return [folder / name for name in files]
 
 
 def _section(section: Section) -> str:

@@ -11,24 +11,22 @@ with more seeds or variants if there are more, and two processes on one folder s
 
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from grpo_plus.compare.arm import (
-    ArmResult,
     configuration,
     held_out_scores,
     identity,
-    log_of,
     quiet_trainer,
-    read_arm,
     release,
     train_arm,
 )
-from grpo_plus.compare.gradients import StartSignal, measure_start
+from grpo_plus.compare.comparison import ArmResult, Comparison, StartSignal, arm_folder, read_arm
+from grpo_plus.compare.gradients import measure_start
 from grpo_plus.compare.plan import SEED, Arm, Variant, plan
 from grpo_plus.compare.start import Start
 from grpo_plus.compare.store import ERROR, RESULT, agree, as_json, check, claim, read_json, write_json
@@ -38,41 +36,6 @@ COMPARISON, ARM = "comparison.json", "arm.json"
 # Fields of a configuration that do not change what is learned.
 INCIDENTAL = ("output_dir", "logging_dir", "run_name", "disable_tqdm", "report_to", SEED)
 WAIT = 1.0  # seconds between looks at arms that another process trains
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What `compare` has found so far.
-
-    Attributes:
-        shared: what all arms have in common: task, facts, configuration.
-        start: the held-out scores before any training, by name, one number per item.
-        signal: what each estimator makes of the same completions of the start.
-        results: of the arms that are finished.
-        failures: the tracebacks of those that failed.
-    """
-
-    folder: Path
-    shared: Mapping[str, Any]
-    arms: Sequence[Arm]
-    start: Mapping[str, Sequence[float]]
-    signal: StartSignal
-    results: Mapping[Arm, ArmResult]
-    failures: Mapping[Arm, str]
-
-    @property
-    def variants(self) -> list[Variant]:
-        """In the order in which they were asked for."""
-        return [arm.variant for arm in self.arms if arm.seed == self.arms[0].seed]
-
-    @property
-    def seeds(self) -> list[int]:
-        """In the order in which they were asked for."""
-        return list(dict.fromkeys(arm.seed for arm in self.arms))
-
-    def log(self, arm: Arm) -> list[dict[str, Any]]:
-        """The logged steps of a finished arm."""
-        return log_of(_folder(self.folder, arm))
 
 
 def compare(
@@ -113,7 +76,7 @@ class _Run:
     def check(self) -> None:
         """Refuse what cannot be compared, then record what is."""
         for arm in self.arms:
-            config = configuration(self.task, arm, _folder(self.folder, arm))
+            config = configuration(self.task, arm, arm_folder(self.folder, arm))
             if config.world_size > 1:
                 raise ValueError(
                     f"A comparison trains in one process, but there are {config.world_size}. Start it without "
@@ -121,7 +84,7 @@ class _Run:
                 )
         check(self.folder / COMPARISON, self.shared, "a comparison")
         for arm in self.arms:
-            check(_folder(self.folder, arm) / ARM, identity(arm), f"the arm {arm.name!r}")
+            check(arm_folder(self.folder, arm) / ARM, identity(arm), f"the arm {arm.name!r}")
         self.folder.mkdir(parents=True, exist_ok=True)
         agree(self.folder / COMPARISON, self.shared, "a comparison")
 
@@ -143,7 +106,7 @@ class _Run:
     def train(self) -> None:
         """Train the arms that nobody has trained; wait for those that another process is training."""
         self._measure_start()
-        if any(read_arm(_folder(self.folder, arm)) is None for arm in self.arms):
+        if any(read_arm(arm_folder(self.folder, arm)) is None for arm in self.arms):
             _ = self.start  # what goes wrong there is the failure of no arm
         waiting = list(self.arms)
         while waiting:
@@ -154,7 +117,7 @@ class _Run:
 
     def comparison(self) -> Comparison:
         """What there is."""
-        results = {arm: result for arm in self.arms if (result := read_arm(_folder(self.folder, arm))) is not None}
+        results = {arm: result for arm in self.arms if (result := read_arm(arm_folder(self.folder, arm))) is not None}
         start = read_json(self.folder / "start" / RESULT)
         failures = {arm: text for arm, text in self.failures.items() if arm not in results}
         signal = StartSignal(**start["signal"])
@@ -162,7 +125,7 @@ class _Run:
 
     def _settle(self, arm: Arm) -> bool:
         """Whether the arm is finished or has failed; trains it where no other process does."""
-        folder = _folder(self.folder, arm)
+        folder = arm_folder(self.folder, arm)
         with claim(folder) as mine:
             if not mine:
                 return False
@@ -206,10 +169,6 @@ class _Run:
         self.done += 1
         if self.progress:
             print(f"[{self.done}/{len(self.arms)}] {arm.name}: {text}", flush=True)
-
-
-def _folder(folder: Path, arm: Arm) -> Path:
-    return folder / "arms" / arm.folder
 
 
 def _brief(result: ArmResult) -> str:

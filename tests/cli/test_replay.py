@@ -53,7 +53,7 @@ def test_its_options(run_dir, monkeypatch):
     (["--estimators", "dr_grop"], "Did you mean 'dr_grpo'"),
     (["--groups", "first"], "--groups takes STEP:GROUP, such as 120:0, and not 'first'"),
     (["--advantage_kwargs", '{"passk": 4}'], "--advantage_kwargs takes a table by estimator"),
-    (["--estimators", "grpo", "--advantage_kwargs", '{"passk": {"k": 2}}'], "'passk', which is not replayed"),
+    (["--estimators", "grpo", "--advantage_kwargs", '{"passk": {"k": 2}}'], "'passk', which is not in use"),
     (["--num_generations", "3"], "4 of 4 completions are in no group of 3"),
 ], ids=["estimator", "group", "kwargs", "kwargs of another", "group size"])  # fmt: skip
 def test_what_cannot_be_is_one_line_and_leaves_no_files(run_dir, capsys, arguments, message):

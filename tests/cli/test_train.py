@@ -1,4 +1,3 @@
-import json
 import os
 import subprocess
 import sys
@@ -9,28 +8,10 @@ import pytest
 import torch
 
 from grpo_plus import GRPOPlusTrainer, cli
-from grpo_plus.demo.tiny import tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
-REWARDS = "def vowels(completions, **_):\n    return [float(sum(c in 'aeiou' for c in text)) for text in completions]\n"
 CPU = ["--use_cpu", "--bf16", "False", "--gradient_checkpointing", "False", "--report_to", "none"]
 SHORT = ["--max_steps", "2", "--num_generations", "4", "--per_device_train_batch_size", "8", "--logging_steps", "1"]
-
-
-@pytest.fixture
-def workplace(tmp_path, monkeypatch):
-    """A folder with a model, a dataset and a reward function, as a user would have."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    tokenizer = tiny_tokenizer()
-    tokenizer.save_pretrained(tmp_path / "model")
-    tiny_model(tokenizer, hidden_size=32, num_heads=2).save_pretrained(tmp_path / "model")
-    (tmp_path / "data").mkdir()
-    lines = [json.dumps({"prompt": f"{number}+1="}) for number in range(16)]
-    (tmp_path / "data" / "train.jsonl").write_text("\n".join(lines))
-    (tmp_path / "my_rewards.py").write_text(REWARDS)
-    yield tmp_path
-    sys.modules.pop("my_rewards", None)
 
 
 NAMES = ["--model_name_or_path", "model", "--dataset_name", "data", "--reward_funcs", "my_rewards.vowels"]

@@ -5,8 +5,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from grpo_plus.compare import Rollouts, figures, replay, write_replay
-from grpo_plus.compare.report import Figure, Heading, Quote, Section, Table, Text, to_html, to_markdown, write_files
+from grpo_plus.compare import Rollouts, figures, replay, svg, write_replay
+from grpo_plus.compare.files import write_files
+from grpo_plus.compare.report import Figure, Heading, Quote, Section, Table, Text, to_html, to_markdown
 from tests.compare.logs import write_rewards
 
 HOSTILE = "</pre><script>alert(1)</script><img src=x onerror=alert(2)> & \x00\x1b[31m \"quoted\" 'too'"
@@ -82,22 +83,22 @@ def test_markdown_has_the_tables_and_no_text_of_the_model():
     lambda: figures.side_by_side(NAMES, np.random.default_rng(0).normal(size=(4, 64))),
 ], ids=["heatmap", "bars", "stacked", "many parts", "histograms", "group", "large group"])  # fmt: skip
 def test_figures_are_well_formed_and_take_the_pages_colours(draw):
-    svg = draw()
-    root = ElementTree.fromstring(svg)
+    drawn = draw()
+    root = ElementTree.fromstring(drawn)
     assert root.get("role") == "img"
     assert root.get("aria-label")
     assert root.get("viewBox").startswith("0 0 ")
     assert root.get("width") is None
-    assert "var(--ink)" in svg
-    assert not set(figures.PAGE) & set(re.findall(r"#\w{6}", svg))
-    assert draw() == svg
+    assert "var(--ink)" in drawn
+    assert not set(svg.PAGE) & set(re.findall(r"#\w{6}", drawn))
+    assert draw() == drawn
 
 
 def test_shares_that_are_too_many_are_added_up():
-    svg = figures.stacked({"grpo": {f"task {k}": 1 / 12 for k in range(12)}}, label="x")
-    assert "5 others" in svg
-    assert "task 6" in svg
-    assert "task 7" not in svg
+    drawn = figures.stacked({"grpo": {f"task {k}": 1 / 12 for k in range(12)}}, label="x")
+    assert "5 others" in drawn
+    assert "task 6" in drawn
+    assert "task 7" not in drawn
 
 
 def test_a_failed_write_leaves_the_old_files(tmp_path):

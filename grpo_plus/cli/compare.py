@@ -1,0 +1,122 @@
+"""`grpo-plus compare`: train every named estimator over several seeds from the same start, and report."""
+
+import argparse
+import json
+import os
+import sys
+from typing import TYPE_CHECKING
+
+from grpo_plus.cli.words import keywords_by_estimator, words
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from grpo_plus.compare.comparison import Comparison
+    from grpo_plus.compare.plan import Variant
+    from grpo_plus.compare.task import Task
+
+HELP = (
+    "Train every named estimator (and loss) over several seeds from the same start, and write one report. On the "
+    "demo's task, or with TRL's flags on yours: --model_name_or_path, --dataset_name, --reward_funcs and every other "
+    "one of `grpo-plus train`."
+)
+ESTIMATORS = "grpo,dr_grpo,rloo,gdpo"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is compared; the rest is TRL's."""
+    parser.add_argument("--estimators", default=ESTIMATORS, help=f"names or dotted paths; default: {ESTIMATORS}")
+    parser.add_argument("--losses", help="names, each trained with each estimator; default: the task's one loss")
+    parser.add_argument("--seeds", type=int, default=3, help="how many; 3 or more for intervals; default: 3")
+    parser.add_argument("--max_steps", type=int, help="GRPO steps of every arm; default: 120 on the demo's task")
+    parser.add_argument(
+        "--advantage_kwargs", type=json.loads, default={}, help="""by estimator: '{"passk": {"k": 4}}'"""
+    )
+    parser.add_argument(
+        "--num_held_out", type=int, help="prompts to judge each arm by; default: 500 on the demo's task, or 128"
+    )
+    parser.add_argument("--baseline", help="an estimator to compare the others with; default: all pairs")
+    parser.add_argument(
+        "--output_dir",
+        default="grpo_plus_comparison",
+        help="default: grpo_plus_comparison; what it holds of this comparison already is not trained again",
+    )
+
+
+def run(args: argparse.Namespace, rest: list[str]) -> int:
+    """Train what is left to train, write the report, and print what it says; 1 where an arm has failed."""
+    import warnings
+
+    from rich.console import Console
+
+    from grpo_plus.compare.train import compare
+    from grpo_plus.compare.training_report import write_comparison
+    from grpo_plus.compare.verdict import check_baseline, in_short
+    from grpo_plus.demo.run import one_thread
+
+    sys.path.insert(0, os.getcwd())  # dotted paths name the user's own modules
+    variants = _variants(args)
+    check_baseline(variants, args.baseline)
+    with warnings.catch_warnings():
+        # Transformers deprecates fields that TRL itself sets; nothing that the user could change.
+        warnings.simplefilter("ignore", FutureWarning)
+        if rest:
+            comparison = compare(_own_task(args, rest), variants, range(args.seeds), args.output_dir, progress=True)
+        else:
+            with one_thread():
+                comparison = compare(_demo_task(args), variants, range(args.seeds), args.output_dir, progress=True)
+    written = write_comparison(comparison, args.output_dir, baseline=args.baseline)
+    console = Console(highlight=False)
+    console.print()
+    console.print(result_table(comparison))
+    for line in in_short(comparison, baseline=args.baseline):
+        print(f"- {line}")
+    print(f"Written: {', '.join(map(str, written))}")
+    return 1 if comparison.failures else 0
+
+
+def result_table(comparison: "Comparison") -> "Table":
+    """What each variant reached and cost."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    from grpo_plus.compare.verdict import Verdict, arms_of
+
+    score = comparison.score_names[0]
+    verdict = Verdict(comparison, score)
+    table = Table(title=f"Held-out {score}: {verdict.start:.3f} at the start", title_justify="left", title_style="")
+    for name in ("variant", "seeds", "mean", "95% interval", "seconds per arm"):
+        table.add_column(name, justify="left" if name == "variant" else "right")
+    for label, interval in verdict.means.items():
+        results = [comparison.results[arm] for arm in arms_of(comparison, label)]
+        bounds = f"{interval.low:.3f} to {interval.high:.3f}" if interval.exists else "needs 3 seeds"
+        seconds = sum(result.seconds for result in results) / len(results)
+        seeds = str(len(comparison.paired_seeds))
+        table.add_row(escape(label), seeds, f"{interval.estimate:.3f}", bounds, f"{seconds:.0f}")
+    return table
+
+
+def _variants(args: argparse.Namespace) -> "list[Variant]":
+    from grpo_plus.compare.plan import Variant
+
+    estimators = keywords_by_estimator(args.advantage_kwargs, words(args.estimators) or [])
+    losses: list[str | None] = [*(words(args.losses) or ())] or [None]
+    return [
+        Variant(name, loss, {"advantage_kwargs": dict(keywords)} if keywords else {})
+        for name, keywords in estimators.items()
+        for loss in losses
+    ]
+
+
+def _demo_task(args: argparse.Namespace) -> "Task":
+    from grpo_plus.demo.comparison import sorting_task
+
+    given = {"max_steps": args.max_steps, "num_held_out": args.num_held_out}
+    return sorting_task(**{name: value for name, value in given.items() if value is not None})
+
+
+def _own_task(args: argparse.Namespace, rest: list[str]) -> "Task":
+    from grpo_plus.cli.own_task import own_task
+
+    steps = [] if args.max_steps is None else ["--max_steps", str(args.max_steps)]
+    return own_task([*rest, *steps], 128 if args.num_held_out is None else args.num_held_out)

@@ -1,0 +1,142 @@
+"""What a comparison of trainings found, as values: results by arm, what the start was like, scores side by side."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grpo_plus.compare.plan import Arm, Variant
+from grpo_plus.compare.store import RESULT, read_json, read_log
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    """What a finished arm measured.
+
+    Attributes:
+        scores: by name, one number per held-out item.
+        seconds: of the training, from the first step to the last.
+        cpu_seconds: that all threads of the process were on a core meanwhile.
+        tokens: that the model read and wrote in training, as TRL counts them; None where it logged none.
+        peak_bytes: the most memory during the training, on the accelerator or resident; None where the system does
+            not say.
+        steps: optimizer steps.
+        versions: of the packages that trained it.
+    """
+
+    scores: dict[str, list[float]]
+    seconds: float
+    cpu_seconds: float
+    tokens: float | None
+    peak_bytes: int | None
+    steps: int
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class StartSignal:
+    """Advantages and gradients at the start, under each variant's estimator.
+
+    Attributes:
+        advantages: by label, of all sampled completions in the same order.
+        snr: by label, see `grpo_plus.compare.gradients.signal_to_noise`.
+        cosine: by label and label, between the mean gradients.
+        groups: how many groups were sampled.
+        refused: why an estimator cannot be applied, by label.
+        skipped: why there are no gradients; empty where there are.
+    """
+
+    advantages: dict[str, list[float]]
+    snr: dict[str, float | None] = field(default_factory=dict)
+    cosine: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    groups: int = 0
+    refused: dict[str, str] = field(default_factory=dict)
+    skipped: str = ""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` has found so far.
+
+    Attributes:
+        shared: what all arms have in common: task, facts, configuration.
+        start: the held-out scores before any training, by name, one number per item.
+        signal: what each estimator makes of the same completions of the start.
+        results: of the arms that are finished.
+        failures: the tracebacks of those that failed.
+    """
+
+    folder: Path
+    shared: Mapping[str, Any]
+    arms: Sequence[Arm]
+    start: Mapping[str, Sequence[float]]
+    signal: StartSignal
+    results: Mapping[Arm, ArmResult]
+    failures: Mapping[Arm, str]
+
+    @property
+    def variants(self) -> list[Variant]:
+        """In the order in which they were asked for."""
+        return [arm.variant for arm in self.arms if arm.seed == self.arms[0].seed]
+
+    @property
+    def seeds(self) -> list[int]:
+        """In the order in which they were asked for."""
+        return list(dict.fromkeys(arm.seed for arm in self.arms))
+
+    def log(self, arm: Arm) -> list[dict[str, Any]]:
+        """The logged steps of a finished arm."""
+        return [entry for entry in read_log(arm_folder(self.folder, arm)) if "reward" in entry]
+
+    @property
+    def finished(self) -> list[Variant]:
+        """The variants with a result on at least one seed."""
+        return [variant for variant in self.variants if any(arm.variant == variant for arm in self.results)]
+
+    @property
+    def paired_seeds(self) -> list[int]:
+        """The seeds on which all of those are finished, so that they can be compared."""
+        return [seed for seed in self.seeds if all(Arm(variant, seed) in self.results for variant in self.finished)]
+
+    @property
+    def score_names(self) -> list[str]:
+        """The held-out scores; the verdict is about the first."""
+        return list(self.start)
+
+    def scores(self, name: str) -> dict[str, Tensor]:
+        """(S, N) held-out scores of each finished variant, by label, on the paired seeds.
+
+        Items that are NaN in any arm, where nothing judged them, are left out.
+
+        Raises:
+            ValueError: two arms were judged on different numbers of items.
+        """
+        found = {
+            variant.label: [self.results[Arm(variant, seed)].scores[name] for seed in self.paired_seeds]
+            for variant in self.finished
+        }
+        counts = {len(items) for rows in found.values() for items in rows}
+        if len(counts) > 1:
+            raise ValueError(
+                f"The arms were judged on {' and '.join(map(str, sorted(counts)))} items of {name!r}. A task's "
+                "evaluate has to return one number per item, for the same items each time."
+            )
+        if not counts:
+            return {}
+        stacked = torch.tensor(list(found.values()), dtype=torch.float64)  # (V, S, N)
+        stacked = stacked[..., ~stacked.isnan().any(0).any(0)]
+        return dict(zip(found, stacked, strict=True))
+
+
+def read_arm(folder: Path) -> ArmResult | None:
+    """The result of a finished arm; None where the arm is not."""
+    path = folder / RESULT
+    return ArmResult(**read_json(path)) if path.exists() else None
+
+
+def arm_folder(folder: Path, arm: Arm) -> Path:
+    """Where an arm's files are in the comparison's folder."""
+    return folder / "arms" / arm.folder

@@ -1,0 +1,56 @@
+"""Scores of held-out prompts from the run's own reward functions, sampled as in training."""
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grpo_plus.advantages import Rewards
+from grpo_plus.trainer import GRPOPlusTrainer
+
+TOTAL = "reward"
+
+
+class HeldOutTrainer(GRPOPlusTrainer):
+    """Remembers the rewards of everything that it evaluates."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        config, size = self.args, self.num_generations_eval
+        if config.per_device_eval_batch_size % size or config.per_device_eval_batch_size > config.generation_batch_size:
+            raise ValueError(
+                f"per_device_eval_batch_size={config.per_device_eval_batch_size} cannot evaluate the held-out prompts: "
+                f"it has to be a multiple of num_generations_eval={size}, and at most the generation batch of "
+                f"{config.generation_batch_size}. Set per_device_eval_batch_size={size}."
+            )
+        self._evaluated: list[Rewards] = []
+
+    def prompt_key(self, prompt: Any) -> str | None:
+        """A digest of the prompt in evaluation too, to put the prompts into one order."""
+        if self.model.training:
+            return super().prompt_key(prompt)
+        return hashlib.sha256(json.dumps(prompt, sort_keys=True, default=repr).encode()).hexdigest()
+
+    def advantage_metrics(self, rewards: Rewards, advantages: Tensor) -> dict[str, float]:
+        """The usual figures; in evaluation, the rewards are kept."""
+        if not self.model.training:
+            self._evaluated.append(rewards)
+        return super().advantage_metrics(rewards, advantages)
+
+    def held_out_scores(self, rows: Any) -> dict[str, list[float]]:
+        """Evaluate `rows`: the mean reward of each prompt's completions, in total and by function.
+
+        NaN for a prompt that a function did not judge. The prompts are in an order of their own, the same for every
+        trainer: TRL shuffles them by the seed.
+        """
+        self._evaluated = []
+        self.evaluate(rows)
+        keys = [key for rewards in self._evaluated for key in rewards.prompts or ()]
+        order = sorted(range(len(keys)), key=keys.__getitem__)
+        total = torch.cat([rewards.total().nanmean(-1) for rewards in self._evaluated])[order]
+        each = torch.cat([rewards.values.nanmean(1) for rewards in self._evaluated])[order]
+        names = self._evaluated[0].names
+        scores = {name: each[:, k].tolist() for k, name in enumerate(names)} if len(names) > 1 else {}
+        return {TOTAL: total.tolist(), **scores}

@@ -1,0 +1,95 @@
+"""What the drawings of a report share: matplotlib's SVG, coloured by the page, so that one serves light and dark.
+
+Each is drawn for a narrow screen, 3.8 inches wide with text that stays readable there, and scales up. Colours that
+should follow the page are drawn as placeholders and replaced by the page's variables.
+"""
+
+import hashlib
+import html
+import io
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from grpo_plus.compare.report import printable
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+WIDTH = 3.8
+INK, SOFT, LINE = "#010203", "#010204", "#010205"
+SERIES = tuple(f"#0a0b{k:02x}" for k in range(1, 9))
+PAGE = {INK: "var(--ink)", SOFT: "var(--soft)", LINE: "var(--line)"} | {
+    colour: f"var(--s{k})" for k, colour in enumerate(SERIES, 1)
+}
+SETTINGS: dict[str, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "grpo_plus",  # the same drawing is the same text
+    "text.parse_math": False,  # a task may be called $x$
+    "font.family": "sans-serif",
+    "font.size": 7,
+    "text.color": INK,
+    "axes.edgecolor": LINE,
+    "axes.labelcolor": SOFT,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "xtick.color": SOFT,
+    "ytick.color": SOFT,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "ytick.major.size": 0,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+    "legend.frameon": False,
+}
+LONGEST_NAME = 24
+
+
+def settings() -> Any:
+    """A context in which drawings look like the page."""
+    import matplotlib
+
+    return matplotlib.rc_context(SETTINGS)  # type: ignore[arg-type]
+
+
+def new_figure(height: float) -> "tuple[Figure, Axes]":
+    """A figure of one panel, as wide as a narrow screen, and `height` inches high."""
+    # Not pyplot: it keeps figures and may look for a display.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def name_rows(axes: "Axes", names: Sequence[str]) -> None:
+    """Write a name beside each row, the first on top."""
+    axes.set_yticks(range(len(names)), [short(name) for name in names])
+    axes.margins(y=0.01)
+    axes.invert_yaxis()
+
+
+def short(name: str) -> str:
+    """The name, or its end where it is long."""
+    name = printable(name).replace("\n", " ")
+    return name if len(name) <= LONGEST_NAME else f"…{name[1 - LONGEST_NAME :]}"
+
+
+def to_svg(figure: "Figure", description: str) -> str:
+    """The figure as an element for a page: no header, ids of its own, colours of the page."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :].replace("xlink:href", "href")
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(
+        r' id="(?!\w+")[^"]*"| id="(figure|patch|axes|matplotlib|line2d|text|xtick|ytick|legend)[^"]*"', "", svg
+    )
+    own = f"f{hashlib.sha256(svg.encode()).hexdigest()[:8]}-"
+    svg = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{own}", svg)
+    for placeholder, variable in PAGE.items():
+        svg = svg.replace(placeholder, variable)
+    svg = re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', r"<svg \1 {}>", svg, count=1)
+    return svg.replace("{}", f'role="img" aria-label="{html.escape(printable(description))}"', 1).strip()

@@ -1,0 +1,239 @@
+"""What a comparison of trainings says, as a report: report.html, results.csv, results.parquet and summary.md."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from grpo_plus.compare.comparison import ArmResult, Comparison
+from grpo_plus.compare.curves import curves, intervals
+from grpo_plus.compare.figures import bars, heatmap, histograms
+from grpo_plus.compare.files import write_report
+from grpo_plus.compare.intervals import FEWEST_SEEDS, LEVEL, RESAMPLES, Interval
+from grpo_plus.compare.report import Block, Figure, Quote, Section, Table, Text
+from grpo_plus.compare.training_rows import Logs, curve, logs_of, quantities, rows, window
+from grpo_plus.compare.verdict import Verdict, arms_of, checked_baseline, in_short, versions_of
+
+METHOD = (
+    f"Intervals are at {LEVEL:.0%}, from {RESAMPLES:,} paired bootstrap resamples of seeds and held-out items; those "
+    "of differences hold together (max-t over all comparisons of a score, Student's t for the number of seeds), so any "
+    "of them may be picked out. Those of single means hold one by one, and overlap says nothing about a difference."
+)
+
+
+def write_comparison(comparison: Comparison, folder: str | Path, *, baseline: str | None = None) -> list[Path]:
+    """Write the report and its data into `folder`, each file whole or not at all; returns their paths.
+
+    Args:
+        baseline: the label of the variant that the others are compared with; None: all pairs.
+    """
+    chosen = checked_baseline(comparison, baseline)
+    verdicts = [Verdict(comparison, name, chosen) for name in comparison.score_names]
+    logs = logs_of(comparison)
+    sections = _sections(comparison, verdicts, logs, baseline)
+    lead = (
+        "Every variant trained over several seeds from the same start, on the same prompts in the same order. It says "
+        "what happened in this setting, with these hyper-parameters, and how sure one can be of it."
+    )
+    title = f"Comparison: {comparison.shared['task']}"
+    return write_report(folder, title, lead, sections, rows(comparison, verdicts, logs))
+
+
+def _sections(comparison: Comparison, verdicts: list[Verdict], logs: Logs, baseline: str | None) -> list[Section]:
+    failed = [Section("Arms that failed", _failures(comparison))] if comparison.failures else []
+    return [
+        Section("In short", [Text("", tuple(in_short(comparison, baseline=baseline)))]),
+        *failed,
+        Section("Held-out scores", [Text(METHOD), *(block for verdict in verdicts for block in _scores(verdict))]),
+        Section("Learning curves", _curves(logs)),
+        Section("Advantages at the start", _advantages(comparison)),
+        Section("Signal and noise of the first gradient", _signal(comparison)),
+        Section("What it cost", _costs(comparison)),
+        Section("Configuration and versions", _configuration(comparison)),
+    ]
+
+
+def _scores(verdict: Verdict) -> list[Block]:
+    """One score: what each variant reached, and how they differ. The first is drawn and open, the others fold."""
+    first = verdict.score == verdict.comparison.score_names[0]
+    header = ("variant", "mean", "low", "high", *(f"seed {seed}" for seed in verdict.comparison.paired_seeds))
+    wide = len(header) > 8
+    by_seed = verdict.comparison.scores(verdict.score)
+    reached = [
+        (name, *_cells(interval), *([] if wide else by_seed[name].mean(1).tolist()))
+        for name, interval in verdict.means.items()
+    ]
+    apart = [(d.first, d.second, *_cells(d.interval), _word(d.interval)) for d in verdict.differences]
+    tables: list[Block] = [
+        Table(
+            f"Held-out `{verdict.score}`; the start has {verdict.start:.3f}",
+            header[:4] if wide else header,
+            reached,
+            folded=not first,
+        ),
+        Table(
+            f"Differences in `{verdict.score}`, paired by seed",
+            ("first", "minus", "difference", "low", "high", "shown?"),
+            apart,
+            folded=not first or len(apart) > 12,
+        ),
+    ]
+    return [*(_drawn_scores(verdict) if first and verdict.means else []), *tables]
+
+
+def _drawn_scores(verdict: Verdict) -> list[Block]:
+    drawn: list[Block] = [
+        Figure(
+            f"Held-out `{verdict.score}` after training, the mean over seeds; the dashed line is the start.",
+            intervals(
+                {name: (i.estimate, i.low, i.high) for name, i in verdict.means.items()},
+                label=verdict.score,
+                line=verdict.start,
+            ),
+        )
+    ]
+    if verdict.differences:
+        apart = {f"{d.first} - {d.second}": d.interval for d in verdict.differences}
+        caption = "Differences, paired by seed. An interval that crosses the dashed line shows none."
+        drawn.append(
+            Figure(
+                caption,
+                intervals(
+                    {name: (i.estimate, i.low, i.high) for name, i in apart.items()},
+                    label=f"difference in {verdict.score}",
+                    line=0.0,
+                    marked=[name for name, interval in apart.items() if interval.excludes_zero],
+                ),
+            )
+        )
+    return drawn
+
+
+def _cells(interval: Interval) -> tuple[float, float, float]:
+    return (round(interval.estimate, 4), round(interval.low, 4), round(interval.high, 4))
+
+
+def _word(interval: Interval) -> str:
+    if not interval.exists:
+        return "too few seeds"
+    return "yes" if interval.excludes_zero else "no: includes 0"
+
+
+def _curves(logs: Logs) -> list[Block]:
+    width = window(logs)
+    seeds = max((len(arms) for arms in logs.values()), default=0)
+    text = "Means over the seeds of what the sampled completions earned in training"
+    text += f", averaged over {width} logged steps" if width > 1 else ""
+    text += f"; bands are pointwise {LEVEL:.0%} t intervals over the seeds." if seeds >= FEWEST_SEEDS else "."
+    blocks: list[Block] = [Text(text)]
+    for key, title in quantities(logs).items():
+        found = {label: line for label, arms in logs.items() if (line := curve(arms, key, width)) is not None}
+        if found:
+            blocks.append(Figure(f"`{title}` in training.", curves(found, label=title, title=title)))
+    return blocks
+
+
+def _advantages(comparison: Comparison) -> list[Block]:
+    signal = comparison.signal
+    samples = {label: np.array(values) for label, values in signal.advantages.items()}
+    blocks: list[Block] = []
+    if samples:
+        count = len(next(iter(samples.values())))
+        caption = f"The same {count:,} completions of the start under each estimator; what is beyond ±4 is at the edge."
+        blocks.append(Figure(caption, histograms(samples)))
+        blocks.append(
+            Table(
+                "Sizes at the start",
+                ("variant", "mean |A|", "root mean square", "A = 0"),
+                [
+                    (label, np.abs(a).mean().item(), np.sqrt((a**2).mean()).item(), (a == 0).mean().item())
+                    for label, a in samples.items()
+                ],
+                folded=True,
+            )
+        )
+    if signal.refused:
+        caption = "Estimators that cannot be applied to these rewards"
+        blocks.append(Table(caption, ("variant", "reason"), list(signal.refused.items())))
+    return blocks
+
+
+def _signal(comparison: Comparison) -> list[Block]:
+    signal = comparison.signal
+    if signal.skipped:
+        return [Text(f"Not measured: {signal.skipped}.")]
+    snr = {label: float("nan") if value is None else value for label, value in signal.snr.items()}
+    text = Text(
+        f"The gradient of {signal.groups} groups, sampled once from the start, under each estimator: the squared norm "
+        "of what the groups have in common, by the variance between groups (`signal_to_noise` has the formula). Its "
+        "inverse is the number of groups in a batch whose gradient is half signal. It does not depend on the size of "
+        "the advantages, and it is about the first step only."
+    )
+    if not snr:
+        return [text]
+    needed = [
+        (label, value, 1 / value if value > 0 else None, cosine)
+        for (label, value), cosine in zip(snr.items(), _cosines_to_first(signal.cosine), strict=True)
+    ]
+    first = next(iter(snr))
+    blocks: list[Block] = [
+        text,
+        Figure("Signal to noise of one group's gradient.", bars(snr, label="signal to noise")),
+    ]
+    if len(snr) > 1:
+        names = list(snr)
+        matrix = np.array([[np.nan if (c := signal.cosine[a][b]) is None else c for b in names] for a in names])
+        low = np.floor(np.nanmin(matrix, initial=0.9) * 10) / 10
+        caption = "Cosine between the mean gradients. Bright: the same direction, whatever the length."
+        blocks.append(Figure(caption, heatmap(names, matrix, label="cosine", low=low, high=1.0)))
+    header = ("variant", "signal to noise", "groups for half signal", f"cosine to {first}")
+    return [*blocks, Table("The first gradient", header, needed)]
+
+
+def _cosines_to_first(cosine: Mapping[str, Mapping[str, float | None]]) -> list[float | None]:
+    first = next(iter(cosine))
+    return [cosine[first][label] for label in cosine]
+
+
+def _costs(comparison: Comparison) -> list[Block]:
+    lines = []
+    for variant in comparison.finished:
+        results = [comparison.results[arm] for arm in arms_of(comparison, variant.label)]
+        lines.append((variant.label, len(results), *_means(results)))
+    header = ("variant", "arms", "seconds", "on a core", "tokens", "peak memory, MB")
+    text = Text(
+        "Means per arm, of the training alone: seconds that went by, seconds that its threads were on a core, tokens "
+        "that the model read and wrote, and the most memory in use (resident, or on the accelerator)."
+    )
+    return [text, Table("Costs", header, lines)]
+
+
+def _means(results: list[ArmResult]) -> list[float | None]:
+    megabytes = [None if r.peak_bytes is None else r.peak_bytes / 1e6 for r in results]
+    columns = ([r.seconds for r in results], [r.cpu_seconds for r in results], [r.tokens for r in results], megabytes)
+    return [None if None in column else fmean(value for value in column if value is not None) for column in columns]
+
+
+def _failures(comparison: Comparison) -> list[Block]:
+    told = [(arm.name, text.strip().splitlines()[-1][:200]) for arm, text in comparison.failures.items()]
+    quotes = [Quote(f"Traceback of {arm.name}", text, folded=True) for arm, text in comparison.failures.items()]
+    return [Table("Not part of the figures below", ("arm", "error"), told), *quotes]
+
+
+def _configuration(comparison: Comparison) -> list[Block]:
+    shared = comparison.shared
+    variants = [(variant.label, str(variant.overrides)) for variant in comparison.variants]
+    facts = [(name, str(value)) for name, value in shared["facts"].items()]
+    fields = [(name, str(value)) for name, value in shared["config"].items()]
+    trained: dict[str, dict[str, Any]] = {}
+    for found in versions_of(comparison):
+        for name, value in found.items():
+            trained.setdefault(name, {})[value] = None
+    return [
+        Table("What the variants set", ("variant", "fields"), variants),
+        Table("The comparison", ("", "value"), [("seeds", ", ".join(map(str, comparison.seeds))), *facts]),
+        Table("Versions that trained it", ("", "value"), [(name, ", ".join(v)) for name, v in trained.items()]),
+        Table("Every field that all arms share", ("field", "value"), fields, folded=True),
+    ]
