@@ -93,11 +93,11 @@ def _drawn_scores(verdict: Verdict) -> list[Block]:
         )
     ]
     if verdict.differences:
-        apart = {_minus(d): d.interval for d in verdict.differences}
-        caption = "Differences, paired by seed. An interval that crosses the dashed line shows none."
+        kept, which = _drawn_differences(verdict)
+        apart = {_minus(d): d.interval for d in kept}
         drawn.append(
             Figure(
-                caption,
+                f"Differences, paired by seed{which}. An interval that crosses the dashed line shows none.",
                 intervals(
                     {name: (i.estimate, i.low, i.high) for name, i in apart.items()},
                     label=f"difference in {verdict.score}",
@@ -107,6 +107,15 @@ def _drawn_scores(verdict: Verdict) -> list[Block]:
             )
         )
     return drawn
+
+
+def _drawn_differences(verdict: Verdict) -> tuple[list[Difference], str]:
+    """All of them, or where they are many, those to the highest mean: the bounds hold together, so one may choose."""
+    if len(verdict.differences) <= OPEN:
+        return verdict.differences, ""
+    best = max(verdict.means, key=lambda name: verdict.means[name].estimate)
+    kept = [difference for difference in verdict.differences if best in (difference.first, difference.second)]
+    return kept, f", to `{best}`, the highest mean"
 
 
 def _cells(interval: Interval) -> tuple[float, float, float]:
