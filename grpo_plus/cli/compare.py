@@ -84,7 +84,9 @@ def result_table(comparison: "Comparison") -> "Table":
 
     score = comparison.score_names[0]
     verdict = Verdict(comparison, score)
-    table = Table(title=f"Held-out {score}: {verdict.start:.3f} at the start", title_justify="left", title_style="")
+    table = Table(
+        title=f"Held-out {escape(score)}: {verdict.start:.3f} at the start", title_justify="left", title_style=""
+    )
     for name in ("variant", "seeds", "mean", "95% interval", "seconds per arm"):
         table.add_column(name, justify="left" if name == "variant" else "right")
     for label, interval in verdict.means.items():

@@ -31,25 +31,33 @@ def train_arm(task: Task, start: Start, arm: Arm, folder: Path, *, progress: boo
     trainer = quiet_trainer(task, start, configuration(task, arm, folder))
     if progress:
         trainer.add_callback(ArmBar(arm.name))
+    try:
+        result = _measured(task, trainer, arm)
+        log = trainer.state.log_history
+    finally:
+        release(trainer)
+    write_json(folder, {LOG: log, RESULT: asdict(result)})
+    return result
+
+
+def _measured(task: Task, trainer: GRPOPlusTrainer, arm: Arm) -> ArmResult:
+    """Train, then judge what was trained."""
     peaks = PhasePeaks(trainer.accelerator.device)
     peaks.enter(TRAINING)
     began, cpu_began = time.perf_counter(), time.process_time()
     trainer.train()
     seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began
     peaks.enter(None)
-    log = trainer.state.log_history
-    result = ArmResult(
+    logged = [entry["num_tokens"] for entry in trainer.state.log_history if "num_tokens" in entry]
+    return ArmResult(
         scores=held_out_scores(task, trainer, arm.seed),
         seconds=round(seconds, 2),
         cpu_seconds=round(cpu_seconds, 2),
-        tokens=next((entry["num_tokens"] for entry in reversed(log) if "num_tokens" in entry), None),
+        tokens=logged[-1] if logged else None,
         peak_bytes=peaks.peaks.get(TRAINING, peaks.overall),
         steps=trainer.state.global_step,
         versions=versions(),
     )
-    release(trainer)
-    write_json(folder, {LOG: log, RESULT: asdict(result)})
-    return result
 
 
 def identity(arm: Arm) -> dict[str, Any]:
@@ -81,8 +89,7 @@ def held_out_scores(task: Task, trainer: GRPOPlusTrainer, seed: int) -> dict[str
 
 def release(trainer: GRPOPlusTrainer) -> None:
     """Let go of the optimizer, and of what accelerate has wrapped around the model's forward."""
-    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    model.zero_grad(set_to_none=True)
+    trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     trainer.optimizer = None
     trainer.accelerator.free_memory()
 

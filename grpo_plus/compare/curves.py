@@ -20,10 +20,11 @@ class Curve:
     high: Sequence[float]
 
 
-def curves(series: Mapping[str, Curve], *, label: str, title: str) -> str:
+def curves(series: Mapping[str, Curve], *, title: str) -> str:
     """A line per name with its band; beyond the eighth, colours come again with another dash."""
     with settings():
-        rows = -(-len(series) // 3)
+        columns = 2 if len(series) == 4 else 3
+        rows = -(-len(series) // columns)
         figure, axes = new_figure(1.9 + 0.16 * rows)
         for k, (name, curve) in enumerate(series.items()):
             colour, dash = SERIES[k % len(SERIES)], DASHES[k // len(SERIES) % len(DASHES)]
@@ -31,10 +32,9 @@ def curves(series: Mapping[str, Curve], *, label: str, title: str) -> str:
             if not np.isnan(curve.low).any():
                 axes.fill_between(curve.steps, curve.low, curve.high, color=colour, alpha=0.16, linewidth=0)
         axes.set_xlabel("step")
-        axes.set_ylabel(label)
         axes.set_title(short(title), fontsize=7, pad=3, color=INK)
         axes.margins(x=0.01)
-        figure.legend(loc="outside upper center", ncols=3, handlelength=1.6, columnspacing=1)
+        figure.legend(loc="outside upper center", ncols=columns, handlelength=1.6, columnspacing=1)
         return to_svg(figure, f"Curves of {title} over the steps, for {', '.join(series)}.")
 
 

@@ -79,6 +79,8 @@ def measure_start(trainer: GRPOPlusTrainer, configs: Mapping[str, GRPOPlusConfig
         groups += len(rewards.values)
         if not skipped:
             _add_gradients(trainer, weights, rows, distinct, totals)
+    if groups == 0:
+        skipped = "the data set is smaller than a generation batch"
     live = {label: estimator for label, estimator in estimators.items() if not estimator.refused}
     measured = {} if skipped else live
     return StartSignal(

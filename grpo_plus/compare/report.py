@@ -42,6 +42,7 @@ caption { text-align: left; color: var(--soft); padding-bottom: .2rem; }
 th, td { text-align: left; vertical-align: top; padding: .2rem .7rem .2rem 0; border-bottom: 1px solid var(--line); }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; min-width: 3.2rem; }
 td.n { overflow-wrap: normal; }
+tbody th { min-width: 4.6rem; }
 details { margin: .5rem 0; }
 summary { cursor: pointer; }
 pre { white-space: pre-wrap; background: var(--box); border: 1px solid var(--line); border-radius: 4px; margin: .3rem 0;

@@ -35,7 +35,6 @@ class Start:
             self.model.delete_adapter(name)
         for name, weight in self.model.named_parameters():
             weight.requires_grad_(name in self._trainable)
-            weight.grad = None
         for name, tensor in self._changeable().items():
             # A new tensor, not a copy into the old one: a trainer may have changed its dtype.
             tensor.data = self._saved[name].to(tensor.device, copy=True)

@@ -2,7 +2,7 @@
 
     from grpo_plus.compare.train import Variant, compare
 
-    comparison = compare(task, ["grpo", "dr_grpo", Variant("rloo", "cispo")], seeds=range(5), folder="comparison")
+    comparison = compare(task, ["grpo", "gdpo", Variant("dr_grpo", "dr_grpo")], seeds=range(5), folder="comparison")
 
 `task.py` says what a task is. All variants see the same prompts in the same order under the same seed, so they are
 compared seed by seed. What is finished stays finished: called again on its folder, a comparison goes on where it was,

@@ -11,15 +11,17 @@ from grpo_plus.compare.comparison import ArmResult, Comparison
 from grpo_plus.compare.curves import curves, intervals
 from grpo_plus.compare.figures import bars, heatmap, histograms
 from grpo_plus.compare.files import write_report
-from grpo_plus.compare.intervals import FEWEST_SEEDS, LEVEL, RESAMPLES, Interval
+from grpo_plus.compare.intervals import FEWEST_SEEDS, LEVEL, RESAMPLES, Difference, Interval
 from grpo_plus.compare.report import Block, Figure, Quote, Section, Table, Text
 from grpo_plus.compare.training_rows import Logs, curve, logs_of, quantities, rows, window
 from grpo_plus.compare.verdict import Verdict, arms_of, checked_baseline, in_short, versions_of
 
+OPEN = 12  # differences that are shown without being asked for
 METHOD = (
     f"Intervals are at {LEVEL:.0%}, from {RESAMPLES:,} paired bootstrap resamples of seeds and held-out items; those "
     "of differences hold together (max-t over all comparisons of a score, Student's t for the number of seeds), so any "
-    "of them may be picked out. Those of single means hold one by one, and overlap says nothing about a difference."
+    "of them may be picked out. Those of single means hold one by one, and overlap says nothing about a difference. "
+    "Bounds may lie beyond the best or worst possible score."
 )
 
 
@@ -58,27 +60,24 @@ def _sections(comparison: Comparison, verdicts: list[Verdict], logs: Logs, basel
 def _scores(verdict: Verdict) -> list[Block]:
     """One score: what each variant reached, and how they differ. The first is drawn and open, the others fold."""
     first = verdict.score == verdict.comparison.score_names[0]
-    header = ("variant", "mean", "low", "high", *(f"seed {seed}" for seed in verdict.comparison.paired_seeds))
-    wide = len(header) > 8
-    by_seed = verdict.comparison.scores(verdict.score)
-    reached = [
-        (name, *_cells(interval), *([] if wide else by_seed[name].mean(1).tolist()))
-        for name, interval in verdict.means.items()
+    scores = verdict.comparison.scores(verdict.score)
+    reached = [(name, *_cells(interval)) for name, interval in verdict.means.items()]
+    apart = [(_minus(d), _with_bounds(d.interval), _word(d.interval)) for d in verdict.differences]
+    by_seed = [
+        (name, seed, mean)
+        for name, values in scores.items()
+        for seed, mean in zip(verdict.comparison.paired_seeds, values.mean(1).tolist(), strict=True)
     ]
-    apart = [(d.first, d.second, *_cells(d.interval), _word(d.interval)) for d in verdict.differences]
+    caption = f"Held-out `{verdict.score}`; the start has {verdict.start:.3f}"
     tables: list[Block] = [
-        Table(
-            f"Held-out `{verdict.score}`; the start has {verdict.start:.3f}",
-            header[:4] if wide else header,
-            reached,
-            folded=not first,
-        ),
+        Table(caption, ("variant", "mean", "low", "high"), reached, folded=not first),
         Table(
             f"Differences in `{verdict.score}`, paired by seed",
-            ("first", "minus", "difference", "low", "high", "shown?"),
+            ("pair", "difference", "shown?"),
             apart,
-            folded=not first or len(apart) > 12,
+            folded=not first or len(apart) > OPEN,
         ),
+        Table(f"Held-out `{verdict.score}` by seed", ("variant", "seed", "mean"), by_seed, folded=True),
     ]
     return [*(_drawn_scores(verdict) if first and verdict.means else []), *tables]
 
@@ -86,20 +85,19 @@ def _scores(verdict: Verdict) -> list[Block]:
 def _drawn_scores(verdict: Verdict) -> list[Block]:
     drawn: list[Block] = [
         Figure(
-            f"Held-out `{verdict.score}` after training, the mean over seeds; the dashed line is the start.",
+            f"Held-out `{verdict.score}` after training, the mean over seeds.",
             intervals(
                 {name: (i.estimate, i.low, i.high) for name, i in verdict.means.items()},
                 label=verdict.score,
-                line=verdict.start,
             ),
         )
     ]
     if verdict.differences:
-        apart = {f"{d.first} - {d.second}": d.interval for d in verdict.differences}
-        caption = "Differences, paired by seed. An interval that crosses the dashed line shows none."
+        kept, which = _drawn_differences(verdict)
+        apart = {_minus(d): d.interval for d in kept}
         drawn.append(
             Figure(
-                caption,
+                f"Differences, paired by seed{which}. An interval that crosses the dashed line shows none.",
                 intervals(
                     {name: (i.estimate, i.low, i.high) for name, i in apart.items()},
                     label=f"difference in {verdict.score}",
@@ -111,8 +109,26 @@ def _drawn_scores(verdict: Verdict) -> list[Block]:
     return drawn
 
 
+def _drawn_differences(verdict: Verdict) -> tuple[list[Difference], str]:
+    """All of them, or where they are many, those to the highest mean: the bounds hold together, so one may choose."""
+    if len(verdict.differences) <= OPEN:
+        return verdict.differences, ""
+    best = max(verdict.means, key=lambda name: verdict.means[name].estimate)
+    kept = [difference for difference in verdict.differences if best in (difference.first, difference.second)]
+    return kept, f", to `{best}`, the highest mean"
+
+
 def _cells(interval: Interval) -> tuple[float, float, float]:
     return (round(interval.estimate, 4), round(interval.low, 4), round(interval.high, 4))
+
+
+def _minus(difference: Difference) -> str:
+    return f"{difference.first} - {difference.second}"
+
+
+def _with_bounds(interval: Interval) -> str:
+    bounds = f" [{interval.low:.3f}, {interval.high:.3f}]" if interval.exists else ""
+    return f"{interval.estimate:+.3f}{bounds}"
 
 
 def _word(interval: Interval) -> str:
@@ -131,7 +147,7 @@ def _curves(logs: Logs) -> list[Block]:
     for key, title in quantities(logs).items():
         found = {label: line for label, arms in logs.items() if (line := curve(arms, key, width)) is not None}
         if found:
-            blocks.append(Figure(f"`{title}` in training.", curves(found, label=title, title=title)))
+            blocks.append(Figure(f"`{title}` in training.", curves(found, title=title)))
     return blocks
 
 
@@ -139,7 +155,7 @@ def _advantages(comparison: Comparison) -> list[Block]:
     signal = comparison.signal
     samples = {label: np.array(values) for label, values in signal.advantages.items()}
     blocks: list[Block] = []
-    if samples:
+    if signal.groups and samples:
         count = len(next(iter(samples.values())))
         caption = f"The same {count:,} completions of the start under each estimator; what is beyond ±4 is at the edge."
         blocks.append(Figure(caption, histograms(samples)))
@@ -184,7 +200,9 @@ def _signal(comparison: Comparison) -> list[Block]:
     ]
     if len(snr) > 1:
         names = list(snr)
-        matrix = np.array([[np.nan if (c := signal.cosine[a][b]) is None else c for b in names] for a in names])
+        matrix = np.array(
+            [[np.nan if (c := signal.cosine[a][b]) is None else min(c, 1.0) for b in names] for a in names]
+        )
         low = np.floor(np.nanmin(matrix, initial=0.9) * 10) / 10
         caption = "Cosine between the mean gradients. Bright: the same direction, whatever the length."
         blocks.append(Figure(caption, heatmap(names, matrix, label="cosine", low=low, high=1.0)))
@@ -201,11 +219,11 @@ def _costs(comparison: Comparison) -> list[Block]:
     lines = []
     for variant in comparison.finished:
         results = [comparison.results[arm] for arm in arms_of(comparison, variant.label)]
-        lines.append((variant.label, len(results), *_means(results)))
-    header = ("variant", "arms", "seconds", "on a core", "tokens", "peak memory, MB")
+        lines.append((variant.label, *_means(results)))
+    header = ("variant", "seconds", "on a core", "tokens", "peak MB")
     text = Text(
         "Means per arm, of the training alone: seconds that went by, seconds that its threads were on a core, tokens "
-        "that the model read and wrote, and the most memory in use (resident, or on the accelerator)."
+        "that the model read and wrote, and the most memory in use (10⁶ bytes resident, or on the accelerator)."
     )
     return [text, Table("Costs", header, lines)]
 
@@ -213,7 +231,7 @@ def _costs(comparison: Comparison) -> list[Block]:
 def _means(results: list[ArmResult]) -> list[float | None]:
     megabytes = [None if r.peak_bytes is None else r.peak_bytes / 1e6 for r in results]
     columns = ([r.seconds for r in results], [r.cpu_seconds for r in results], [r.tokens for r in results], megabytes)
-    return [None if None in column else fmean(value for value in column if value is not None) for column in columns]
+    return [None if None in column else round(fmean(v for v in column if v is not None)) for column in columns]
 
 
 def _failures(comparison: Comparison) -> list[Block]:

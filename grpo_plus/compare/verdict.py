@@ -75,10 +75,11 @@ class Verdict:
     def _nothing_shown(self) -> str:
         widest = max(self.differences, key=lambda d: max(abs(d.interval.low), abs(d.interval.high)))
         bound = max(abs(widest.interval.low), abs(widest.interval.high))
+        compared = _count(len(self.differences), "comparison")
         return (
-            f"No difference in `{self.score}` is shown: {_all(len(self.differences))} {LEVEL:.0%} include 0. That does "
-            f"not show that there is none: differences of up to {bound:.3f} (`{widest.first}` and `{widest.second}`) "
-            "fit these runs. More seeds narrow the intervals."
+            f"No difference in `{self.score}` is shown: {compared}, and every {LEVEL:.0%} interval includes 0. That "
+            f"does not show that there is none: differences of up to {bound:.3f} "
+            f"(`{widest.first}` and `{widest.second}`) fit these runs. More seeds narrow the intervals."
         )
 
 
@@ -136,10 +137,6 @@ def _sentence(difference: Difference, score: str) -> str:
 
 def _value(interval: Interval) -> str:
     return f"{interval.estimate:.3f}" + (f" [{interval.low:.3f}, {interval.high:.3f}]" if interval.exists else "")
-
-
-def _all(count: int) -> str:
-    return "the interval of" if count == 1 else f"all {count} intervals of"
 
 
 def _count(count: int, what: str) -> str:

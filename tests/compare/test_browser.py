@@ -1,12 +1,14 @@
-"""The report in a real browser: Playwright drives the system's Chromium."""
+"""The reports in a real browser: Playwright drives the system's Chromium."""
 
 import shutil
 
 import pytest
 
 from grpo_plus.compare import Rollouts, replay, write_replay
+from grpo_plus.compare.training_report import write_comparison
 from tests.compare.logs import write_rewards
 from tests.compare.test_report import hostile_log
+from tests.compare.test_training_report import hostile_comparison
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (the extra dev has it)")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -21,10 +23,12 @@ def browser():
         browser.close()
 
 
-@pytest.fixture(scope="module")
-def report(tmp_path_factory):
-    """Every estimator, long names, tasks, and completions that try to be more than text."""
+@pytest.fixture(scope="module", params=["replay", "comparison"])
+def report(request, tmp_path_factory):
+    """Every estimator, long names, tasks, and completions, labels and tracebacks that try to be more than text."""
     folder = tmp_path_factory.mktemp("mit Leerzeichen 結果")
+    if request.param == "comparison":
+        return write_comparison(hostile_comparison(folder), folder)[0]
     hostile_log(folder)
     long = {"prompt": ["x" * 3000] * 2 + ["y"] * 2, "task": ["a" * 60] * 2 + ["b"] * 2}
     write_rewards(folder, 2, {"<i>$r$": [1.0, 0.5, 0.5, 0.0], "b": [0.0, 0.0, 0.25, 1.0]}, advantage=[0.0] * 4, **long)
@@ -86,6 +90,7 @@ def test_every_figure_is_drawn(open_page):
 def test_markup_in_completions_stays_text(open_page):
     page = open_page(1280)
     shown = page.locator("pre").all_inner_texts()
+    shown += page.locator("details pre").all_text_contents()
     assert any("</pre><script>alert(1)</script><img src=x onerror=alert(2)>" in text for text in shown)
     assert page.locator("script, img, i, b").count() == 0
 
