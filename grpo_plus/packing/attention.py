@@ -7,7 +7,7 @@ scaling, grouped queries, soft-capping and attention sinks stay the model's affa
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -34,14 +34,23 @@ class Segments:
     spans: the groups, with their indices on the model's device.
     pairs_per_call: pairs of query and key that cost as much as one more call. A group's completions share one padded
         call where the padding is cheaper than a call for each.
+    masks: what the first layers needed, for the others: they differ by the window at most.
     """
 
     spans: tuple[Span, ...]
     pairs_per_call: float
+    masks: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
 
     def together(self, span: Span) -> bool:
         """Whether the completions of the group share a call."""
         return span.padding_pairs <= self.pairs_per_call * len(span.ends)
+
+    def mask(self, length: int, past: int, window: int | None, like: Tensor) -> Tensor:
+        """`_causal_mask`, made once."""
+        key = (length, past, window, like.dtype, like.device)
+        if key not in self.masks:
+            self.masks[key] = _causal_mask(length, past, window, like)
+        return self.masks[key]
 
 
 class UnsupportedLayerError(ValueError):
@@ -89,7 +98,9 @@ def _register(name: str) -> None:
         attend = _attention_of(module, name)
         if segments is None:
             return attend(module, query, key, value, attention_mask, **kwargs)
-        return segment_attention(attend, module, query, key, value, segments, additive=name == "eager", **kwargs), None
+        return segment_attention(
+            attend, module, query, key, value, segments, needs_mask=name == "eager", **kwargs
+        ), None
 
     AttentionInterface.register(PREFIX + name, attention)
     AttentionMaskInterface.register(PREFIX + name, ALL_MASK_ATTENTION_FUNCTIONS[name])
@@ -109,7 +120,7 @@ def segment_attention(
     value: Tensor,
     segments: Segments,
     *,
-    additive: bool,
+    needs_mask: bool,
     **kwargs: Any,
 ) -> Tensor:
     """Attention of a packed row.
@@ -117,7 +128,7 @@ def segment_attention(
     Args:
         attend: the model's attention function, with transformers' signature.
         query: (1, heads, N, D); key and value (1, heads of keys, N, D).
-        additive: whether `attend` wants masks to add, not booleans.
+        needs_mask: whether `attend` sees all keys where it is given none; sdpa is told that it is causal.
 
     Returns:
         (1, N, heads, D), as transformers' attention functions do.
@@ -127,9 +138,7 @@ def segment_attention(
 
     def call(states: Sequence[Tensor], past: int = 0) -> Tensor:
         q, k, v = states
-        mask = _causal_mask(q.shape[2], past, window, q) if past or window is not None or additive else None
-        if mask is not None and additive:
-            mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, torch.finfo(q.dtype).min)
+        mask = segments.mask(q.shape[2], past, window, q) if past or window is not None or needs_mask else None
         return attend(module, q, k, v, mask, is_causal=mask is None, **kwargs)[0]
 
     states = (query, key, value)
@@ -176,13 +185,14 @@ def _rows(states: Tensor, span: Span) -> Tensor:
 
 
 def _causal_mask(length: int, past: int, window: int | None, like: Tensor) -> Tensor:
-    """(1, 1, T, past + T) booleans, true where a token may look."""
+    """(1, 1, T, past + T) to add to the scores, 0 where a token may look; sdpa would make it of booleans each time."""
     queries = torch.arange(past, past + length, device=like.device).unsqueeze(1)
     keys = torch.arange(past + length, device=like.device)
     allowed = keys <= queries
     if window is not None:
         allowed &= keys > queries - window
-    return allowed[None, None]
+    mask = torch.zeros(allowed.shape, dtype=like.dtype, device=like.device)
+    return mask.masked_fill_(~allowed, torch.finfo(like.dtype).min)[None, None]
 
 
 def _window(module: nn.Module, kwargs: dict[str, Any]) -> int | None:

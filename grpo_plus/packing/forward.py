@@ -69,7 +69,7 @@ def _run_segments(
         model,
         forward,
         head,
-        row.shift_labels.to(device),
+        row.shift_labels,
         input_ids=row.input_ids.to(device),
         position_ids=row.position_ids.to(device),
         # transformers hands a 4D mask through as it is; with None it would build an N x N one from the positions.
@@ -119,7 +119,7 @@ def _run_group(group: Group, head: Head | None, model: PreTrainedModel, forward:
         model,
         forward,
         head,
-        labels.to(device),
+        labels,
         input_ids=ids.to(device),
         position_ids=torch.arange(shared, shared + length, device=device).expand(rows, -1),
         past_key_values=cache,
@@ -134,14 +134,17 @@ def _cached_length(group: Group) -> int:
 def _score(
     model: PreTrainedModel, forward: Callable[..., Any], head: Head | None, labels: Tensor, **inputs: Any
 ) -> Logps:
-    inside = labels != IGNORED
-    if head is None:
-        output = forward(**inputs, shift_labels=labels, fused_lm_head=True)
-        # A reference model's head computes no entropies, and nobody asks for them.
-        entropies = torch.zeros_like(output.log_probs) if output.entropy is None else output.entropy
-        return output.log_probs[inside], entropies[inside]
-    hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
-    return head(model, hidden[inside], labels[inside])
+    # The labels are on the CPU, where counting what is scored waits for no device.
+    flat = labels.flatten()
+    scored = (flat != IGNORED).nonzero().squeeze(1)
+    places = scored.to(model.device)
+    if head is not None:
+        hidden = model.base_model(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
+        return head(model, hidden.index_select(0, places), flat[scored].to(model.device))
+    output = forward(**inputs, shift_labels=labels.to(model.device), fused_lm_head=True)
+    # A reference model's head computes no entropies, and nobody asks for them.
+    entropies = torch.zeros_like(output.log_probs) if output.entropy is None else output.entropy
+    return output.log_probs.flatten().index_select(0, places), entropies.flatten().index_select(0, places)
 
 
 def _packed_tokens(groups: Sequence[Group]) -> int:
