@@ -26,6 +26,7 @@ from trl import GRPOTrainer
 
 from grpo_plus.advantages import Rewards, checked
 from grpo_plus.checkpoints import mark_unfinished
+from grpo_plus.diagnostics.sampling_gap import sampling_gap, suspicion
 from grpo_plus.hooks import Hooks
 from grpo_plus.losses import TRL_LOSSES, LossInputs
 from grpo_plus.packing import Packed, PaddedRows, base_model, forward_live, regroup, reorder
@@ -134,7 +135,7 @@ class TRLSeam(Hooks, GRPOTrainer):
         super().__init__(*args, **kwargs)
         self.restore_adapters(exact)
         self._last_draw = (-1, 0)  # the optimizer step, and which of its generation batches
-        self._warned_of_dead_groups = False
+        self._warned_of_dead_groups = self._warned_of_sampler = False
         self._check_refills()
         if self.aux_loss_enabled and self.loss_type not in TRL_LOSSES:
             raise ValueError(
@@ -168,12 +169,23 @@ class TRLSeam(Hooks, GRPOTrainer):
             output = self._generate_live_groups(inputs)
         else:
             output = super()._generate_and_score_completions(inputs)
+        self._compare_with_sampler(output)
         advantages = self.estimate_advantages(self._rewards)
         if advantages is not None:
             advantages = checked("hook estimate_advantages", advantages, self._rewards)
             self._replace_advantages(output, advantages)
         self._log_advantage_metrics()
         return output
+
+    def _compare_with_sampler(self, output: dict[str, Any]) -> None:
+        """Warn once where the engine that sampled, vLLM or a rollout function, holds another policy."""
+        sampling_logps, logps = output.get("sampling_per_token_logps"), output.get("old_per_token_logps")
+        if logps is None or sampling_logps is None or self._warned_of_sampler:
+            return
+        gap = sampling_gap(logps, sampling_logps, output["completion_mask"] * output.get("tool_mask", 1))
+        if message := suspicion(gap, self.state.global_step):
+            warnings.warn(message, stacklevel=2)
+            self._warned_of_sampler = True
 
     def _generate_live_groups(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """TRL's generation batch, with live groups of up to `max_refills` further ones in the place of dead groups."""
