@@ -28,9 +28,10 @@ from trl import GRPOTrainer
 from grpo_plus.advantages import Rewards, checked
 from grpo_plus.checkpoints import mark_unfinished
 from grpo_plus.diagnostics.metrics import share_with_absent_tasks
+from grpo_plus.diagnostics.sampling_gap import suspicion
 from grpo_plus.hooks import Hooks
 from grpo_plus.losses import TRL_LOSSES, LossInputs
-from grpo_plus.losses.sampler import SamplerGap, joined, sampler_ratio
+from grpo_plus.losses.sampler import SamplerGap, joined, sampler_differences, sampler_ratio
 from grpo_plus.packing import Packed, PaddedRows, base_model, forward_live, regroup, reorder
 from grpo_plus.qlora.precision import adapter_values
 from grpo_plus.sampling import (
@@ -170,7 +171,7 @@ class TRLSeam(Hooks, GRPOTrainer):
         super().__init__(*args, **kwargs)
         self.restore_adapters(exact)
         self._last_draw = (-1, 0)  # the optimizer step, and which of its generation batches
-        self._warned_of_dead_groups = False
+        self._warned_of_dead_groups = self._warned_of_sampler = False
         self._sampler_gap = SamplerGap()
 
     def _calculate_rewards(
@@ -199,6 +200,7 @@ class TRLSeam(Hooks, GRPOTrainer):
                 output = self._generate_live_groups(inputs)
             else:
                 output = super()._generate_and_score_completions(inputs)
+        self._compare_with_sampler(output)
         advantages = self.estimate_advantages(self._rewards)
         if advantages is not None:
             advantages = checked("hook estimate_advantages", advantages, self._rewards)
@@ -216,6 +218,18 @@ class TRLSeam(Hooks, GRPOTrainer):
             yield
         finally:
             self.vllm_importance_sampling_correction = correction
+
+    def _compare_with_sampler(self, output: dict[str, Any]) -> None:
+        """Warn where what sampled, vLLM or a rollout function, holds another policy than the one that was scored."""
+        logps, sampler_logps = output.get("old_per_token_logps"), output.get("sampling_per_token_logps")
+        if logps is not None and sampler_logps is not None and not self._warned_of_sampler:
+            self._warn_of_sampler(sampler_differences(logps, sampler_logps, _trained(output).bool()))
+
+    def _warn_of_sampler(self, differences: Tensor) -> None:
+        """One warning in a run."""
+        if not self._warned_of_sampler and (message := suspicion(differences, self.state.global_step)):
+            warnings.warn(message, stacklevel=2)
+            self._warned_of_sampler = True
 
     def _generate_live_groups(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """TRL's generation batch, with live groups of up to `max_refills` further ones in the place of dead groups."""
@@ -432,6 +446,7 @@ class TRLSeam(Hooks, GRPOTrainer):
             self._log_sampler_gap()
 
     def _log_sampler_gap(self) -> None:
+        self._warn_of_sampler(self._sampler_gap.differences())
         figures = self.accelerator.gather(self._sampler_gap.figures().unsqueeze(0))
         self._sampler_gap = SamplerGap()
         for name, value in joined(figures).items():

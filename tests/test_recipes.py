@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import yaml
 
 from grpo_plus import GRPOPlusConfig, cli
 from grpo_plus.demo.tiny import tiny_model, tiny_tokenizer
+from grpo_plus.planner import QLORA, Run, parse_bytes, plan, shape_of
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 RECIPES = ("deepseekmath.yaml", "deepseekmath_qlora.yaml")
@@ -27,6 +29,26 @@ def test_it_is_the_recipe_of_the_paper(tmp_path, name):
     assert (config.advantage_estimator, config.loss_type) == ("grpo", "grpo")
     assert config.generation_batch_size == 64  # whole groups, and no update within a batch: 16 generations make one
     assert config.gradient_accumulation_steps % config.steps_per_generation == 0
+
+
+def test_the_one_for_one_card_is_planned_to_fit_24_gb():
+    qwen2_5_math_7b = {
+        "model_type": "qwen2",
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_attention_heads": 28,
+        "num_hidden_layers": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152064,
+        "tie_word_embeddings": False,
+    }
+    recipe = yaml.safe_load((EXAMPLES / "deepseekmath_qlora.yaml").read_text())
+    settings = {field.name: recipe[field.name] for field in fields(Run) if field.name in recipe}
+    shape = shape_of(qwen2_5_math_7b)
+    assert abs(shape.parameters / 1e9 - 7.6) < 0.05
+    planned = plan(shape, Run(**QLORA | settings, prompt_length=512))
+    assert planned.fits(parse_bytes("24GB"))
+    assert not plan(shape, Run(**settings | {"lora_r": None}, prompt_length=512)).fits(parse_bytes("24GB"))
 
 
 @pytest.mark.parametrize("name", RECIPES)

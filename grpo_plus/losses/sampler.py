@@ -46,6 +46,12 @@ def sampler_ratio(
     return ratio.where((ratio >= bounds[0]) & (ratio <= bounds[1]), 0.0)
 
 
+def sampler_differences(logps: Tensor, sampler_logps: Tensor, mask: Tensor) -> Tensor:
+    """log π(oₜ) - log μ(oₜ) of the sampled tokens that the engine has a value for; (B, T) each, (n,) returned."""
+    differences = (logps - sampler_logps)[mask]
+    return differences[~differences.isnan()]
+
+
 class SamplerGap:
     """How far engine and policy are apart over one generation batch, collected from its micro-batches."""
 
@@ -55,15 +61,18 @@ class SamplerGap:
 
     def add(self, logps: Tensor, sampler_logps: Tensor, mask: Tensor, ratio: Tensor) -> None:
         """Take in a micro-batch: the arguments of `sampler_ratio`, and what it returned."""
-        differences = (logps - sampler_logps).abs()[mask]
-        self._differences.append(differences[~differences.isnan()])
+        self._differences.append(sampler_differences(logps, sampler_logps, mask))
         self._ratios.append(ratio[mask] if ratio.shape == mask.shape else ratio.flatten())
+
+    def differences(self) -> Tensor:
+        """(n,) `sampler_differences` of all micro-batches."""
+        return torch.cat(self._differences)
 
     def figures(self) -> Tensor:
         """(5,) this process's figures, as `FIGURES` names them; 0 where nothing was sampled."""
         differences, ratios = (
             values if values.numel() else values.new_zeros(1)
-            for values in (torch.cat(self._differences), torch.cat(self._ratios))
+            for values in (self.differences().abs(), torch.cat(self._ratios))
         )
         return torch.stack([differences.mean(), differences.max(), ratios.min(), ratios.mean(), ratios.max()])
 

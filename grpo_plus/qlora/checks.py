@@ -98,7 +98,8 @@ def _bits_of_config(config: Any) -> int | None:
 def _check_target_modules(peft_config: Any) -> None:
     targets = getattr(peft_config, "target_modules", None) or ()
     if isinstance(targets, str):  # PEFT takes it for an expression
-        named, hit = targets, re.fullmatch(targets, "lm_head") or targets.split(".")[-1] == "lm_head"
+        named: str | list[str] = targets
+        hit = re.fullmatch(targets, "lm_head") or targets.split(".")[-1] == "lm_head"
     else:
         named, hit = sorted(targets), any(name.split(".")[-1] == "lm_head" for name in targets)
     if hit:

@@ -1,5 +1,6 @@
 """Aligned vLLM runs without TRL's forward of the old policy: its loss, its gradients, its log, one forward less."""
 
+import warnings
 from functools import partial
 
 import pytest
@@ -120,6 +121,16 @@ def test_skipped_completions_need_no_old_policy(tmp_path, monkeypatch):
     # The engine's noise has a standard deviation of 0.2; of a skipped row no log-probabilities are known.
     assert log["sampling/sampling_logp_difference/mean"] == pytest.approx(0.2 * (2 / torch.pi) ** 0.5, rel=0.3)
     assert 0.4 < log["sampling/importance_sampling_ratio/min"] < 1 < log["sampling/importance_sampling_ratio/max"] < 2.5
+
+
+@pytest.mark.newest_trl
+@pytest.mark.parametrize("noise", [0.05, 1.0])
+def test_an_engine_that_is_far_from_the_policy_is_warned_of(tmp_path, monkeypatch, noise):
+    install_engine(monkeypatch, noise=noise)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer(tmp_path, packing="none").train()
+    assert sum("not sampled from the policy" in str(warning.message) for warning in caught) == (noise == 1.0)
 
 
 @pytest.mark.newest_trl
