@@ -30,9 +30,9 @@ class GRPOPlusTrainer(SpeedUps):
     """TRL's GRPOTrainer with pluggable advantages and losses. Takes its arguments, and a GRPOPlusConfig as `args`.
 
     With a GRPOPlusConfig whose own fields are unset it trains what GRPOTrainer trains, to rounding and faster; with a
-    plain GRPOConfig, or with `packing="none"` and `skip_zero_advantage=False`, to the last bit; only the adapters of a
-    quantized base are float32 under a GRPOPlusConfig (`adapter_dtype`). Override `estimate_advantages` for advantages
-    that need more than the rewards.
+    plain GRPOConfig, or with `packing="none"`, `skip_zero_advantage=False` and `lora_backend="peft"`, to the last bit;
+    only the adapters of a quantized base are float32 under a GRPOPlusConfig (`adapter_dtype`). Override
+    `estimate_advantages` for advantages that need more than the rewards.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

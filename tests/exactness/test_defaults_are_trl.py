@@ -23,7 +23,7 @@ SETTINGS = [
 ]
 
 
-OFF = {"packing": "none", "skip_zero_advantage": False}
+OFF = {"packing": "none", "skip_zero_advantage": False, "lora_backend": "peft"}
 
 
 @pytest.mark.parametrize("config_class", [GRPOPlusConfig, GRPOConfig])
