@@ -58,6 +58,9 @@ class GRPOPlusConfig(GRPOConfig):
             in a single pass, two matrix products in place of three; "triton": the same on a GPU, with all between the
             products in one kernel; "auto": "torch" on a CPU, where it is measured, wherever the head is frozen and no
             entropy is trained.
+        lora_backend: what computes linear layers with LoRA during training. "peft": PEFT; "torch": one step of autograd
+            without PEFT's buffers of the size of the input and the output, for plain adapters without dropout on layers
+            that are 4-bit or not quantized; "auto": "torch" wherever the layers allow.
         generation_chunk_size: rows that a process generates for at a time, for a smaller cache; "auto": as many as the
             free memory of a CUDA device holds by the planner's count, and fewer where that runs out (elsewhere all);
             None: its whole generation batch, as TRL. Greedy completions are the same; sampled ones other draws of one
@@ -165,6 +168,11 @@ class GRPOPlusConfig(GRPOConfig):
         metadata={
             "help": "What computes log-probabilities in packed rows: trl, torch or triton (frozen heads), or auto."
         },
+    )
+
+    lora_backend: str = field(
+        default="auto",
+        metadata={"help": "What computes linear layers with LoRA during training: peft, torch, or auto."},
     )
 
     def __post_init__(self) -> None:

@@ -9,16 +9,15 @@ from grpo_plus.registry import suggestion
 
 BACKENDS = ("auto", "trl", *SINGLE_PASS)
 AUTO_CHUNKS = "auto"
+LORA_BACKENDS = ("auto", "peft", "torch")
 
 
 def check_speed(config: GRPOConfig) -> None:
     """Refuse an unknown form, and an explicit request for a speed-up that would change the gradients."""
-    if config.packing not in PACKING:
-        raise ValueError(f"Unknown packing {config.packing!r}.{suggestion(str(config.packing), PACKING)}")
-    if config.logprob_backend not in BACKENDS:
-        raise ValueError(
-            f"Unknown logprob_backend {config.logprob_backend!r}.{suggestion(str(config.logprob_backend), BACKENDS)}"
-        )
+    for name, known in (("packing", PACKING), ("logprob_backend", BACKENDS), ("lora_backend", LORA_BACKENDS)):
+        value = getattr(config, name)
+        if value not in known:
+            raise ValueError(f"Unknown {name} {value!r}.{suggestion(str(value), known)}")
     if config.logprob_backend in SINGLE_PASS:
         _check_single_pass(config)
     _check_chunks(config)

@@ -48,8 +48,8 @@ class GRPOPlusTrainer(SpeedUps):
     """TRL's GRPOTrainer with pluggable advantages and losses. Takes its arguments, and a GRPOPlusConfig as `args`.
 
     With a GRPOPlusConfig whose own fields are unset it trains what GRPOTrainer trains, to rounding and faster; with a
-    plain GRPOConfig, or with `packing="none"`, `skip_zero_advantage=False` and `skip_old_policy_pass=False`, to the
-    last bit; only the adapters of a quantized base are float32 under a GRPOPlusConfig (`adapter_dtype`). Override
+    plain GRPOConfig, or with the switches of docs/speed.md off, to the last bit; only the adapters of a quantized base
+    are float32 under a GRPOPlusConfig (`adapter_dtype`). Override
     `estimate_advantages` for advantages that need more than the rewards.
     """
 

@@ -2,11 +2,12 @@
 
 `packing` forwards rows without padding and a shared prompt once, `skip_zero_advantage` leaves out completions that
 have no gradient, `skip_old_policy_pass` a forward that the update repeats, `logprob_backend` says what turns hidden
-states into log-probabilities.
+states into log-probabilities, `lora_backend` what computes a layer with an adapter.
 """
 
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cached_property
 from typing import Any
 
@@ -28,6 +29,8 @@ from grpo_plus.packing import (
     why_not_packed,
     why_not_single_pass,
 )
+from grpo_plus.qlora.lora_layers import fits_any, fused_lora, why_not_fused
+from grpo_plus.qlora.precision import has_adapters
 
 
 class SpeedUps(TRLSeam):
@@ -41,7 +44,7 @@ class SpeedUps(TRLSeam):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         # They raise where something was asked for that cannot be exact.
-        _ = self.packer, self.skips, self.drops_old_policy_pass()
+        _ = self.packer, self.skips, self.drops_old_policy_pass(), self.fuses_lora
 
     @cached_property
     def packer(self) -> Packer | None:
@@ -67,9 +70,10 @@ class SpeedUps(TRLSeam):
         )
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train, and leave the model with the attention that it came with."""
+        """Train, and leave the model with the attention and the layers that it came with."""
         try:
-            return super().train(*args, **kwargs)
+            with fused_lora(self.model) if self.fuses_lora else nullcontext():
+                return super().train(*args, **kwargs)
         finally:
             if self.packer is not None:
                 self.packer.release()
@@ -78,6 +82,30 @@ class SpeedUps(TRLSeam):
         if self.args.use_transformers_continuous_batching or self.args.use_transformers_paged:
             return "transformers' continuous batching accepts no attention but its own"
         return None
+
+    @cached_property
+    def fuses_lora(self) -> bool:
+        """Whether linear layers with plain adapters are computed without PEFT's buffers while training."""
+        if self.plus is None or self.plus.lora_backend == "peft":
+            return False
+        asked = self.plus.lora_backend == "torch"
+        if not asked and not has_adapters(self.model):
+            return False
+        reasons = [reason] if (reason := self._why_not_own_layers()) else why_not_fused(self.model)
+        fits = reason is None and fits_any(self.model)
+        if asked and not fits:
+            raise ValueError(
+                f"lora_backend='torch' is not possible: {'; '.join(reasons)}. Change that, or leave lora_backend unset."
+            )
+        if reasons:
+            share = "some layers" if fits else "all layers"
+            warnings.warn(f"lora_backend: PEFT's own forward in {share}. {'; '.join(reasons)}.", stacklevel=2)
+        return fits
+
+    def _why_not_own_layers(self) -> str | None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return "the weights are spread over the processes by FSDP or DeepSpeed"
+        return "torch_compile compiles PEFT's layers itself" if self.args.torch_compile else None
 
     def _why_not_packed(self) -> str | None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:

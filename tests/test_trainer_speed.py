@@ -30,6 +30,7 @@ def trainer(output_dir, adapter=None, **config) -> GRPOPlusTrainer:
     ("fields", "message"),
     [
         ({"packing": "shared"}, "Unknown packing 'shared'. Did you mean 'shared_prompt'"),
+        ({"lora_backend": "triton"}, "Unknown lora_backend 'triton'"),
         ({"logprob_backend": "tritn"}, "Unknown logprob_backend 'tritn'. Did you mean 'triton'"),
         ({"skip_zero_advantage": True, "beta": 0.1}, "with beta=0.1 every completion has a KL gradient"),
         ({"skip_zero_advantage": True, "entropy_coef": 0.1}, "the entropy bonus is a mean over the micro-batch"),
@@ -68,6 +69,20 @@ def test_the_trainer_refuses_what_only_the_model_tells(tmp_path):
         trainer(tmp_path, LORA, logprob_backend="triton")
     with pytest.raises(ValueError, match=r"skip_zero_advantage=True is not possible: dropout 0.3 in"):
         trainer(tmp_path, LoraConfig(r=4, lora_dropout=0.3, target_modules="all-linear"), skip_zero_advantage=True)
+
+
+def test_adapters_that_are_more_than_lora_stay_pefts_with_one_warning(tmp_path):
+    dora = LoraConfig(r=4, use_dora=True, target_modules="all-linear", task_type="CAUSAL_LM")
+    with pytest.warns(
+        UserWarning, match="lora_backend: PEFT's own forward in all layers. DoraLinearVariant is no plain"
+    ):
+        assert not trainer(tmp_path, dora).fuses_lora
+    with pytest.raises(ValueError, match="lora_backend='torch' is not possible: DoraLinearVariant"):
+        trainer(tmp_path, dora, lora_backend="torch")
+    with pytest.raises(ValueError, match="lora_backend='torch' is not possible: the model has no adapters"):
+        trainer(tmp_path, lora_backend="torch")
+    assert not trainer(tmp_path, LORA, lora_backend="peft").fuses_lora
+    assert trainer(tmp_path, LORA, lora_backend="torch").fuses_lora
 
 
 def test_activated_adapters_and_compiled_models_stay_padded(tmp_path):

@@ -61,6 +61,9 @@ def _active() -> list[str]:
         "forward: packed where a check on the first rows finds it exact (packing), without zero-advantage rows",
         "log-probabilities (logprob_backend='auto'):",
         *(f"  {line}" for line in _heads()),
+        "LoRA layers (lora_backend='auto'):",
+        "  torch   chosen for plain adapters without dropout, on 4-bit and unquantized layers",
+        "  peft    for the others, with a warning that names the reason",
     ]
 
 

@@ -25,7 +25,7 @@ SETTINGS = [
 ]
 
 
-OFF = {"packing": "none", "skip_zero_advantage": False}
+OFF = {"packing": "none", "skip_zero_advantage": False, "lora_backend": "peft"}
 
 
 @pytest.mark.parametrize(("config", "peft_config", "config_class"), SETTINGS)

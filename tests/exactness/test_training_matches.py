@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LoraConfig
 
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
 from tests.training import logs_of, make_trainer, weights_of
@@ -40,4 +41,30 @@ def test_twenty_steps_follow_trls(tmp_path, loss):
     trained = weights_of(ours)
     for name, weight in weights_of(stock).items():
         torch.testing.assert_close(trained[name], weight, rtol=1e-4, atol=1e-6, msg=name)
+    assert any((start[name] - weight).abs().max() > 1e-3 for name, weight in trained.items())
+
+
+def test_adapters_follow_trls_through_scoring_checkpoints_and_a_resume(tmp_path):
+    config = CONFIG | {
+        "max_steps": 4,
+        "beta": 0.1,
+        "gradient_checkpointing": True,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "trainer_arguments": {"peft_config": LoraConfig(r=4, lora_alpha=12, target_modules="all-linear")},
+    }
+    classes = {"trainer_class": GRPOPlusTrainer, "config_class": GRPOPlusConfig}
+    stock = make_trainer(tmp_path / "stock", **config)
+    stock.train()
+    ours = make_trainer(tmp_path / "ours", **classes, **config)
+    assert ours.fuses_lora
+    start = weights_of(ours)
+    ours.train()
+    assert not any("forward" in vars(module) for module in ours.model.modules() if hasattr(module, "lora_A"))
+    resumed = make_trainer(tmp_path / "resumed", **classes, **config)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "ours" / "checkpoint-2"))
+    trained, again = weights_of(ours), weights_of(resumed)
+    for name, weight in weights_of(stock).items():
+        torch.testing.assert_close(trained[name], weight, rtol=1e-4, atol=1e-6, msg=name)
+        torch.testing.assert_close(again[name], trained[name], rtol=1e-5, atol=1e-7, msg=name)
     assert any((start[name] - weight).abs().max() > 1e-3 for name, weight in trained.items())

@@ -34,7 +34,7 @@ def test_a_plain_config_keeps_what_trl_does(tmp_path, base):
 
 
 def test_bfloat16_trains_what_trl_trains_to_the_last_bit(tmp_path, base):
-    off = {"adapter_dtype": "bfloat16", "packing": "none", "skip_zero_advantage": False}
+    off = {"adapter_dtype": "bfloat16", "packing": "none", "skip_zero_advantage": False, "lora_backend": "peft"}
     ours = make_qlora_trainer(tmp_path / "ours", base, **off)
     ours.train()
     trls = make_qlora_trainer(tmp_path / "trl", base, config_class=GRPOConfig, trainer_class=GRPOTrainer)

@@ -45,20 +45,6 @@ def frozen_logprob(score: Score, hidden: Tensor, targets: Tensor, head: Head) ->
     return _SinglePass.apply(score, hidden, targets, head, torch.is_grad_enabled() and hidden.requires_grad)
 
 
-def compute_dtype(hidden: Tensor) -> torch.dtype:
-    """Autocast's where it is on, else that of the hidden states."""
-    device = hidden.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-
-
-def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add left @ right to a float32 total without rounding the product to the factors' dtype first."""
-    if total.dtype != left.dtype and total.device.type == "cuda" and torch.__version__ >= "2.8":
-        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
-    else:
-        total.addmm_(left.to(total.dtype), right.to(total.dtype))
-
-
 def why_not(lm_head: nn.Module) -> str | None:
     """Why this head cannot be computed in a single pass; None if it can."""
     # LoRA, quantized layers and offloading each bring a forward of their own.

@@ -8,7 +8,8 @@ For a tile of rows, over the whole vocabulary at once:
 import torch
 from torch import Tensor
 
-from grpo_plus.kernels.linear_logprob.frozen import Head, add_product, compute_dtype, frozen_logprob
+from grpo_plus.kernels.linear_logprob.frozen import Head, frozen_logprob
+from grpo_plus.kernels.products import add_product, compute_dtype
 
 # Logits that live at a time; TRL's tile of 4096 x 32768 has as many bytes in bf16.
 TILE_BYTES = 2**28

@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from grpo_plus.kernels.linear_logprob.frozen import Head, add_product, compute_dtype, frozen_logprob
+from grpo_plus.kernels.linear_logprob.frozen import Head, frozen_logprob
+from grpo_plus.kernels.products import add_product, compute_dtype
 
 # Of a tile of logits: 128 MiB in bf16, half of TRL's. A multiple of 64 columns keeps every row of it aligned.
 ROWS = 4096

@@ -1,0 +1,122 @@
+"""PEFT's LoRA layers on `kernels.lora_linear` while a training lasts; their modules stay what and where they are.
+
+Only `forward` of the instances is another, and it asks at every call whether PEFT's own would do anything else than
+add one plain adapter: with the adapters disabled or merged, with another set of adapters, a hook or a dropout, it is
+PEFT's. State dicts, `disable_adapter`, `set_adapter`, merging, saving and loading see nothing of it.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grpo_plus.kernels.lora_linear import Base, lora_linear
+from grpo_plus.qlora.precision import has_adapters
+
+
+@contextmanager
+def fused_lora(model: nn.Module) -> Iterator[None]:
+    """Inside, every LoRA layer of the model that `unfit` has nothing against is computed by `kernels.lora_linear`."""
+    fused = {layer: MethodType(_forward, layer) for layer in _layers(model) if unfit(layer) is None}
+    for layer, forward in fused.items():
+        layer.forward = forward
+    try:
+        yield
+    finally:
+        for layer, forward in fused.items():
+            if vars(layer).get("forward") is forward:
+                del layer.forward
+
+
+def why_not_fused(model: Any) -> list[str]:
+    """Why layers of the model stay on PEFT's own forward, each reason once; empty where all can be fused."""
+    if not has_adapters(model):
+        return ["the model has no adapters"]
+    layers = list(_layers(model))
+    return list(dict.fromkeys(reason for layer in layers if (reason := unfit(layer)))) if layers else ["no LoRA layers"]
+
+
+def fits_any(model: Any) -> bool:
+    """Whether there is a layer to fuse."""
+    return has_adapters(model) and any(unfit(layer) is None for layer in _layers(model))
+
+
+def unfit(layer: Any) -> str | None:
+    """Why a LoRA layer, as it is now, is more than a frozen linear layer plus one plain adapter; None if it is not."""
+    base = layer.base_layer
+    if not _is_plain_linear(layer, base):
+        return f"{type(layer).__name__} over {type(base).__name__} is no linear layer that is known here"
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    if len(names) != 1:
+        return f"{len(names)} adapters are active"
+    name = names[0]
+    if name in layer.lora_variant:
+        return f"{type(layer.lora_variant[name]).__name__} is no plain LoRA"
+    if getattr(layer.lora_dropout[name], "p", 0.0) > 0:
+        return f"lora_dropout is {layer.lora_dropout[name].p}"
+    if layer.lora_B[name].bias is not None:
+        return "the adapters have biases (lora_bias)"
+    if base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
+        return "weights or biases of the base train"
+    if base.weight.device.type == "meta" or any(map(_is_hooked, (base, layer.lora_A[name], layer.lora_B[name]))):
+        return "parts of it are offloaded or have hooks"
+    return None
+
+
+def _layers(model: nn.Module) -> Iterator[Any]:
+    from peft.tuners.lora import LoraLayer
+
+    return (module for module in model.modules() if isinstance(module, LoraLayer))
+
+
+def _is_plain_linear(layer: Any, base: Any) -> bool:
+    kinds = {"Linear": nn.Linear} | ({"Linear4bit": _linear_4bit()} if type(base).__name__ == "Linear4bit" else {})
+    return (
+        type(layer).__module__.startswith("peft.tuners.lora.")
+        and type(base) is kinds.get(type(layer).__name__)
+        and not getattr(layer, "fan_in_fan_out", False)
+    )
+
+
+def _linear_4bit() -> type[nn.Module]:
+    from bitsandbytes.nn import Linear4bit
+
+    return Linear4bit
+
+
+def _is_hooked(module: Any) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in vars(module)
+    )
+
+
+def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    if args or kwargs or layer.disable_adapters or layer.merged or _mixes(layer, x) or unfit(layer) is not None:
+        return type(layer).forward(layer, x, *args, **kwargs)
+    name = next(name for name in layer.active_adapters if name in layer.lora_A)
+    base = Base(layer.base_layer, partial(_dense, layer.base_layer))
+    return lora_linear(x, base, layer.lora_A[name].weight, layer.lora_B[name].weight, scaling=layer.scaling[name])
+
+
+def _mixes(layer: Any, x: Tensor) -> bool:
+    """Whether autocast's dtype and that of a quantized layer's output would meet in a wider one: fp16 and bf16."""
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind) or type(layer.base_layer) is nn.Linear:
+        return False
+    return torch.promote_types(x.dtype, torch.get_autocast_dtype(kind)) != x.dtype
+
+
+def _dense(base: Any, dtype: torch.dtype) -> Tensor:
+    if type(base) is nn.Linear:
+        return base.weight.to(dtype)
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(base.weight.data, base.weight.quant_state).to(base.compute_dtype or dtype)
