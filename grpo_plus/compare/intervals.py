@@ -62,11 +62,11 @@ def differences(
     """Paired differences of mean scores, with simultaneous intervals.
 
     For each pair, d = mean over S seeds and N items of (first - second). Seeds and items are resampled with
-    replacement, independently of each other and alike for all pairs; the standard error is that of the resampled d,
-    times sqrt(S / (S - 1)), for a resample of few seeds varies too little. The bounds are d ± c * error with one c for
-    all pairs, the `level` quantile of the max-t statistic
+    replacement, independently of each other and alike for all pairs; `spread` is the standard deviation of the
+    resampled d. The bounds are  d ± c * spread * sqrt(S / (S - 1)),  for resamples of few seeds vary too little, with
+    one c for all pairs, the `level` quantile of the max-t statistic
 
-        max over pairs |resampled d - d| / error / sqrt(chi2 / (S - 1))
+        max over pairs |resampled d - d| / spread / sqrt(chi2 / (S - 1))
 
     where the chi2 draw with S - 1 degrees of freedom is what is not known about an error that S runs tell. So all
     intervals hold together with the probability `level`, and a single pair has the t interval where seeds alone
@@ -112,10 +112,10 @@ def _bounds(values: Tensor, estimates: Tensor, level: float, resamples: int) -> 
     by_item = _counts(resamples, items, generator)
     by_run = values @ by_item.T  # (C, S, B): small beside all items of all resamples
     deviations = (by_run * by_seed.T).sum(1).T - estimates  # (B, C)
-    error = deviations.square().mean(0).sqrt() * math.sqrt(seeds / (seeds - 1))
+    spread = deviations.square().mean(0).sqrt()
     unknown = _chi_square(resamples, seeds - 1, generator) / (seeds - 1)
-    studentized = deviations.abs() / error.where(error > 0, 1.0) / unknown.sqrt().unsqueeze(1)
-    margin = studentized.amax(1).quantile(level) * error
+    studentized = deviations.abs() / spread.where(spread > 0, 1.0) / unknown.sqrt().unsqueeze(1)
+    margin = studentized.amax(1).quantile(level) * spread * math.sqrt(seeds / (seeds - 1))
     return estimates - margin, estimates + margin
 
 
