@@ -1,10 +1,14 @@
-"""The machine and versions that every result file names."""
+"""The machine and versions that every result file names, and what a call takes on it."""
 
 import os
 import platform
+import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import torch
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -25,3 +29,33 @@ def _processor() -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def seconds(call: Callable[[], object], device: str) -> float:
+    """What a call takes: seconds of the process on a CPU, which others share; on a GPU until it has finished."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    clock = time.process_time if device == "cpu" else time.perf_counter
+    start = clock()
+    call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return clock() - start
+
+
+def peak_mb(call: Callable[[], object], device: str) -> float:
+    """MB that a call holds at its peak above what was there before."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    resident = _status("VmRSS")
+    call()
+    return (_status("VmHWM") - resident) / 1024
+
+
+def _status(field: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return float(next(line.split()[1] for line in lines if line.startswith(field)))

@@ -17,14 +17,15 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from pathlib import Path
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
 import torch
 
-from benchmarks.machine import RESULTS, describe
+from benchmarks.machine import RESULTS, describe, peak_mb, seconds
+from grpo_plus.qlora.lora_layers import fused_lora
 
 SHAPES = ((128, 128, 8), (512, 256, 8), (1024, 128, 8), (2048, 256, 8), (64, 512, 8), (512, 1024, 16))
 VARIANTS = ("full", "checkpointing", "lora", "nf4")
@@ -119,22 +120,24 @@ def _case(shape: tuple[int, int, int], variant: str, side: str, device: str, rep
     """`side` both: check and time; otherwise the peak of one side alone."""
     groups = 5 if variant == "dead" else 1
     batches = [_rows(shape, device, seed, dead=seed in (1, 3) and groups > 1) for seed in range(groups)]
-    with patch("trl.trainer.utils._use_triton", return_value=True):
+    with patch("trl.trainer.utils._use_triton", return_value=True), ExitStack() as training:
         sides = ("trl", "plus") if side == "both" else (side,)
         trainers = {name: _trainer(name, shape, variant, device) for name in sides}
+        if "plus" in trainers and trainers["plus"].fuses_lora:  # as train() does
+            training.enter_context(fused_lora(trainers["plus"].model))
         if side != "both":
             return {"peak_mb": _peak(trainers[side], batches, device)}
         gradients = {name: _update(trainer, batches) for name, trainer in trainers.items()}
         error = float((gradients["plus"] - gradients["trl"]).norm() / gradients["trl"].norm())
         if error > TOLERANCE[device]:
             raise SystemExit(f"gradients differ by {error:.1e}")
-        seconds: dict[str, list[float]] = {name: [] for name in trainers}
+        taken: dict[str, list[float]] = {name: [] for name in trainers}
         for _ in range(repeats):
             for name, trainer in trainers.items():
-                seconds[name].append(_seconds(trainer, batches, device))
+                taken[name].append(seconds(partial(_run, trainer, batches), device))
     ratios = trainers["plus"]._metrics["train"]["packing/token_ratio"][-groups:]
     return {
-        "seconds": seconds,
+        "seconds": taken,
         "gradient_error": error,
         "token_ratio": len(ratios) / sum(1 / ratio for ratio in ratios),
         "packing": trainers["plus"].packer.describe(),
@@ -221,21 +224,14 @@ def _model(variant: str, device: str) -> Any:
 
 def _update(trainer: Any, batches: list[dict[str, Any]]) -> torch.Tensor:
     """The gradient of all micro-batches, in one vector."""
-    trainer.model.zero_grad()
-    for inputs in batches:
-        trainer._compute_loss(trainer.model, inputs).backward()
+    _run(trainer, batches)
     return torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.requires_grad]).float()
 
 
-def _seconds(trainer: Any, batches: list[dict[str, Any]], device: str) -> float:
-    clock = time.process_time if device == "cpu" else time.perf_counter
-    start = clock()
+def _run(trainer: Any, batches: list[dict[str, Any]]) -> None:
     trainer.model.zero_grad()
     for inputs in batches:
         trainer._compute_loss(trainer.model, inputs).backward()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return clock() - start
 
 
 def _peak(trainer: Any, batches: list[dict[str, Any]], device: str) -> float:
@@ -243,19 +239,7 @@ def _peak(trainer: Any, batches: list[dict[str, Any]], device: str) -> float:
     if device == "cuda":
         _update(trainer, batches)  # without the first launches' workspaces
         trainer.model.zero_grad()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        _seconds(trainer, batches, device)
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-    before = _status("VmRSS")
-    _seconds(trainer, batches, device)
-    return (_status("VmHWM") - before) / 1024
-
-
-def _status(field: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return float(next(line.split()[1] for line in lines if line.startswith(field)))
+    return peak_mb(partial(_run, trainer, batches), device)
 
 
 if __name__ == "__main__":

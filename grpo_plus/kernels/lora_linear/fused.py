@@ -65,9 +65,11 @@ class _LoraLinear(torch.autograd.Function):
         grad_y = grad_y.reshape(-1, grad_y.shape[-1])
         grad_x = grad_a = grad_b = None
         with torch.autocast(grad_y.device.type, enabled=False):
-            grad_small = torch.mm(grad_y.to(dtype), b.to(dtype)).mul_(ctx.scaling)
+            grad = grad_y.to(dtype)  # a copy where the adapter is wider than its layer
+            grad_small = torch.mm(grad, b.to(dtype)).mul_(ctx.scaling)
             if ctx.needs_input_grad[2]:
-                grad_b = torch.mm(grad_y.to(dtype).t(), small).mul_(ctx.scaling).to(b.dtype)
+                grad_b = torch.mm(grad.t(), small).mul_(ctx.scaling).to(b.dtype)
+            del grad
             if x is not None:
                 grad_a = torch.mm(grad_small.t(), x.reshape(-1, x.shape[-1]).to(dtype)).to(a.dtype)
             if ctx.needs_input_grad[0]:
