@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from grpo_plus.expected import shape_and_run
 from grpo_plus.planner import Constants, advise, plan
 from grpo_plus.planner.constants import GIB
+from grpo_plus.planner.memory import NF4, NF4_NESTED
 from grpo_plus.planner.run import flags
 from grpo_plus.qlora.frozen import WARNS, sample
 from grpo_plus.qlora.precision import adapter_parameters, bits_of
@@ -123,7 +124,7 @@ def _wide_embeddings(model: Any, args: Any) -> str | None:
     wide = [weight for weight in _embeddings(model) if weight.dtype == torch.float32 and not weight.requires_grad]
     if not bits_of(model) or not wide:
         return None
-    spare = sum(weight.numel() * 2 for weight in {id(weight): weight for weight in wide}.values()) / 2**30
+    spare = sum(weight.numel() * 2 for weight in {id(weight): weight for weight in wide}.values()) / GIB
     return (
         f"The embeddings are float32, and with them the residual stream and the cache of the generation; in bf16 the "
         f"embeddings alone take {spare:.2f} GiB less. Load the model with dtype='bfloat16' (--dtype bfloat16)."
@@ -146,7 +147,7 @@ def _single_quantization(model: Any, args: Any) -> str | None:
         return None
     size = sum(_elements(weight) for weight in model.parameters() if getattr(weight, "quant_state", None) is not None)
     return (
-        f"No double quantization: the scales take {size * (0.5625 - 0.5159) / 2**30:.2f} GiB more than they need. Set "
+        f"No double quantization: the scales take {size * (NF4 - NF4_NESTED) / GIB:.2f} GiB more than they need. Set "
         "bnb_4bit_use_double_quant=True (--use_bnb_nested_quant)."
     )
 

@@ -30,6 +30,14 @@ def test_the_recipe_is_made_of_hugging_face_objects():
     assert (recipe.config["optim"], recipe.config["gradient_checkpointing"]) == ("adamw_8bit", True)
 
 
+def test_every_argument_reaches_the_object_it_belongs_to():
+    recipe = qlora(r=4, alpha=5, target_modules=["q_proj"], double_quant=False, optim="sgd")
+    lora = recipe.peft_config
+    assert (lora.r, lora.lora_alpha, lora.target_modules) == (4, 5, {"q_proj"})
+    assert recipe.quantization_config.bnb_4bit_use_double_quant is False
+    assert recipe.config["optim"] == "sgd"
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_the_flags_of_the_command_line_give_the_same_objects(dtype):
     recipe, flags = qlora(dtype=dtype), qlora_flags() | {"dtype": dtype}

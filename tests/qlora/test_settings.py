@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
 from grpo_plus.expected import shape_and_run
 from grpo_plus.planner import Run, plan, shape_of
-from grpo_plus.qlora import setting_check
+from grpo_plus.qlora import setting_check, settings
 from tests.qlora.models import lora, make_qlora_trainer
 from tests.training import make_trainer
 
@@ -124,6 +124,18 @@ def test_what_hurts_is_one_hint_with_its_remedy(tmp_path, base, caplog, model, a
     assert len(hints) == 1
     assert re.search(hint, hints[0])
     assert hints[0] in caplog.text
+
+
+def test_the_bytes_in_the_hints_are_those_that_the_remedy_saves(tmp_path, base, monkeypatch):
+    monkeypatch.setattr(settings, "GIB", 1)
+    wide = get_peft_model(quantized(base, dtype=torch.float32), lora())
+    _, hints = setting_check(wide, make_qlora_trainer(tmp_path, wide).args)
+    # 100 tokens x 64, in and out; two bytes less each.
+    assert "the embeddings alone take 25600.00 GiB less" in hints[0]
+    single = get_peft_model(quantized(base, bnb_4bit_use_double_quant=False), lora())
+    _, hints = setting_check(single, make_qlora_trainer(tmp_path, single).args)
+    # 131 072 weights at 0.5625 bytes and at 0.5 + 1/64 + 4/16384
+    assert f"the scales take {131_072 * (3 / 64 - 1 / 4096):.2f} GiB more" in hints[0]
 
 
 def test_adapters_above_an_ordinary_base_have_a_screen_too(tmp_path):

@@ -1,0 +1,134 @@
+"""Every term of the arithmetic by hand, each where it decides."""
+
+from typing import Any
+
+import pytest
+
+from grpo_plus.planner import QLORA, Constants, Run, plan, shape_of
+from grpo_plus.planner.activations import attention_activations, weight_copies
+from tests.planner.configs import QWEN3_4B
+
+EXACT = Constants(context_bytes=0, fragmentation=1)
+LORA: dict[str, Any] = {"lora_r": 16, "adapter_dtype": "bfloat16", "dtype": "bfloat16", "packing": "none"}
+ONE_ROW: dict[str, Any] = {"per_device_train_batch_size": 1, "num_generations": 1}
+QWEN = shape_of(QWEN3_4B)
+HIDDEN, LAYERS, QUERY, KEYS, WIDTH, VOCAB = 2560, 36, 4096, 1024, 9728, 151_936
+LINEAR = LAYERS * (HIDDEN * (2 * QUERY + 2 * KEYS) + 3 * HIDDEN * WIDTH)
+
+
+def phases(run: Run, config: dict[str, Any] = QWEN3_4B) -> Any:
+    return plan(shape_of(config), run, constants=EXACT).phases
+
+
+def test_loading_holds_the_largest_tensor_twice():
+    assert phases(Run(**LORA))["load"]["being loaded"] == 2 * VOCAB * HIDDEN
+    small_vocabulary = QWEN3_4B | {"vocab_size": 128}
+    assert phases(Run(**LORA), small_vocabulary)["load"]["being loaded"] == 2 * HIDDEN * WIDTH
+    experts = small_vocabulary | {
+        "model_type": "qwen3_moe",
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 768,
+    }
+    assert phases(Run(**LORA), experts)["load"]["being loaded"] == 2 * 8 * 3 * HIDDEN * 768
+
+
+def test_the_unfused_adam_copies_what_trains():
+    run = Run(**LORA, optim="adamw_torch")
+    assert phases(run)["optimizer"]["optimizer copies"] == 2 * QWEN.lora(16)
+    assert "optimizer copies" not in phases(Run(**LORA, optim="adamw_torch_fused"))["optimizer"]
+
+
+def test_linear_attention_remembers_a_state_and_no_positions():
+    config = QWEN3_4B | {
+        "model_type": "qwen3_5_text",
+        "num_hidden_layers": 3,
+        "layer_types": ["linear_attention"] * 3,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_num_value_heads": 4,
+        "linear_value_head_dim": 8,
+        "linear_conv_kernel_dim": 4,
+    }
+    # Convolution: 4 steps of 2 x 16 + 32 channels; recurrence: 4 heads of 8 x 8. In float32, for 8 rows and 3 layers.
+    state = 8 * 3 * 4 * (4 * 64 + 4 * 64)
+    for length in (64, 512):
+        run = Run(**LORA, max_completion_length=length, prompt_length=1)
+        assert phases(run, config)["generate"]["KV cache"] == state
+
+
+def test_prompts_that_are_long_bind_the_prefill():
+    generate = phases(Run(**LORA, prompt_length=2048, max_completion_length=1))["generate"]
+    tokens = 8 * 2048
+    assert generate["KV cache"] == tokens * LAYERS * 2 * KEYS * 2
+    # The residual twice and the MLP's three halves, and a mask of one byte per pair.
+    assert generate["activations"] == tokens * (2 * HIDDEN + 3 * WIDTH) * 2 + 8 * 2048**2
+    assert "logits" not in generate
+
+
+def test_the_last_token_has_the_whole_cache_one_layers_keys_twice_and_logits():
+    generate = phases(Run(**LORA, prompt_length=64, max_completion_length=960))["generate"]
+    assert generate["KV cache"] == 8 * 1024 * LAYERS * 2 * KEYS * 2
+    assert generate["activations"] == 8 * 1024 * KEYS * 2
+    assert generate["logits"] == 8 * VOCAB * (2 + 3 * 4)
+
+
+def test_the_cache_of_a_float32_model_that_autocast_reaches_is_half_in_float32():
+    """Rotary embeddings in float32 widen the keys; PEFT's generation runs beneath autocast, where both are wide."""
+    settings: dict[str, Any] = {"packing": "none", "prompt_length": 64, "max_completion_length": 960}
+    assert phases(Run(**settings))["generate"]["KV cache"] == 8 * 1024 * LAYERS * KEYS * (4 + 2)
+    assert phases(Run(**settings, lora_r=16))["generate"]["KV cache"] == 8 * 1024 * LAYERS * KEYS * (4 + 4)
+    assert phases(Run(**settings, bf16=False))["generate"]["KV cache"] == 8 * 1024 * LAYERS * KEYS * (4 + 4)
+
+
+def test_scoring_binds_in_a_layer_or_in_the_head():
+    rows = {"prompt_length": 1024, "max_completion_length": 8}
+    long_prompts = phases(Run(**LORA, **rows, beta=0.04))["score"]
+    tokens = 8 * 1032
+    assert long_prompts["activations"] == tokens * (2 * HIDDEN + 3 * WIDTH) * 2 + 8 * 1032**2
+    assert "logits" not in long_prompts
+    narrow = QWEN3_4B | {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 1, "num_key_value_heads": 1}
+    rows = {"prompt_length": 1, "max_completion_length": 64}
+    score = phases(Run(**LORA, **rows, beta=0.04), narrow)["score"]
+    assert score["activations"] == 8 * 65 * 64 * (2 + 4)
+    assert score["logits"] == 8 * 64 * 32768 * 2 + 8 * 64 * 64 * 2
+
+
+@pytest.mark.parametrize("lora_r", [None, 16])
+def test_the_head_of_a_model_that_trains_has_a_gradient_of_its_own(lora_r):
+    narrow = QWEN3_4B | {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 1, "num_key_value_heads": 1}
+    run = Run(**LORA | {"lora_r": lora_r}, prompt_length=1, max_completion_length=64)
+    tile = 8 * 64 * 32768 * 2
+    hidden = 8 * 65 * 64 * (4 + 2 * 2) + 8 * 64 * 64 * (2 * 2 + 4)
+    trained = 0 if lora_r else VOCAB * 64 * (4 + 2)
+    assert phases(run, narrow)["update"]["logits"] == tile + hidden + trained
+
+
+def test_autocast_keeps_a_half_precision_copy_of_every_trained_weight():
+    rows = ONE_ROW | {"prompt_length": 1, "max_completion_length": 1, "packing": "none"}
+    assert phases(Run(**rows))["update"]["one layer"] == 2 * LINEAR
+    assert phases(Run(**rows, bf16=False))["update"].get("one layer", 0) < 2 * LINEAR
+
+
+def test_attention_of_a_shared_prompt_saves_it_once_and_a_copy_for_each_completion():
+    run = Run(**QLORA, prompt_length=100, max_completion_length=20, per_device_train_batch_size=8, num_generations=4)
+    # Two prompts attend to themselves: queries and output, keys and values. Eight completions of 20 attend to 120 places,
+    # keys and values repeated for every query head; one mask serves them all.
+    expected = 2 * (2 * 100 * 2 * (QUERY + KEYS) + 8 * QUERY * (2 * 20 + 2 * 120) + 20 * 120)
+    assert attention_activations(QWEN, QWEN.layers[0], run) == expected
+
+
+@pytest.mark.parametrize(("packing", "scores"), [("none", 8 * 120 * 120), ("shared_prompt", 8 * 20 * 120 + 100 * 100)])
+def test_eager_attention_saves_its_scores_twice(packing, scores):
+    gemma2 = QWEN3_4B | {"model_type": "gemma2", "head_dim": 256, "num_attention_heads": 8, "sliding_window": 4096}
+    shape = shape_of(gemma2)
+    run = Run(**LORA | {"packing": packing}, prompt_length=100, max_completion_length=20)
+    expected = scores * 8 * (4 + 2) + 8 * 120 * 4 * (8 * 256) * 2
+    assert attention_activations(shape, shape.layers[0], run) == expected
+
+
+def test_adapters_of_experts_are_multiplied_out_and_added():
+    mixtral = QWEN3_4B | {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+    shape = shape_of(mixtral)
+    assert weight_copies(shape, shape.layers[0], Run(**LORA)) == 2 * 2 * (4 * 3 * HIDDEN * WIDTH)
+    assert weight_copies(QWEN, QWEN.layers[0], Run(**LORA)) == 0
