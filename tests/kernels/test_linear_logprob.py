@@ -192,6 +192,30 @@ def test_a_nearly_certain_token_keeps_its_gradient_in_bf16(linear_logprob):
     assert_close("gradient", hidden.grad, torch.tensor([[8 * rest, -rest]]), rtol=1e-2)
 
 
+@pytest.mark.triton
+def test_in_float16_the_others_of_a_nearly_certain_token_keep_their_digits():
+    # The others' probability, 3e-7, has three bits in float16. Relative to the largest of the others it has all.
+    weight = torch.tensor([[64.0, 0.0], [0.0, 64.0]], dtype=torch.float16)
+    hidden = torch.tensor([[0.234375, 0.0]], dtype=torch.float16, requires_grad=True)
+    backends.backend("triton")(hidden, weight, torch.tensor([0]))[0].sum().backward()
+    rest = 1 / (1 + math.exp(15))
+    assert_close("gradient", hidden.grad, torch.tensor([[64 * rest, -64 * rest]]), rtol=2e-3)
+
+
+@every_frozen
+def test_advantages_per_token_and_ignored_positions(small_tiles, linear_logprob):
+    hidden, weight, _, targets = head(12, 8, 333)
+    advantages, mask = torch.randn(3, 4), torch.tensor([4, 1, 2])[:, None] > torch.arange(4)
+    gradients = []
+    for implementation in (linear_logprob, reference.linear_logprob):
+        states = hidden.detach().view(3, 4, 8).requires_grad_()
+        logps, _ = implementation(states[mask], weight, targets.view(3, 4)[mask])
+        (advantages * torch.zeros(3, 4).masked_scatter(mask, logps)).sum().backward()
+        gradients.append(states.grad)
+    assert_close("gradient", *gradients, rtol=1e-5)
+    assert not gradients[0][~mask].any()
+
+
 @every
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_no_tokens_still_give_a_gradient_of_zero(linear_logprob, dtype):
