@@ -79,6 +79,7 @@ def test_dead_slots_are_filled_and_the_final_batch_is_trained_and_shown(tmp_path
         assert [reward == judge.dead for reward in table["judge"]] == [is_dead(prompt) for prompt in table["prompt"]]
 
 
+@pytest.mark.newest_trl
 def test_the_cost_is_logged_and_refills_stop_when_no_group_is_dead(tmp_path, capsys):
     judge = Judge()
     trainer = refilling(tmp_path, judge, max_refills=5, max_steps=4)
@@ -187,6 +188,7 @@ def test_rounding_in_trls_advantages_is_no_life(tmp_path, capsys):
     assert sampling(trainer, "dead_groups") == [1.0]
 
 
+@pytest.mark.newest_trl
 def test_a_modifier_decides_what_is_dead(tmp_path, capsys):
     def brief(completions, **_):
         return [-float(len(text)) for text in completions]
@@ -224,6 +226,7 @@ def test_a_group_of_equal_steps_is_dead_and_steps_move_with_their_completions(tm
         torch.testing.assert_close(output["advantages"].double(), per_token.double(), rtol=0, atol=1e-4)
 
 
+@pytest.mark.newest_trl
 def test_memory_is_of_the_final_batches_only(tmp_path, capsys):
     trainer = refilling(tmp_path, Judge(), advantage_estimator="ema_task", task_column="task")
     trainer.train()

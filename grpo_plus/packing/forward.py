@@ -17,7 +17,11 @@ from transformers import PreTrainedModel
 
 from grpo_plus.packing.attention import Segments, install_segments
 from grpo_plus.packing.cached import PromptReader, PromptRecord, checkpoints_with_cache
-from grpo_plus.packing.layout import IGNORED, Group, Span, pack
+from grpo_plus.packing.layout import IGNORED, Group, Span, pack, passes
+
+# Completions go through the cache in parts of similar length where that saves more tokens of padding than this for each
+# part: what a pass costs beside its tokens, on a CPU, forward and backward.
+PASS_TOKENS = 64
 
 Logps = tuple[Tensor, Tensor]  # log-probabilities and entropies, (M,) each, of the scored tokens in packed order
 Head = Callable[[PreTrainedModel, Tensor, Tensor], Logps]  # base model, (M, H) hidden states, (M,) targets
@@ -97,38 +101,57 @@ def _run_cached(
 
 
 def _run_group(group: Group, head: Head | None, model: PreTrainedModel, forward: Callable[..., Any]) -> Logps:
-    config, device = model.config.get_text_config(), model.device
-    shared, rows = len(group.prompt) - 1, len(group.rows)
-    cache = None
+    shared, record = len(group.prompt) - 1, PromptRecord(model.config.get_text_config())
     if shared:
-        record = PromptRecord(config)
         model.base_model(
-            input_ids=group.prompt[None, :-1].to(device),
-            position_ids=torch.arange(shared, device=device)[None],
+            input_ids=group.prompt[None, :-1].to(model.device),
+            position_ids=torch.arange(shared, device=model.device)[None],
             past_key_values=record,
             use_cache=True,
         )
-        cache = PromptReader(config, record, rows, shared)
-    length = _cached_length(group)
-    ids = torch.zeros(rows, length, dtype=torch.long)
-    labels = torch.full((rows, length), IGNORED)
-    for index, completion in enumerate(group.completions):
-        ids[index, : len(completion)] = group.continuation(index)
+    parts = passes(_cached_lengths(group), PASS_TOKENS)
+    scores = [_run_completions(group, rows, record, head, model, forward) for rows in parts]
+    order = [row for rows in parts for row in rows]
+    logps, entropies = (_in_order(torch.cat(values), group, order) for values in zip(*scores, strict=True))
+    return logps, entropies
+
+
+def _run_completions(
+    group: Group,
+    rows: Sequence[int],
+    record: PromptRecord,
+    head: Head | None,
+    model: PreTrainedModel,
+    forward: Callable[..., Any],
+) -> Logps:
+    """Some of the group's completions, padded to one length, after its prompt."""
+    shared, length = len(group.prompt) - 1, max(_cached_lengths(group)[row] for row in rows)
+    ids = torch.zeros(len(rows), length, dtype=torch.long)
+    labels = torch.full((len(rows), length), IGNORED)
+    for index, row in enumerate(rows):
+        completion = group.completions[row]
+        ids[index, : len(completion)] = group.continuation(row)
         labels[index, : len(completion)] = completion
     return _score(
         model,
         forward,
         head,
         labels,
-        input_ids=ids.to(device),
-        position_ids=torch.arange(shared, shared + length, device=device).expand(rows, -1),
-        past_key_values=cache,
+        input_ids=ids.to(model.device),
+        position_ids=torch.arange(shared, shared + length, device=model.device).expand(len(rows), -1),
+        past_key_values=PromptReader(model.config.get_text_config(), record, len(rows), shared) if shared else None,
     )
 
 
-def _cached_length(group: Group) -> int:
+def _in_order(values: Tensor, group: Group, order: Sequence[int]) -> Tensor:
+    """The scored tokens' values, which come row by row in that order, in the group's."""
+    by_row = dict(zip(order, values.split([len(group.completions[row]) for row in order]), strict=True))
+    return torch.cat([by_row[row] for row in range(len(order))])
+
+
+def _cached_lengths(group: Group) -> list[int]:
     # A recurrent layer takes a single token for a step of generation and writes to its cache.
-    return max(2, max(map(len, group.completions)))
+    return [max(2, len(completion)) for completion in group.completions]
 
 
 def _score(
@@ -152,7 +175,11 @@ def _packed_tokens(groups: Sequence[Group]) -> int:
 
 
 def _cached_tokens(groups: Sequence[Group]) -> int:
-    return sum(len(group.prompt) - 1 + len(group.rows) * _cached_length(group) for group in groups)
+    return sum(len(group.prompt) - 1 + _padded_tokens(_cached_lengths(group)) for group in groups)
+
+
+def _padded_tokens(lengths: Sequence[int]) -> int:
+    return sum(len(rows) * max(lengths[row] for row in rows) for rows in passes(lengths, PASS_TOKENS))
 
 
 SEGMENTS = Form("shared_prompt", "segment attention", True, _run_segments, _packed_tokens)

@@ -11,6 +11,7 @@ at most one label: the next token of its own completion.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -142,6 +143,21 @@ def _span(start: int, shared: int, lengths: list[int]) -> Span:
     inside = columns < counts.unsqueeze(1)
     padded = torch.minimum((ends - counts).unsqueeze(1) + columns, ends.unsqueeze(1) - 1)
     return Span(start, start + shared, tuple(ends.tolist()), padded, inside.flatten().nonzero().squeeze(1))
+
+
+def passes(lengths: Sequence[int], per_pass: int) -> list[list[int]]:
+    """Which rows to pad to one length: the partition with the fewest padded tokens, a further part counted as so many.
+
+    Returns:
+        Indices into `lengths`, shorter rows in earlier parts.
+    """
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    best: list[tuple[int, list[int]]] = [(0, [])]  # of the n shortest rows: tokens, and where the parts begin
+    for end, longest in enumerate(order, 1):
+        costs = [cost + per_pass + (end - start) * lengths[longest] for start, (cost, _) in enumerate(best)]
+        start = costs.index(min(costs))
+        best.append((costs[start], [*best[start][1], start]))
+    return [order[start:end] for start, end in pairwise([*best[-1][1], len(order)])]
 
 
 def scored(groups: Sequence[Group], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:

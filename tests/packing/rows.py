@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from tests.packing.models import VOCABULARY
 
 PROMPT, COMPLETION = 23, 17
-LENGTHS = {23: (17, 0, 1, 9), 14: (5, 2), 1: (3, 4), 22: (6,)}  # prompt length: lengths of its completions
+LENGTHS = {23: (17, 0, 9, 1), 14: (2, 5), 1: (3, 4), 22: (6,)}  # prompt length: lengths of its completions
 
 
 def padded_batch(lengths: dict[int, tuple[int, ...]] | None = None) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo_plus.packing.layout import IGNORED, group_rows, pack, scored, unpack
+from grpo_plus.packing.layout import IGNORED, group_rows, pack, passes, scored, unpack
 
 P, T = 5, 4
 
@@ -91,3 +91,12 @@ def test_a_completion_without_a_prompt_cannot_be_packed():
     ids = torch.tensor([[0, 0, 7, 8]])
     assert group_rows(ids, (ids > 0).long(), 2) is None
     assert group_rows(ids, torch.zeros_like(ids), 2) == []  # with nothing to score, no prompt is missed
+
+
+def test_rows_share_a_pass_where_padding_costs_less_than_another():
+    # Alone: 3 passes and 2 + 5 + 9 tokens. The short ones together: 2 passes and 2 * 5 + 9. All: 1 and 3 * 9.
+    lengths = [9, 2, 5]
+    assert passes(lengths, 2) == [[1], [2], [0]]  # 22, not 23
+    assert passes(lengths, 4) == [[1, 2], [0]]  # 27, not 28
+    assert passes(lengths, 9) == [[1, 2, 0]]  # 36, not 37
+    assert passes([3], 5) == [[0]]

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from tests.processes.jobs import JOBS
 
@@ -16,7 +17,17 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory) -> Path:
     """A folder per job, with what each rank wrote into it."""
-    folder = tmp_path_factory.mktemp("runs")
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "runs"
+    done = folder / "done"
+    with FileLock(f"{folder}.lock"):  # the suite's workers share one launch
+        if not done.exists():
+            launch(folder)
+            done.touch()
+    return folder
+
+
+def launch(folder: Path) -> None:
     # `--cpu` would ask for MPI; this launcher is torchrun, and use_cpu=True makes the processes meet over gloo.
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
@@ -24,4 +35,3 @@ def runs(tmp_path_factory) -> Path:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
-    return folder

@@ -12,8 +12,6 @@ from tests.advantages.cases import rewards_of
 from tests.processes.jobs import job
 from tests.refilling import Judge, expected_batches, groups_of, is_dead
 
-pytestmark = pytest.mark.xdist_group("processes")
-
 # 6 rows a rank, groups of 4: the second of three groups has two rows on each rank.
 SPLIT = {"num_generations": 4, "per_device_train_batch_size": 6}
 TABLES = {

@@ -9,8 +9,6 @@ import torch
 from tests.close import assert_close
 from tests.processes.jobs import job
 
-pytestmark = pytest.mark.xdist_group("processes")
-
 CONFIG = {
     "num_generations": 4,
     "per_device_train_batch_size": 6,
