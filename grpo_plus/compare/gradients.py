@@ -121,8 +121,9 @@ class _Estimator:
             self.newest = estimate(
                 config.advantage_estimator, rewards, config.advantage_kwargs, modifiers=config.advantage_modifiers
             )
-        except ValueError as error:
-            self.refused = str(error)
+        # Any error of the user's estimator: its arms will say the same, and the others must not pay for it.
+        except Exception as error:
+            self.refused = f"{type(error).__name__}: {error}"
         else:
             self.advantages += rewards.per_completion(self.newest).flatten().tolist()
 

@@ -1,5 +1,6 @@
 """What a comparison shows, in words, and nothing that its intervals do not show."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -48,6 +49,8 @@ class Verdict:
         seeds = len(self.comparison.paired_seeds)
         if len(self.means) == 1:
             return [*lines, "One variant has finished: there is nothing to compare it with."]
+        if math.isnan(next(iter(self.means.values())).estimate):
+            return [*lines, f"No held-out item has a `{self.score}` in every arm, so no difference is claimed."]
         if seeds < FEWEST_SEEDS:
             return [*lines, f"{_count(seeds, 'seed')}: too few for intervals over runs, so no difference is claimed."]
         shown = [difference for difference in self.differences if difference.interval.excludes_zero]

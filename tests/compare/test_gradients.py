@@ -96,6 +96,19 @@ def test_what_an_estimator_refuses_is_its_own_affair(tmp_path):
     assert set(found.snr) == {"rloo", "maxrl"}
 
 
+def unfinished(rewards):
+    raise NotImplementedError("later")
+
+
+def test_an_estimator_that_raises_whatever_error_is_its_own_affair(tmp_path):
+    task = small_task()
+    names = ("rloo", f"{__name__}.unfinished")
+    configs = {name: task.config(advantage_estimator=name, output_dir=str(tmp_path)) for name in names}
+    found = measure_start(task.trainer(task.start(), configs["rloo"]), configs)
+    assert found.refused == {names[1]: "NotImplementedError: later"}
+    assert set(found.snr) == {"rloo"}
+
+
 def test_gradients_that_are_too_large_to_keep_are_skipped_with_the_reason(tmp_path, monkeypatch):
     monkeypatch.setattr("grpo_plus.compare.gradients.NUMBERS", 1000)
     task = small_task()

@@ -115,6 +115,15 @@ def test_items_that_nothing_judged_are_left_out_in_every_arm(tmp_path):
         comparison_of(tmp_path / "b", {"a": [[1.0, 0.0]], "b": [[0.0]]}).scores("accuracy")
 
 
+def test_a_score_that_no_item_has_in_every_arm_is_said_to_be_missing(tmp_path):
+    nan = float("nan")
+    comparison = comparison_of(tmp_path, {"a": [[nan, nan]] * 3, "b": [[0.0, 1.0]] * 3})
+    assert in_short(comparison)[1] == "No held-out item has a `accuracy` in every arm, so no difference is claimed."
+    page, summary, *_ = write_comparison(comparison, tmp_path)
+    assert "nothing was judged" in summary.read_text(encoding="utf-8")
+    assert "differences of up to" not in page.read_text(encoding="utf-8")
+
+
 def test_a_baseline_is_compared_with_each_other_and_a_wrong_one_is_refused(tmp_path):
     comparison = comparison_of(tmp_path, {"a": noisy(0.2, 3), "b": noisy(0.3, 3), "c": noisy(0.4, 3)})
     assert [(d.first, d.second) for d in Verdict(comparison, "accuracy", "b").differences] == [("a", "b"), ("c", "b")]
