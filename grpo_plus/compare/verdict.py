@@ -79,6 +79,11 @@ class Verdict:
         widest = max(self.differences, key=lambda d: max(abs(d.interval.low), abs(d.interval.high)))
         bound = max(abs(widest.interval.low), abs(widest.interval.high))
         compared = _count(len(self.differences), "comparison")
+        if bound == 0:
+            return (
+                f"No difference in `{self.score}` is shown: {compared}, and every arm of a seed has the same score on "
+                "every held-out item. More steps, or another score, may tell them apart."
+            )
         return (
             f"No difference in `{self.score}` is shown: {compared}, and every {LEVEL:.0%} interval includes 0. That "
             f"does not show that there is none: differences of up to {bound:.3f} "

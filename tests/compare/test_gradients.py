@@ -84,6 +84,23 @@ def test_the_gradients_are_those_of_the_policy_gradient(tmp_path):
     assert len(found.advantages["grpo"]) == 16 * 4
 
 
+def test_no_more_rows_than_in_training_go_through_the_model_at_once(tmp_path):
+    found, rows = [], []
+    for at_once in (8, 3, 1):
+        config = {"per_device_train_batch_size": at_once, "generation_batch_size": 24, "output_dir": str(tmp_path)}
+        task = small_task()
+        config = task.config(advantage_estimator="rloo", packing="none", **config)
+        trainer = task.trainer(task.start(), config)
+        trainer.model.get_input_embeddings().register_forward_hook(
+            lambda module, given, output: rows.append(len(output)) if output.requires_grad else None
+        )
+        found.append(measure_start(trainer, {"rloo": config}))
+        assert 0 < max(rows) <= at_once
+        rows.clear()
+    assert found[1].snr["rloo"] == pytest.approx(found[0].snr["rloo"], rel=1e-4)
+    assert found[2].snr["rloo"] == pytest.approx(found[0].snr["rloo"], rel=1e-4)
+
+
 def test_what_an_estimator_refuses_is_its_own_affair(tmp_path):
     task = small_task()
     configs = {

@@ -87,6 +87,13 @@ def test_no_difference_is_claimed_where_none_is_shown(tmp_path):
     assert "scores above" not in verdict
 
 
+def test_arms_that_score_alike_on_every_item_bound_no_difference(tmp_path):
+    same = [[0.0, 1.0], [1.0, 1.0], [0.0, 0.0]]
+    verdict = in_short(comparison_of(tmp_path, {"a": same, "b": same}))[1]
+    assert "every arm of a seed has the same score on every held-out item" in verdict
+    assert "differences of up to" not in verdict
+
+
 @pytest.mark.parametrize("seeds", [1, 2])
 def test_too_few_seeds_claim_nothing_however_large_the_gap(tmp_path, seeds):
     lines = in_short(comparison_of(tmp_path, {"a": [[0.0] * 9] * seeds, "b": [[1.0] * 9] * seeds}))
