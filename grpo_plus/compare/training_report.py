@@ -1,5 +1,6 @@
 """What a comparison of trainings says, as a report: report.html, results.csv, results.parquet and summary.md."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
@@ -132,6 +133,8 @@ def _with_bounds(interval: Interval) -> str:
 
 
 def _word(interval: Interval) -> str:
+    if math.isnan(interval.estimate):
+        return "nothing was judged"
     if not interval.exists:
         return "too few seeds"
     return "yes" if interval.excludes_zero else "no: includes 0"
