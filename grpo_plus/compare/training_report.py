@@ -19,9 +19,9 @@ from grpo_plus.compare.verdict import Verdict, arms_of, checked_baseline, in_sho
 OPEN = 12  # differences that are shown without being asked for
 METHOD = (
     f"Intervals are at {LEVEL:.0%}, from {RESAMPLES:,} paired bootstrap resamples of seeds and held-out items; those "
-    "of differences hold together (max-t over all comparisons of a score, Student's t for the number of seeds), so any "
-    "of them may be picked out. Those of single means hold one by one, and overlap says nothing about a difference. "
-    "Bounds may lie beyond the best or worst possible score."
+    "of differences hold together (Student's t for the number of seeds, Bonferroni over the comparisons of a score), "
+    "so any of them may be picked out. Those of single means hold one by one, and overlap says nothing about a "
+    "difference. Bounds may lie beyond the best or worst possible score."
 )
 
 

@@ -118,6 +118,18 @@ def test_all_intervals_of_a_comparison_without_differences_hold_together(seeds, 
     assert wrong <= 10  # more than 10 of 100 at 5 %: a chance of 1 in 90
 
 
+@pytest.mark.parametrize("baseline", [None, "a"])
+def test_they_hold_together_where_seeds_alone_differ_too(baseline):
+    """Every pair's error is estimated on its own, so that many pairs of few seeds have a small one by chance."""
+    generator = torch.Generator().manual_seed(0)
+    wrong = 0
+    for _ in range(200):
+        scores = {name: torch.randn(3, 1, generator=generator) for name in "abcdefgh"}
+        found = differences(scores, pairs("abcdefgh", baseline), resamples=500)
+        wrong += any(difference.interval.excludes_zero for difference in found)
+    assert wrong <= 19  # more than 19 of 200 at 5 %: a chance of 1 in 300
+
+
 def test_the_band_is_the_t_interval_at_each_step():
     curves = torch.tensor([[0.1, 0.5], [0.2, 0.5], [0.6, 0.5]]).double()
     low, high = band(curves)
