@@ -1,0 +1,159 @@
+"""What `benchmarks.multitask` keeps: a JSON file per scenario with a line per arm, and a summary of all of them.
+
+python -m benchmarks.multitask_results       writes the summary again, from the JSON files
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.machine import RESULTS, describe
+from benchmarks.multitask_task import SCENARIOS
+from grpo_plus.compare.intervals import Difference, Interval, differences, means, pairs
+from grpo_plus.compare.train import Arm, ArmResult, Comparison
+from grpo_plus.demo.progress import ACCURACY
+
+FOLDER = RESULTS / "multitask"
+BASELINE = "grpo"
+KEPT = (
+    "max_steps",
+    "num_generations",
+    "per_device_train_batch_size",
+    "lr_scheduler_type",
+    "loss_type",
+    "max_grad_norm",
+)
+HEADINGS = {"curve": "area under the curve", "worst_task": "worst task", "reward": "weighted reward"}
+
+
+def write_results(scenario: str, comparison: Comparison, folder: Path = FOLDER) -> Path:
+    """Write what the arms measured, with the configuration and the machine; returns the file."""
+    header = {
+        "command": f"python -m benchmarks.multitask FOLDER --scenarios {scenario} --seeds {len(comparison.seeds)}",
+        "machine": describe() | {"load": "two processes of one thread each, beside other jobs"},
+        "facts": comparison.shared["facts"],
+        "config": {name: comparison.shared["config"][name] for name in KEPT},
+        "start": {name: round(fmean(scores), 4) for name, scores in comparison.start.items()},
+        "failures": {arm.name: text.strip().splitlines()[-1] for arm, text in comparison.failures.items()},
+    }
+    arms = [arm_of(arm, result, comparison.log(arm)) for arm, result in comparison.results.items()]
+    lines = ",\n".join("  " + json.dumps(arm) for arm in arms)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{scenario}.json"
+    path.write_text(json.dumps(header, indent=1)[:-2] + f',\n "arms": [\n{lines}\n ]\n}}\n', encoding="utf-8")
+    return path
+
+
+def arm_of(arm: Arm, result: ArmResult, log: list[dict[str, Any]]) -> dict[str, Any]:
+    """An arm's means, at the end and along the way, and which prompts it answers right, as the bits of a number."""
+    curve = {entry["step"]: round(entry[ACCURACY], 4) for entry in log if ACCURACY in entry}
+    scores = {name: round(fmean(values), 4) for name, values in result.scores.items()}
+    by_task = [value for name, value in scores.items() if name.startswith("accuracy/")]
+    return {
+        "estimator": arm.variant.estimator,
+        "seed": arm.seed,
+        "scores": scores | {"worst_task": min(by_task), "curve": round(fmean(curve.values()), 4)},
+        "curve": {"steps": list(curve), "accuracy": list(curve.values())},
+        "right": f"{int(''.join(str(int(score)) for score in result.scores['accuracy']), 2):x}",
+        "items": len(result.scores["accuracy"]),
+        "seconds": result.seconds,
+        "cpu_seconds": result.cpu_seconds,
+    }
+
+
+def write_rates(comparison: Comparison, folder: Path = FOLDER) -> None:
+    """Write the accuracy of every estimator under every learning rate, by seed."""
+    tried = [
+        {
+            "estimator": arm.variant.estimator,
+            "learning_rate": arm.variant.fields["learning_rate"],
+            "seed": arm.seed,
+            "accuracy": round(fmean(result.scores["accuracy"]), 4),
+        }
+        for arm, result in comparison.results.items()
+    ]
+    lines = ",\n".join(json.dumps(arm) for arm in tried)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tuning.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+
+
+def write_summary(folder: Path = FOLDER) -> str:
+    """Write summary.md from the scenarios that are there; returns it."""
+    paths = {name: folder / f"{name}.json" for name in SCENARIOS}
+    found = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.exists()}
+    text = "\n\n".join(["# Five tasks, several rewards", *(section(name, data) for name, data in found.items())]) + "\n"
+    (folder / "summary.md").write_text(text, encoding="utf-8")
+    return text
+
+
+def section(scenario: str, data: dict[str, Any]) -> str:
+    """A scenario's table: means with the interval of each, and differences to `grpo` that hold together."""
+    right = right_by_estimator(data["arms"])
+    own = means(right)
+    against = {one.first: one.interval for one in against_baseline(right)}
+    rows = []
+    for name in right:
+        arms = [arm for arm in data["arms"] if arm["estimator"] == name]
+        others = [f"{fmean(arm['scores'][score] for arm in arms):.3f}" for score in HEADINGS]
+        difference = words(against[name], "+") if name in against else ""
+        rows.append([f"`{name}`", words(own[name]), difference, *others])
+    columns = ["estimator", "accuracy", f"minus `{BASELINE}`", *HEADINGS.values()]
+    seeds, prompts = next(iter(right.values())).shape
+    return "\n".join([
+        f"## {scenario}: " + ", ".join(f"{weight:g} {name}" for name, weight in data["facts"]["weights"].items()),
+        "",
+        f"{seeds} seeds, {prompts} held-out prompts, {data['config']['max_steps']} steps, accuracy before: "
+        f"{data['start']['accuracy']:.3f}; {fmean(arm['cpu_seconds'] for arm in data['arms']):.1f} seconds of a core "
+        f"per arm ({data['machine']['processor']}, {data['machine']['load']}).",
+        "",
+        *table([columns, ["---"] * len(columns), *rows]),
+        "",
+        verdict(against),
+    ])  # fmt: skip
+
+
+def right_by_estimator(arms: Iterable[dict[str, Any]]) -> dict[str, Tensor]:
+    """Estimator -> (S, N), 1 where a prompt is answered right; only the seeds that every estimator has."""
+    bits: dict[str, dict[int, list[float]]] = {}
+    for arm in arms:
+        answers = f"{int(arm['right'], 16):0{arm['items']}b}"
+        bits.setdefault(arm["estimator"], {})[arm["seed"]] = [float(bit) for bit in answers]
+    common = sorted(set.intersection(*(set(seeds) for seeds in bits.values())))
+    return {name: torch.tensor([seeds[seed] for seed in common]) for name, seeds in bits.items()}
+
+
+def against_baseline(right: dict[str, Tensor]) -> list[Difference]:
+    """Each estimator's accuracy minus that of `grpo`."""
+    return differences(right, pairs(list(right), BASELINE))
+
+
+def verdict(against: dict[str, Interval]) -> str:
+    """What the intervals show, and what they leave open."""
+    above = [name for name, interval in against.items() if interval.low > 0]
+    below = [name for name, interval in against.items() if interval.high < 0]
+    unclear = [name for name in against if name not in (*above, *below)]
+    parts = {f"More accurate than `{BASELINE}`": above, "less accurate": below, "undecided": unclear}
+    return (
+        "; ".join(f"{what}: {', '.join(f'`{name}`' for name in names) or 'none'}" for what, names in parts.items())
+        + "."
+    )
+
+
+def words(interval: Interval, sign: str = "") -> str:
+    """The estimate and its bounds, where there are any."""
+    bounds = f" [{interval.low:{sign}.3f}, {interval.high:{sign}.3f}]" if interval.exists else ""
+    return f"{interval.estimate:{sign}.3f}{bounds}"
+
+
+def table(rows: Iterable[Iterable[str]]) -> list[str]:
+    """The lines of a Markdown table."""
+    return ["| " + " | ".join(row) + " |" for row in rows]
+
+
+if __name__ == "__main__":
+    print(write_summary())
