@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.machine import RESULTS, describe
 from benchmarks.multitask_task import SCENARIOS
-from grpo_plus.compare.intervals import Difference, Interval, differences, means, pairs
+from grpo_plus.compare.intervals import Interval, differences, means, pairs
 from grpo_plus.compare.train import Arm, ArmResult, Comparison
 from grpo_plus.demo.progress import ACCURACY
 
@@ -28,7 +28,12 @@ KEPT = (
     "loss_type",
     "max_grad_norm",
 )
-HEADINGS = {"curve": "area under the curve", "worst_task": "worst task", "reward": "weighted reward"}
+OUTCOMES = {
+    "accuracy": "accuracy",
+    "curve": "area under the curve",
+    "worst_task": "worst task",
+    "reward": "weighted reward",
+}
 
 
 def write_results(scenario: str, comparison: Comparison, folder: Path = FOLDER) -> Path:
@@ -92,44 +97,60 @@ def write_summary(folder: Path = FOLDER) -> str:
 
 
 def section(scenario: str, data: dict[str, Any]) -> str:
-    """A scenario's table: means with the interval of each, and differences to `grpo` that hold together."""
-    right = right_by_estimator(data["arms"])
-    own = means(right)
-    against = {one.first: one.interval for one in against_baseline(right)}
-    rows = []
-    for name in right:
-        arms = [arm for arm in data["arms"] if arm["estimator"] == name]
-        others = [f"{fmean(arm['scores'][score] for arm in arms):.3f}" for score in HEADINGS]
-        difference = words(against[name], "+") if name in against else ""
-        rows.append([f"`{name}`", words(own[name]), difference, *others])
-    columns = ["estimator", "accuracy", f"minus `{BASELINE}`", *HEADINGS.values()]
-    seeds, prompts = next(iter(right.values())).shape
+    """A scenario's tables: means, differences to `grpo` whose intervals hold together, and means by task and reward."""
+    arms = paired(data["arms"])
+    found = {outcome: by_estimator(arms, outcome) for outcome in OUTCOMES}
+    against = {outcome: against_baseline(scores) for outcome, scores in found.items()}
+    seeds, prompts = next(iter(found["accuracy"].values())).shape
     return "\n".join([
         f"## {scenario}: " + ", ".join(f"{weight:g} {name}" for name, weight in data["facts"]["weights"].items()),
         "",
         f"{seeds} seeds, {prompts} held-out prompts, {data['config']['max_steps']} steps, accuracy before: "
-        f"{data['start']['accuracy']:.3f}; {fmean(arm['cpu_seconds'] for arm in data['arms']):.1f} seconds of a core "
-        f"per arm ({data['machine']['processor']}, {data['machine']['load']}).",
+        f"{data['start']['accuracy']:.3f}; {fmean(arm['cpu_seconds'] for arm in arms):.1f} seconds of a core per arm "
+        f"({data['machine']['processor']}, {data['machine']['load']}).",
         "",
-        *table([columns, ["---"] * len(columns), *rows]),
+        *table("mean", {outcome: means(scores) for outcome, scores in found.items()}),
         "",
-        verdict(against),
+        *table(f"minus `{BASELINE}`", against, sign="+"),
+        "",
+        verdict(against["accuracy"]),
+        "",
+        *table("mean", details(arms)),
     ])  # fmt: skip
 
 
-def right_by_estimator(arms: Iterable[dict[str, Any]]) -> dict[str, Tensor]:
-    """Estimator -> (S, N), 1 where a prompt is answered right; only the seeds that every estimator has."""
-    bits: dict[str, dict[int, list[float]]] = {}
+def paired(arms: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The arms of the seeds that every estimator has, by seed."""
+    arms = sorted(arms, key=lambda arm: arm["seed"])
+    names = {arm["estimator"] for arm in arms}
+    having = {arm["seed"]: {other["estimator"] for other in arms if other["seed"] == arm["seed"]} for arm in arms}
+    return [arm for arm in arms if having[arm["seed"]] == names]
+
+
+def by_estimator(arms: Iterable[dict[str, Any]], outcome: str) -> dict[str, Tensor]:
+    """Estimator -> (S, N): for the accuracy 1 where a prompt is answered right, for others one mean per seed."""
+    rows: dict[str, list[list[float]]] = {}
     for arm in arms:
-        answers = f"{int(arm['right'], 16):0{arm['items']}b}"
-        bits.setdefault(arm["estimator"], {})[arm["seed"]] = [float(bit) for bit in answers]
-    common = sorted(set.intersection(*(set(seeds) for seeds in bits.values())))
-    return {name: torch.tensor([seeds[seed] for seed in common]) for name, seeds in bits.items()}
+        bits = f"{int(arm['right'], 16):0{arm['items']}b}"
+        values = [float(bit) for bit in bits] if outcome == "accuracy" else [arm["scores"][outcome]]
+        rows.setdefault(arm["estimator"], []).append(values)
+    return {name: torch.tensor(values) for name, values in rows.items()}
 
 
-def against_baseline(right: dict[str, Tensor]) -> list[Difference]:
-    """Each estimator's accuracy minus that of `grpo`."""
-    return differences(right, pairs(list(right), BASELINE))
+def against_baseline(scores: dict[str, Tensor]) -> dict[str, Interval]:
+    """Each estimator's score minus that of `grpo`."""
+    return {one.first: one.interval for one in differences(scores, pairs(list(scores), BASELINE))}
+
+
+def details(arms: list[dict[str, Any]]) -> dict[str, dict[str, Interval]]:
+    """Means by task and by reward, without bounds."""
+    names = [name for name in arms[0]["scores"] if "/" in name and name != "reward/correct"]
+    found = {name: by_estimator(arms, name) for name in names}
+    nan = float("nan")
+    return {
+        name: {estimator: Interval(values.mean().item(), nan, nan) for estimator, values in scores.items()}
+        for name, scores in found.items()
+    }
 
 
 def verdict(against: dict[str, Interval]) -> str:
@@ -150,9 +171,12 @@ def words(interval: Interval, sign: str = "") -> str:
     return f"{interval.estimate:{sign}.3f}{bounds}"
 
 
-def table(rows: Iterable[Iterable[str]]) -> list[str]:
-    """The lines of a Markdown table."""
-    return ["| " + " | ".join(row) + " |" for row in rows]
+def table(corner: str, columns: dict[str, dict[str, Interval]], sign: str = "") -> list[str]:
+    """The lines of a Markdown table with a row per estimator."""
+    heads = [corner, *(OUTCOMES.get(name, name) for name in columns)]
+    names = next(iter(columns.values()))
+    rows = [[f"`{name}`", *(words(column[name], sign) for column in columns.values())] for name in names]
+    return ["| " + " | ".join(cells) + " |" for cells in (heads, ["---"] * len(heads), *rows)]
 
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@ import json
 
 import pytest
 
-from benchmarks.multitask_results import right_by_estimator, verdict, write_summary
+from benchmarks.multitask_results import by_estimator, paired, verdict, write_summary
 from grpo_plus.compare.intervals import Interval
 
-SCORES = {"curve": 0.25, "worst_task": 0.125, "reward": 1.5}
+SCORES = {"curve": 0.25, "worst_task": 0.125, "reward": 1.5, "accuracy/max": 0.75, "reward/correct": 0.5}
 
 
 def arm(estimator, seed, right, items=8):
@@ -14,7 +14,7 @@ def arm(estimator, seed, right, items=8):
 
 def test_the_bits_are_the_prompts_answered_right_and_seeds_are_paired():
     arms = [arm("grpo", 1, "0f"), arm("grpo", 0, "81"), arm("rloo", 0, "7"), arm("grpo", 2, "ff"), arm("rloo", 1, "0")]
-    right = right_by_estimator(arms)
+    right = by_estimator(paired(arms), "accuracy")
     assert right["grpo"].tolist() == [[1, 0, 0, 0, 0, 0, 0, 1], [0, 0, 0, 0, 1, 1, 1, 1]]  # seeds 0 and 1
     assert right["rloo"].tolist() == [[0, 0, 0, 0, 0, 1, 1, 1], [0] * 8]
 
@@ -46,7 +46,8 @@ def test_the_summary_names_what_was_measured(tmp_path):
     rows = [line for line in text.splitlines() if line.startswith("| `")]
     # Right: 2 + 3 + 2 + 3 of each 32 against 6 + 7 + 6 + 7, one half more on every seed.
     assert rows[0].startswith("| `grpo` | 0.312 [")
-    assert rows[0].endswith("|  | 0.250 | 0.125 | 1.500 |")
+    assert rows[0].endswith("| 0.250 [0.250, 0.250] | 0.125 [0.125, 0.125] | 1.500 [1.500, 1.500] |")
     assert rows[1].startswith("| `rloo` | 0.812 [")
-    assert "| +0.500 [" in rows[1]
-    assert text.rstrip().endswith("More accurate than `grpo`: `rloo`; less accurate: none; undecided: none.")
+    assert rows[2].startswith("| `rloo` | +0.500 [+0.")
+    assert rows[3:] == ["| `grpo` | 0.750 |", "| `rloo` | 0.750 |"]
+    assert "More accurate than `grpo`: `rloo`; less accurate: none; undecided: none." in text
