@@ -23,12 +23,16 @@ Fixed before the first of these runs:
 - Learning rate: estimators differ in the size of their advantages, and Adam takes a constant factor out of the
   gradient again, but for its epsilon and for clipping by norm. So gradients are not clipped here, and of three rates
   (`RATES`) each estimator was to have the one with the best mean accuracy in `six` over two seeds of its own. For all
-  of them that was the one in the middle (`--tune`, results/multitask/tuning.json). `rloo`, which is `dr_grpo` times
-  8/7 and under Adam the same training but for rounding, was not tuned: its difference from `dr_grpo` is chance.
+  of them that was the one in the middle (`--tune`, results/multitask/tuning.json), and it serves in all scenarios.
+  `rloo` is `dr_grpo` times 8/7, so that it was not tuned; what sets the two apart is rounding.
 
-With one reward `mo_grpo` is `grpo`, so `one` leaves it out. Interrupted, the command goes on where it was; started
-twice on one folder it uses two cores. The seeds decide the order of the prompts and what is sampled; the start is one.
-What is found goes to benchmarks/results/multitask/.
+Changed on the way, when most arms of `six` were finished: `rloo` had answered every prompt as `dr_grpo` did, so the
+other scenarios do without it, and `reinforce_pp_baseline` came in as the eighth that differs, without tuning. With one
+reward `mo_grpo` is `grpo`, so `one` leaves it out.
+
+The seeds decide the order of the prompts and what is sampled; the start is one. Interrupted, the command goes on where
+it was; started twice on one folder it uses two cores. Data and a summary go to benchmarks/results/multitask/, a report
+of each scenario to FOLDER.
 """
 
 import argparse
@@ -40,11 +44,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from benchmarks.multitask_results import write_rates, write_results, write_summary
+from benchmarks.multitask_results import BASELINE, write_rates, write_results, write_summary
 from benchmarks.multitask_task import NUM_DIGITS, REWARDS, SCENARIOS, TASKS, dataset, examples
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
+from grpo_plus.compare.comparison import Comparison
+from grpo_plus.compare.plan import Variant
 from grpo_plus.compare.task import Scores, Task
-from grpo_plus.compare.train import Comparison, Variant, compare
+from grpo_plus.compare.train import compare
+from grpo_plus.compare.training_report import write_comparison
 from grpo_plus.demo.progress import HeldOutAccuracy
 from grpo_plus.demo.task import complete
 from grpo_plus.demo.tiny import tiny_model, tiny_tokenizer
@@ -55,7 +62,19 @@ WARM_UP = {"right": 0.3, "bare": 0.6, "miscounted": 0.2}
 NUM_EXAMPLES, CURVE_ROWS = 8_000, 150
 LEARNING_RATE = 1e-3  # the best of RATES for every estimator
 RATES, TUNING_SEEDS = (5e-4, 1e-3, 2e-3), (1000, 1001)
-ESTIMATORS = ("grpo", "dr_grpo", "rloo", "opo", "batch_std", "ema_task", "gdpo", "mo_grpo")
+ESTIMATORS = (
+    "grpo",
+    "dr_grpo",
+    "rloo",
+    "opo",
+    "batch_std",
+    "reinforce_pp_baseline",
+    "ema_task",
+    "gdpo",
+    "mo_grpo",
+)
+TWINS = {"six": (), "level": ("rloo",), "two": ("rloo",), "one": ("rloo", "mo_grpo")}  # not trained again
+UNTUNED = ("rloo", "reinforce_pp_baseline")
 TOKENIZER = tiny_tokenizer()
 
 
@@ -73,18 +92,20 @@ def main() -> None:
         return
     for scenario in args.scenarios:
         task, seeds, folder = scenario_task(scenario), range(args.seeds), args.folder / scenario
-        write_results(scenario, compare(task, estimators(scenario), seeds, folder, progress=True))
+        comparison = compare(task, estimators(scenario), seeds, folder, progress=True)
+        write_comparison(comparison, folder / "report", baseline=BASELINE)
+        write_results(scenario, comparison)
     print(write_summary())
 
 
 def estimators(scenario: str) -> list[str]:
-    """All of them, but for the one that is another's twin there."""
-    return [name for name in ESTIMATORS if scenario != "one" or name != "mo_grpo"]
+    """All of them, but for those that are another one's twin there."""
+    return [name for name in ESTIMATORS if name not in TWINS[scenario]]
 
 
 def tune(folder: Path) -> Comparison:
-    """Every estimator but `rloo` under every learning rate, in `six`."""
-    names = [name for name in ESTIMATORS if name != "rloo"]
+    """The estimators under every learning rate, in `six`."""
+    names = [name for name in ESTIMATORS if name not in UNTUNED]
     tried = [Variant(name, fields={"learning_rate": rate}) for name in names for rate in RATES]
     return compare(scenario_task("six"), tried, TUNING_SEEDS, folder / "tuning", progress=True)
 

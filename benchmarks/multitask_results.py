@@ -13,13 +13,15 @@ import torch
 from torch import Tensor
 
 from benchmarks.machine import RESULTS, describe
-from benchmarks.multitask_task import SCENARIOS
+from benchmarks.multitask_task import SCENARIOS, TASKS
+from grpo_plus.compare.comparison import ArmResult, Comparison
 from grpo_plus.compare.intervals import Interval, differences, means, pairs
-from grpo_plus.compare.train import Arm, ArmResult, Comparison
+from grpo_plus.compare.plan import Arm
 from grpo_plus.demo.progress import ACCURACY
 
 FOLDER = RESULTS / "multitask"
 BASELINE = "grpo"
+SHARE = "advantages/task_share/"
 KEPT = (
     "max_steps",
     "num_generations",
@@ -62,13 +64,18 @@ def arm_of(arm: Arm, result: ArmResult, log: list[dict[str, Any]]) -> dict[str, 
     return {
         "estimator": arm.variant.estimator,
         "seed": arm.seed,
-        "scores": scores | {"worst_task": min(by_task), "curve": round(fmean(curve.values()), 4)},
+        "scores": scores | shares(log) | {"worst_task": min(by_task), "curve": round(fmean(curve.values()), 4)},
         "curve": {"steps": list(curve), "accuracy": list(curve.values())},
         "right": f"{int(''.join(str(int(score)) for score in result.scores['accuracy']), 2):x}",
         "items": len(result.scores["accuracy"]),
         "seconds": result.seconds,
         "cpu_seconds": result.cpu_seconds,
     }
+
+
+def shares(log: list[dict[str, Any]]) -> dict[str, float]:
+    """Each task's share of a step's |advantages|, in the mean over the training; 0 in a step without a prompt of it."""
+    return {f"share/{task}": round(fmean(entry.get(SHARE + task, 0.0) for entry in log), 4) for task in TASKS}
 
 
 def write_rates(comparison: Comparison, folder: Path = FOLDER) -> None:
@@ -168,7 +175,7 @@ def verdict(against: dict[str, Interval]) -> str:
 def words(interval: Interval, sign: str = "") -> str:
     """The estimate and its bounds, where there are any."""
     bounds = f" [{interval.low:{sign}.3f}, {interval.high:{sign}.3f}]" if interval.exists else ""
-    return f"{interval.estimate:{sign}.3f}{bounds}"
+    return f"{round(interval.estimate, 3) + 0.0:{sign}.3f}{bounds}"
 
 
 def table(corner: str, columns: dict[str, dict[str, Interval]], sign: str = "") -> list[str]:

@@ -6,6 +6,7 @@ import torch
 from benchmarks import multitask
 from benchmarks.multitask_results import write_results
 from benchmarks.multitask_task import REWARDS, TASKS, dataset, examples, numbers
+from grpo_plus.advantages import Rewards, estimate
 from grpo_plus.compare.train import compare
 
 
@@ -71,9 +72,16 @@ def test_the_warm_ups_completions_are_what_was_asked_for():
     assert set(judged(examples(200, 0, right=1, bare=0, miscounted=1), "length")) == {-0.25}
 
 
-def test_the_control_leaves_out_what_is_the_same_there():
-    assert set(multitask.ESTIMATORS) - set(multitask.estimators("one")) == {"mo_grpo"}
+def test_twins_are_trained_once():
     assert multitask.estimators("six") == list(multitask.ESTIMATORS)
+    assert set(multitask.ESTIMATORS) - set(multitask.estimators("two")) == {"rloo"}
+    assert set(multitask.ESTIMATORS) - set(multitask.estimators("one")) == {"rloo", "mo_grpo"}
+
+
+def test_twins_have_the_same_advantages_up_to_a_factor():
+    rewards = Rewards(torch.rand(3, 8, 1), torch.ones(1), ("correct",))
+    torch.testing.assert_close(estimate("rloo", rewards), 8 / 7 * estimate("dr_grpo", rewards))
+    torch.testing.assert_close(estimate("mo_grpo", rewards), estimate("grpo", rewards))
 
 
 def test_two_arms_of_two_steps(tmp_path):
@@ -95,4 +103,5 @@ def test_two_arms_of_two_steps(tmp_path):
         assert scores["reward"] == pytest.approx(sum(means.values()), abs=5e-4)
         assert scores["worst_task"] == min(scores[f"accuracy/{task}"] for task in TASKS)
         assert scores["accuracy"] == scores["reward/correct"]
+        assert sum(scores[f"share/{task}"] for task in TASKS) == pytest.approx(1, abs=1e-3)
         assert scores["curve"] == pytest.approx(sum(arm["curve"]["accuracy"]) / 2, abs=1e-4)
