@@ -5,7 +5,7 @@ import pytest
 from benchmarks.multitask_results import by_estimator, paired, verdict, write_summary
 from grpo_plus.compare.intervals import Interval
 
-SCORES = {"curve": 0.25, "worst_task": 0.125, "reward": 1.5, "accuracy/max": 0.75, "reward/correct": 0.5}
+SCORES = {"curve": 0.25, "worst_task": 0.125, "reward": 1.5, "accuracy/max": 0.75, "reward/form": 0.5, "share/max": 1.0}
 
 
 def arm(estimator, seed, right, items=8):
@@ -49,5 +49,5 @@ def test_the_summary_names_what_was_measured(tmp_path):
     assert rows[0].endswith("| 0.250 [0.250, 0.250] | 0.125 [0.125, 0.125] | 1.500 [1.500, 1.500] |")
     assert rows[1].startswith("| `rloo` | 0.812 [")
     assert rows[2].startswith("| `rloo` | +0.500 [+0.")
-    assert rows[3:] == ["| `grpo` | 0.750 |", "| `rloo` | 0.750 |"]
+    assert rows[3:] == [f"| `{name}` | {mean} |" for mean in ("0.750", "1.000", "0.500") for name in bits]
     assert "More accurate than `grpo`: `rloo`; less accurate: none; undecided: none." in text
