@@ -1,7 +1,8 @@
 """How much of a gradient is signal: each estimator's first gradient at the common start, on the same completions.
 
 At the first update of a batch the policy is still the one that sampled it, all ratios are 1, and the gradient of every
-clipped loss with a token mean is that of  sum_i A_i sum_t log p(token t of completion i) / tokens.
+clipped loss with a token mean is that of  sum_i A_i sum_t log p(token t of completion i) / tokens. It stands for all
+variants: their losses, and fields other than the estimator's, do not enter.
 """
 
 import math

@@ -96,7 +96,11 @@ def in_short(comparison: Comparison, *, baseline: str | None = None) -> list[str
     lines = Verdict(comparison, comparison.score_names[0], checked_baseline(comparison, baseline)).lines()
     if comparison.failures:
         names = ", ".join(f"`{arm.name}`" for arm in comparison.failures)
-        lines.append(f"{_count(len(comparison.failures), 'arm')} failed: {names}. The same command tries again.")
+        lines.append(
+            f"{_count(len(comparison.failures), 'arm')} failed: {names}. The same command tries again. No figure "
+            "counts a failure against its variant: if the training itself broke down, the variant looks better than it "
+            "is."
+        )
     left_out = [seed for seed in comparison.seeds if seed not in comparison.paired_seeds]
     if left_out and comparison.paired_seeds:
         names = ", ".join(map(str, left_out))
