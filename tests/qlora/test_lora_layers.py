@@ -1,6 +1,7 @@
 """PEFT's LoRA layers with another forward: what they compute, what they save for backward, and what they stay."""
 
 import copy
+import io
 import itertools
 from contextlib import nullcontext
 
@@ -192,6 +193,37 @@ def test_the_model_stays_what_it_was(make):
     for weight in model.parameters():  # a copy made inside computes with its own weights
         weight.data.zero_()
     assert_same(gradients(twin), expected, 2e-6)
+
+
+def test_a_training_inside_another_leaves_the_outer_ones_layers(make):
+    model = make("float32")
+    with fused_lora(model):
+        forwards = [module.forward for module in model.modules()]
+        with fused_lora(model):
+            pass
+        assert [module.forward for module in model.modules()] == forwards
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_a_model_saved_whole_inside_can_be_loaded(make):
+    model, file = make("float32"), io.BytesIO()
+    with fused_lora(model):
+        torch.save(model, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    assert_same(gradients(loaded), gradients(model), 2e-6)
+
+
+def test_a_layer_whose_forward_someone_else_has_replaced_keeps_theirs(make):
+    model, calls = make("float32"), []
+    layer = next(module for module in model.modules() if hasattr(module, "lora_A"))
+    own = layer.forward
+    layer.forward = theirs = lambda x: calls.append(1) or own(x)
+    assert why_not_fused(model) == ["their forward has been replaced by another"]
+    with fused_lora(model):
+        gradients(model)
+        assert len(calls) == 1
+    assert vars(layer)["forward"] is theirs
 
 
 def test_it_leaves_when_the_training_fails(make):
