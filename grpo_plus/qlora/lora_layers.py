@@ -52,6 +52,9 @@ def unfit(layer: Any) -> str | None:
         return "their forward has been replaced by another"
     if not _is_plain_linear(layer, base):
         return f"{type(layer).__name__} over {type(base).__name__} is no linear layer that is known here"
+    # Others bring products of their own, torchao's NF4Tensor for one, which a plain torch.mm does not call.
+    if type(base) is nn.Linear and type(base.weight) is not nn.Parameter:
+        return f"the weight of the base is a {type(base.weight).__name__}"
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     if len(names) != 1:
         return f"{len(names)} adapters are active"

@@ -253,6 +253,17 @@ def test_what_is_more_than_plain_lora_stays_pefts_and_says_why(config, reason):
         assert not any("forward" in vars(module) for module in model.modules())
 
 
+class Packed(torch.Tensor):
+    """Stands for what torchao or a tensor-parallel plan puts in the place of a plain weight."""
+
+
+def test_a_weight_that_is_no_plain_tensor_stays_pefts():
+    model = get_peft_model(nn.ModuleDict({"proj": nn.Linear(8, 8)}), LoraConfig(target_modules=["proj"]))
+    base = model.base_model.model["proj"].base_layer
+    base.weight = nn.Parameter(base.weight.detach().as_subclass(Packed), requires_grad=False)
+    assert why_not_fused(model) == ["the weight of the base is a Packed"]
+
+
 def test_a_hook_is_called_as_under_peft(make):
     model = make("float32")
     layer = next(module for module in model.modules() if hasattr(module, "lora_A"))
