@@ -8,7 +8,6 @@ PEFT's. State dicts, `disable_adapter`, `set_adapter`, merging, saving and loadi
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from types import MethodType
 from typing import Any
 
 import torch
@@ -21,14 +20,15 @@ from grpo_plus.qlora.precision import has_adapters
 @contextmanager
 def fused_lora(model: nn.Module) -> Iterator[None]:
     """Inside, every LoRA layer of the model that `unfit` has nothing against is computed by `kernels.lora_linear`."""
-    fused = {layer: MethodType(_forward, layer) for layer in _layers(model) if unfit(layer) is None}
-    for layer, forward in fused.items():
-        layer.forward = forward
+    fused = [layer for layer in _layers(model) if "forward" not in vars(layer) and unfit(layer) is None]
+    for layer in fused:
+        # A partial and no bound method: copies and pickles of the layer call it on themselves.
+        layer.forward = partial(_forward, layer)
     try:
         yield
     finally:
-        for layer, forward in fused.items():
-            if vars(layer).get("forward") is forward:
+        for layer in fused:
+            if _is_ours(vars(layer).get("forward")):
                 del layer.forward
 
 
@@ -48,8 +48,13 @@ def fits_any(model: Any) -> bool:
 def unfit(layer: Any) -> str | None:
     """Why a LoRA layer, as it is now, is more than a frozen linear layer plus one plain adapter; None if it is not."""
     base = layer.base_layer
+    if "forward" in vars(layer) and not _is_ours(layer.forward):
+        return "their forward has been replaced by another"
     if not _is_plain_linear(layer, base):
         return f"{type(layer).__name__} over {type(base).__name__} is no linear layer that is known here"
+    # Others bring products of their own, torchao's NF4Tensor for one, which a plain torch.mm does not call.
+    if type(base) is nn.Linear and type(base.weight) is not nn.Parameter:
+        return f"the weight of the base is a {type(base.weight).__name__}"
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     if len(names) != 1:
         return f"{len(names)} adapters are active"
@@ -86,6 +91,10 @@ def _linear_4bit() -> type[nn.Module]:
     from bitsandbytes.nn import Linear4bit
 
     return Linear4bit
+
+
+def _is_ours(forward: Any) -> bool:
+    return isinstance(forward, partial) and forward.func is _forward
 
 
 def _is_hooked(module: Any) -> bool:
