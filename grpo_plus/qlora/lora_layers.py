@@ -62,7 +62,8 @@ def unfit(layer: Any) -> str | None:
         return "the adapters have biases (lora_bias)"
     if base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
         return "weights or biases of the base train"
-    if base.weight.device.type == "meta" or any(map(_is_hooked, (base, layer.lora_A[name], layer.lora_B[name]))):
+    parts = (base, layer.lora_A[name], layer.lora_B[name])
+    if _has_other_forward(layer) or base.weight.device.type == "meta" or any(map(_is_hooked, parts)):
         return "parts of it are offloaded or have hooks"
     return None
 
@@ -86,6 +87,11 @@ def _linear_4bit() -> type[nn.Module]:
     from bitsandbytes.nn import Linear4bit
 
     return Linear4bit
+
+
+def _has_other_forward(layer: Any) -> bool:
+    forward = vars(layer).get("forward")
+    return forward is not None and getattr(forward, "__func__", None) is not _forward
 
 
 def _is_hooked(module: Any) -> bool:

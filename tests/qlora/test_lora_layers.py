@@ -232,6 +232,18 @@ def test_a_hook_is_called_as_under_peft(make):
     assert calls
 
 
+def test_a_forward_that_somebody_else_put_there_stays(make):
+    model = make("float32")
+    layer = next(module for module in model.modules() if hasattr(module, "lora_A"))
+    layer.forward = theirs = lambda x: type(layer).forward(layer, x)  # as accelerate's hooks for offloading do
+    expected = gradients(model)
+    assert why_not_fused(model) == ["parts of it are offloaded or have hooks"]
+    with fused_lora(model):
+        assert layer.forward is theirs
+        assert_same(gradients(model), expected, 2e-6)
+    assert layer.forward is theirs
+
+
 def test_what_is_no_lora_has_nothing_to_fuse():
     assert why_not_fused(nn.Linear(2, 2)) == ["the model has no adapters"]
     assert not fits_any(nn.Linear(2, 2))
