@@ -82,6 +82,11 @@ class _Run:
                     f"A comparison trains in one process, but there are {config.world_size}. Start it without "
                     "`accelerate launch`; two commands on the same folder share the arms."
                 )
+            if config.use_vllm:
+                raise ValueError(
+                    "use_vllm=True: every arm would start an engine of its own, and none is let go of. Set "
+                    "use_vllm=False, or train the arms one by one with `grpo-plus train`."
+                )
         check(self.folder / COMPARISON, self.shared, "a comparison")
         for arm in self.arms:
             check(arm_folder(self.folder, arm) / ARM, identity(arm), f"the arm {arm.name!r}")

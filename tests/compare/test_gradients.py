@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from grpo_plus import GRPOPlusConfig
-from grpo_plus._trl import sampled_batches
+from grpo_plus._trl import logps_of, sampled_batches
 from grpo_plus.advantages import estimate
 from grpo_plus.compare.gradients import Gradients, measure_start, signal_to_noise
 from tests.compare.small import small_task
@@ -42,6 +42,17 @@ def test_the_correction_takes_off_what_noise_alone_gives():
     biased = [(rows.mean(0).square().sum() / rows.var(0).sum()).item() for rows in draws]
     assert sum(found) / 400 == pytest.approx(1 / 50, rel=0.5)  # the cut at 0 adds a little
     assert sum(biased) / 400 > 5 / 50
+
+
+def test_a_tools_tokens_do_not_count(tmp_path):
+    task = small_task()
+    made = task.trainer(task.start(), task.config(output_dir=str(tmp_path)))
+    _, rows = next(sampled_batches(made, 1))
+    tools = torch.ones_like(rows["completion_mask"])
+    tools[:, 0] = 0
+    mask = logps_of(made, rows | {"tool_mask": tools})[1]
+    assert mask[:, 0].sum() == 0
+    assert (mask[:, 1:] == rows["completion_mask"][:, 1:]).all()
 
 
 def test_the_gradients_are_those_of_the_policy_gradient(tmp_path):
