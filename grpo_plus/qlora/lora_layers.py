@@ -5,6 +5,7 @@ add one plain adapter: with the adapters disabled or merged, with another set of
 PEFT's. State dicts, `disable_adapter`, `set_adapter`, merging, saving and loading see nothing of it.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -108,7 +109,7 @@ def _is_hooked(module: Any) -> bool:
 
 
 def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    if args or kwargs or layer.disable_adapters or layer.merged or _mixes(layer, x) or unfit(layer) is not None:
+    if args or kwargs or layer.disable_adapters or layer.merged or unfit(layer) is not None or _mixes(layer, x):
         return type(layer).forward(layer, x, *args, **kwargs)
     name = next(name for name in layer.active_adapters if name in layer.lora_A)
     base = Base(layer.base_layer, partial(_dense, layer.base_layer))
@@ -120,7 +121,16 @@ def _mixes(layer: Any, x: Tensor) -> bool:
     kind = x.device.type
     if not torch.is_autocast_enabled(kind) or type(layer.base_layer) is nn.Linear:
         return False
-    return torch.promote_types(x.dtype, torch.get_autocast_dtype(kind)) != x.dtype
+    cast = torch.get_autocast_dtype(kind)
+    if torch.promote_types(x.dtype, cast) == x.dtype:
+        return False
+    # Python shows it once. Before the first forward nobody knows in which dtype the hidden states arrive.
+    warnings.warn(
+        f"lora_backend: PEFT's own forward in a 4-bit layer. Autocast is in {cast}, its input in {x.dtype}; load the "
+        "model in autocast's dtype.",
+        stacklevel=1,
+    )
+    return True
 
 
 def _dense(base: Any, dtype: torch.dtype) -> Tensor:

@@ -264,6 +264,17 @@ def test_a_weight_that_is_no_plain_tensor_stays_pefts():
     assert why_not_fused(model) == ["the weight of the base is a Packed"]
 
 
+def test_where_fp16_and_bf16_meet_it_is_pefts_and_says_why(make):
+    layer = next(module for module in make("nf4").modules() if hasattr(module, "lora_A"))
+    x = torch.randn(3, layer.in_features, dtype=BF16)
+    with torch.autocast("cpu", torch.float16):
+        expected = layer(x)
+        with fused_lora(layer), pytest.warns(UserWarning, match=r"in torch\.float16, its input in torch\.bfloat16"):
+            actual = layer(x)
+    assert actual.dtype == expected.dtype
+    assert torch.equal(actual, expected)
+
+
 def test_a_hook_is_called_as_under_peft(make):
     model = make("float32")
     layer = next(module for module in model.modules() if hasattr(module, "lora_A"))
