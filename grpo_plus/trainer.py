@@ -33,6 +33,7 @@ from grpo_plus.losses import AdaptiveBeta, LossInputs, PolicyLoss, policy_loss
 from grpo_plus.qlora.checks import check_adapter_folder, check_run
 from grpo_plus.qlora.frozen import FrozenAdapterCallback
 from grpo_plus.qlora.precision import (
+    adapter_parameters,
     adapter_values,
     bits_of,
     chosen_dtype,
@@ -119,14 +120,16 @@ class GRPOPlusTrainer(SpeedUps):
 
     @contextmanager
     def generating(self) -> Iterator[None]:
-        """Let a quantized policy sample as it is trained, and keep the dtype of the adapters."""
+        """Let a quantized policy sample as it is trained, and keep the adapters."""
         casts = self.plus is not None and self.plus.use_transformers_continuous_batching
         exact = adapter_values(self.model) if casts else {}
         quantized = self.plus is not None and bits_of(self.model)
-        with as_trained(self.model, self.accelerator.autocast) if quantized else nullcontext():
-            yield
-        if exact:
-            self.restore_adapters(exact)  # TRL casts the whole model to half precision there
+        try:
+            with as_trained(self.model, self.accelerator.autocast) if quantized else nullcontext():
+                yield
+        finally:
+            for name, weight in adapter_parameters(self.model) if exact else ():
+                weight.data = exact[name]  # TRL casts the whole model to half precision there
 
     @cached_property
     def chunks(self) -> Chunks | None:

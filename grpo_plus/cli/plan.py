@@ -11,8 +11,10 @@ HELP = "Say how much GPU memory a run will need, what fits, and what to change; 
 
 EPILOG = """Example: grpo-plus plan Qwen/Qwen3-4B --gpu 12GB --qlora --max_completion_length 1024
 
-The settings have the names and defaults of `grpo-plus train`. Sizes are for full-length completions. What arithmetic
-cannot know is assumed (grpo_plus/planner/constants.py); --calibrate takes what benchmarks/memory.py measured."""
+The settings have the names and defaults of `grpo-plus train`, but that --lora_r stands for --use_peft with adapters on
+all linear layers, and --prompt_length for the dataset's longest prompt. Sizes are for full-length completions. What
+arithmetic cannot know is assumed (grpo_plus/planner/constants.py); --calibrate takes what benchmarks/memory.py
+measured. The exit status is 1 where the run does not fit on --gpu."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for entry in fields(Run):
         default = f"default: {entry.default}" if entry.default not in (None, MISSING) else "default: unset"
         kind, metavar = _kind(str(entry.type))
-        parser.add_argument(f"--{entry.name}", type=kind, metavar=metavar, help=default)
+        switch: Any = {"nargs": "?", "const": True} if kind is _boolean else {}
+        parser.add_argument(f"--{entry.name}", type=kind, metavar=metavar, help=default, **switch)
 
 
 def _kind(annotation: str) -> tuple[Any, str]:

@@ -120,8 +120,8 @@ CHANGES = (
     Change("same gradients, about a third more time in the update", _checkpoints),
     Change("same update in more and smaller passes", _halves_micro_batch),
     Change("no KL to a reference: changes the loss", _drops_reference),
-    Change("trains adapters instead of all weights", _adapts),
-    Change("quantizes the frozen weights: QLoRA", _quantizes),
+    Change("trains adapters; in training: --use_peft --lora_target_modules all-linear --lora_dropout 0", _adapts),
+    Change("quantizes the frozen weights; in training: --qlora", _quantizes),
 )
 
 

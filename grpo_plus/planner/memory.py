@@ -85,12 +85,13 @@ def plan(shape: ModelShape, run: Run | None = None, *, constants: Constants | No
         always["reference model"] = weights
     state: Bytes = {"optimizer state": trained * count * (size if state_size is None else state_size)}
     gradients: Bytes = {"gradients": trained * size}
+    between = always | state | (gradients if run.generates_within_a_step else {})
     phases: dict[str, Bytes] = {
         "load": always | {"being loaded": _largest_tensor(shape) * run.weight_size},
-        "generate": always | state | _spread(generation_bytes(shape, run, constants), constants),
+        "generate": between | _spread(generation_bytes(shape, run, constants), constants),
     }
     if run.scores:
-        phases["score"] = always | state | _spread(scoring_bytes(shape, run, constants), constants)
+        phases["score"] = between | _spread(scoring_bytes(shape, run, constants), constants)
     phases["update"] = always | state | gradients | _spread(update_bytes(shape, run, constants), constants)
     # The unfused AdamW works on copies: one list of all denominators.
     copies = trained * size if run.optim == "adamw_torch" else 0

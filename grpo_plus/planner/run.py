@@ -121,11 +121,19 @@ class Run:
         return "padding_free" if self.lora_dropout else "shared_prompt"
 
     @property
+    def _passes_per_generation(self) -> int:
+        """Micro-batches from one generation to the next."""
+        return (self.steps_per_generation or self.gradient_accumulation_steps) * self.num_iterations
+
+    @property
     def scores(self) -> bool:
         """Whether log-probabilities are computed before the update: of a reference, or of an older policy."""
-        accumulation = self.gradient_accumulation_steps
-        every = (self.steps_per_generation or accumulation) * self.num_iterations
-        return self.beta > 0 or accumulation % every != 0
+        return self.beta > 0 or self.gradient_accumulation_steps % self._passes_per_generation != 0
+
+    @property
+    def generates_within_a_step(self) -> bool:
+        """Whether a generation falls between two passes of one optimizer step, beside the gradients of the first."""
+        return self._passes_per_generation % self.gradient_accumulation_steps != 0
 
     @property
     def autocast(self) -> bool:

@@ -119,8 +119,11 @@ def check_adapter_folder(folder: str | Path, model: Any) -> None:
     if not (has_adapters(model) and config.exists() and weights.exists()):
         return
     saved = _shapes(weights)
-    adapter = model.active_adapters[0]
-    here = {name.replace(f".{adapter}.", "."): tuple(value.shape) for name, value in model.named_parameters()}
+    from peft import get_peft_model_state_dict
+
+    # PEFT's own names: it renames some weights as it saves them, DoRA's magnitudes and an embedding's adapters.
+    own = get_peft_model_state_dict(model, adapter_name=model.active_adapters[0], save_embedding_layers=False)
+    here = {name: tuple(value.shape) for name, value in own.items()}
     wrong = [name for name, shape in saved.items() if here.get(name, shape) != shape]
     missing = [name for name in saved if ".lora_" in name and name not in here]
     if wrong or missing:

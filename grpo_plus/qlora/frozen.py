@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.state import DistributedType, PartialState
 from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers import TrainerControl as Control
@@ -50,6 +51,7 @@ class FrozenAdapterCallback(TrainerCallback):
 
     It watches a sample of each weight over the first steps that have a gradient and a learning rate, and says which
     part has stayed (lora_A, lora_B) and why. GRPOPlusTrainer adds it for adapters; it works on `trl.GRPOTrainer` too.
+    Under DeepSpeed and FSDP, where no process sees whole weights and their gradients, it says so and watches nothing.
 
     Args:
         steps: such steps before it judges.
@@ -67,6 +69,11 @@ class FrozenAdapterCallback(TrainerCallback):
         """Remember where the weights start."""
         self.counted = 0
         require_trainable(model)
+        spread = PartialState().distributed_type
+        if spread in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+            # DeepSpeed steps and drops the gradients within the backward: a healthy run would look frozen.
+            logger.warning(f"Frozen adapters are not looked for under {spread.value}, which spreads the weights.")
+            return
         weights = [] if model is None else list(adapter_parameters(model))
         self.watched = [Watched.of(name, weight) for name, weight in weights if weight.numel() > 0]
 

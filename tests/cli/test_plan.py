@@ -50,6 +50,24 @@ def test_the_advised_flags_make_it_fit(model, capsys):
     assert cli.main([*arguments, *flags]) == 0
 
 
+def test_a_switch_needs_no_value(model, capsys):
+    """As in training, where `--fp16` alone is the usual form."""
+    outputs = []
+    for switch in (["--fp16"], ["--fp16", "true"]):
+        assert cli.main(["plan", model, "--qlora", "--dtype", "float16", "--bf16", "false", *switch]) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1]
+
+
+@pytest.mark.parametrize(
+    ("size", "training"), [("14GB", "--use_peft --lora_target_modules all-linear"), ("6GB", "--qlora")]
+)
+def test_advice_says_how_training_is_told_to_use_adapters(model, capsys, size, training):
+    """There --lora_r alone has no effect."""
+    assert cli.main(["plan", model, "--gpu", size]) == 1
+    assert f"in training: {training}" in capsys.readouterr().out
+
+
 def test_flags_override_the_recipe(model, capsys):
     assert cli.main(["plan", model, "--qlora", "--lora_r", "64"]) == 0
     assert "LoRA r=64" in capsys.readouterr().out

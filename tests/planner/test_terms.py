@@ -39,6 +39,18 @@ def test_the_unfused_adam_copies_what_trains():
     assert "optimizer copies" not in phases(Run(**LORA, optim="adamw_torch_fused"))["optimizer"]
 
 
+def test_gradients_live_through_a_generation_within_an_optimizer_step():
+    """16 passes make a step and 4 of them a generation batch: three generations find gradients of the passes before."""
+    settings = LORA | {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 16, "beta": 0.04}
+    gradients = 2 * QWEN.lora(16)
+    within = phases(Run(**settings, steps_per_generation=4))
+    assert within["generate"]["gradients"] == within["score"]["gradients"] == gradients
+    for steps in (16, 32):
+        between = phases(Run(**settings, steps_per_generation=steps))
+        assert "gradients" not in between["generate"]
+        assert "gradients" not in between["score"]
+
+
 def test_linear_attention_remembers_a_state_and_no_positions():
     config = QWEN3_4B | {
         "model_type": "qwen3_5_text",

@@ -7,7 +7,8 @@ from peft import PeftModel, get_peft_model
 from transformers import BitsAndBytesConfig
 
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
-from grpo_plus.demo.tiny import tiny_tokenizer
+from grpo_plus.demo.tiny import tiny_model, tiny_tokenizer
+from grpo_plus.qlora.checks import check_adapter_folder
 from tests.qlora.models import NF4, load_nf4, lora, make_qlora_trainer, save_base
 from tests.training import PROMPTS, make_trainer, vowels
 
@@ -133,3 +134,16 @@ def test_the_adapter_of_another_rank_is_not_resumed_from(tmp_path, base):
     trainer = make_qlora_trainer(tmp_path / "again", get_peft_model(load_nf4(base), lora(r=2)), max_steps=2)
     with pytest.raises(ValueError, match=r"lora_A.weight is \(4, 256\) in the folder and \(2, 256\) in the model"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"use_dora": True}, {"target_modules": ["q_proj", "embed_tokens"]}, {"modules_to_save": ["lm_head"]}]
+)
+def test_an_adapter_fits_the_model_that_saved_it_whatever_peft_calls_its_weights(tmp_path, changes):
+    """PEFT renames DoRA's magnitudes and the adapters of an embedding as it saves them."""
+    model = get_peft_model(tiny_model(tiny_tokenizer(), hidden_size=32, num_heads=2), lora(**changes))
+    model.save_pretrained(tmp_path)
+    check_adapter_folder(tmp_path, model)
+    other = get_peft_model(tiny_model(tiny_tokenizer(), hidden_size=32, num_heads=2), lora(**changes | {"r": 2}))
+    with pytest.raises(ValueError, match=r"does not fit.* is \(.*4.*\) in the folder and \(.*2.*\) in the model"):
+        check_adapter_folder(tmp_path, other)

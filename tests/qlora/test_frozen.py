@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+from accelerate.state import DistributedType, PartialState
 from peft import PeftModel, get_peft_model
 from trl import GRPOConfig, GRPOTrainer
 
@@ -103,6 +104,19 @@ def test_steps_without_a_gradient_do_not_count(tmp_path, base, caplog):
     trainer.add_callback(callback)
     trainer.train()
     assert callback.counted == 0
+
+
+@pytest.mark.parametrize("spread", [DistributedType.DEEPSPEED, DistributedType.FSDP])
+def test_weights_that_are_spread_over_processes_are_not_judged(tmp_path, base, monkeypatch, caplog, spread):
+    """DeepSpeed steps within the backward: before the step that transformers announces, the gradients are gone."""
+    trainer = make_qlora_trainer(tmp_path, base)
+    monkeypatch.setitem(PartialState._shared_state, "distributed_type", spread)
+    callback, optimizer = FrozenAdapterCallback(), torch.optim.SGD(trainer.model.parameters(), lr=1e-3)
+    events = trainer.args, trainer.state, trainer.control
+    callback.on_train_begin(*events, model=trainer.model)
+    callback.on_pre_optimizer_step(*events, optimizer=optimizer)
+    callback.on_step_end(*events, optimizer=optimizer)
+    assert "Frozen adapters are not looked for" in caplog.text
 
 
 def test_the_trainer_watches_adapters_by_itself(tmp_path, base):

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from trl import GRPOConfig, GRPOTrainer
 
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
+from grpo_plus.demo.tiny import tiny_model, tiny_tokenizer
 from grpo_plus.expected import shape_and_run
 from grpo_plus.generation import Chunks, rows_that_fit
 from grpo_plus.planner import plan
@@ -77,6 +78,30 @@ def test_continuous_batching_leaves_the_adapters_in_float32(tmp_path, base):
     for name, weight in trained_weights(trainer).items():
         assert weight.dtype == torch.float32
         assert 0 < (weight - start[name]).abs().max() < 2e-6, name
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_continuous_batching_leaves_adapters_above_an_ordinary_base_as_they_were(tmp_path, monkeypatch, fails):
+    """Whether the generation ends well or not."""
+    config = {"max_steps": 1, "learning_rate": 1e-6, "bf16": True, "use_transformers_continuous_batching": True}
+    cache = {"transformers_continuous_batching_config": {"num_blocks": 16, "max_batch_tokens": 64}}
+    model = get_peft_model(tiny_model(tiny_tokenizer(), hidden_size=64, num_heads=2), lora(init_lora_weights=False))
+    trainer = make_qlora_trainer(tmp_path, model, **config, **cache)
+    start = trained_weights(trainer)
+    if fails:
+
+        def no_memory(*_, **__):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        monkeypatch.setattr(model.get_base_model(), "generate_batch", no_memory, raising=False)
+        with pytest.raises(torch.OutOfMemoryError):
+            trainer.train()
+    else:
+        trainer.train()
+    for name, weight in trained_weights(trainer).items():
+        assert weight.dtype == torch.float32
+        moved = (weight - start[name]).abs().max()
+        assert moved == 0 if fails else 0 < moved < 2e-6, name
 
 
 @pytest.mark.parametrize("size", [1, 3, 8])

@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -72,6 +73,17 @@ def test_a_run_that_is_too_large_for_the_gpu_is_told_what_to_change(tmp_path, ba
         assert hints == []
     else:
         assert re.search(rf"expects {peak / 2**30:.2f} GiB, in .*Cheapest changes: --\w+ ", hints[0])
+
+
+def test_rows_that_generation_sizes_by_itself_are_no_reason_to_warn(tmp_path, base, monkeypatch):
+    trainer = make_qlora_trainer(tmp_path, base, generation_chunk_size="auto", gradient_accumulation_steps=16)
+    shape, run = shape_and_run(trainer.model, trainer.args)
+    whole, single = (plan(shape, replace(run, generation_chunk_size=rows)) for rows in (128, 1))
+    assert whole.binding == "generate"
+    assert single.peak < whole.peak
+    monkeypatch.setattr(PreTrainedModel, "device", property(lambda self: torch.device("cuda")))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, single.peak))
+    assert setting_check(trainer.model, trainer.args)[1] == []
 
 
 def test_bfloat16_weights_under_float16_are_pointed_out(tmp_path, base):
