@@ -33,12 +33,18 @@ def fused_lora(model: nn.Module) -> Iterator[None]:
                 del layer.forward
 
 
+def has_lora(model: Any) -> bool:
+    """Whether the model is one of PEFT's with a LoRA layer in it."""
+    return has_adapters(model) and any(True for _ in _layers(model))
+
+
 def why_not_fused(model: Any) -> list[str]:
     """Why layers of the model stay on PEFT's own forward, each reason once; empty where all can be fused."""
     if not has_adapters(model):
         return ["the model has no adapters"]
-    layers = list(_layers(model))
-    return list(dict.fromkeys(reason for layer in layers if (reason := unfit(layer)))) if layers else ["no LoRA layers"]
+    if not has_lora(model):
+        return ["the model has no LoRA layers"]
+    return list(dict.fromkeys(reason for layer in _layers(model) if (reason := unfit(layer))))
 
 
 def fits_any(model: Any) -> bool:
