@@ -2,7 +2,8 @@
 
 Only `forward` of the instances is another, and it asks at every call whether PEFT's own would do anything else than
 add one plain adapter: with the adapters disabled or merged, with another set of adapters, a hook or a dropout, it is
-PEFT's. State dicts, `disable_adapter`, `set_adapter`, merging, saving and loading see nothing of it.
+PEFT's, and so it is token by token in generation. State dicts, `disable_adapter`, `set_adapter`, merging, saving and
+loading see nothing of it.
 """
 
 import warnings
@@ -115,11 +116,16 @@ def _is_hooked(module: Any) -> bool:
 
 
 def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    if args or kwargs or layer.disable_adapters or layer.merged or unfit(layer) is not None or _mixes(layer, x):
+    if _generates(x) or args or kwargs or layer.disable_adapters or layer.merged or unfit(layer) or _mixes(layer, x):
         return type(layer).forward(layer, x, *args, **kwargs)
     name = next(name for name in layer.active_adapters if name in layer.lora_A)
     base = Base(layer.base_layer, partial(_dense, layer.base_layer))
     return lora_linear(x, base, layer.lora_A[name].weight, layer.lora_B[name].weight, scaling=layer.scaling[name])
+
+
+def _generates(x: Tensor) -> bool:
+    """Whether x is one token of each row and nothing is kept: asking the rest takes longer than PEFT's copies."""
+    return not torch.is_grad_enabled() and x.dim() == 3 and x.shape[1] == 1
 
 
 def _mixes(layer: Any, x: Tensor) -> bool:

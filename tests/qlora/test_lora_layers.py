@@ -264,6 +264,16 @@ def test_a_weight_that_is_no_plain_tensor_stays_pefts():
     assert why_not_fused(model) == ["the weight of the base is a Packed"]
 
 
+def test_a_step_of_generation_is_pefts(make):
+    layer = next(module for module in make("bfloat16", BF16).modules() if hasattr(module, "lora_A"))
+    x = torch.randn(50, 1, layer.in_features, dtype=BF16)
+    with torch.no_grad():
+        expected = layer(x)
+        with fused_lora(layer):
+            assert torch.equal(layer(x), expected)
+            assert not torch.equal(layer(x.transpose(0, 1))[0], expected[:, 0])  # a row of tokens is rounded less often
+
+
 def test_where_fp16_and_bf16_meet_it_is_pefts_and_says_why(make):
     layer = next(module for module in make("nf4").modules() if hasattr(module, "lora_A"))
     x = torch.randn(3, layer.in_features, dtype=BF16)
