@@ -113,7 +113,8 @@ def shown(value: str | float | None) -> str:
         return value
     if value is None or value != value:
         return "n/a"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
+    # With the zeros at the end: 0.660 below 0.661, not 0.66.
+    return f"{value:,}" if isinstance(value, int) else f"{value:#.3g}".removesuffix(".")
 
 
 def printable(text: str) -> str:

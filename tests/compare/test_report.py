@@ -68,7 +68,7 @@ def test_markdown_has_the_tables_and_no_text_of_the_model():
     text = to_markdown(
         "T", "L", [Section("S", [Text("t", ("one", "two")), table, Figure("f", "<svg/>"), Quote("q", "secret")])]
     )
-    assert "| name | x |\n| --- | --- |\n| a\\|b | 0.5 |" in text
+    assert "| name | x |\n| --- | --- |\n| a\\|b | 0.500 |" in text
     assert "t\n\n- one\n- two" in text
     assert "secret" not in text
 

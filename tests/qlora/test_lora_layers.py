@@ -113,8 +113,17 @@ def test_less_is_kept_for_backward(make, kind, autocast, less):
     assert ours <= less * saved_bytes(model, autocast)
 
 
-def saved_bytes(model, autocast) -> int:
+def test_float32_inputs_are_kept_as_autocast_has_rounded_them(make):
+    layer = next(module for module in make("nf4").modules() if hasattr(module, "lora_A"))
+    rows = torch.randn(32, layer.in_features, requires_grad=True)
+    with fused_lora(layer):
+        ours = saved_bytes(layer, BF16, rows)
+    assert ours <= 2 * rows.numel() + 2 * 32 * 4  # two bytes per input, and (N, r = 4)
+
+
+def saved_bytes(model, autocast, *inputs) -> int:
     """Of the tensors that autograd keeps, each storage once, without the model's own."""
+    named = {} if inputs else {"input_ids": IDS, "use_cache": False}
     own = {tensor.untyped_storage().data_ptr() for tensor in itertools.chain(model.parameters(), model.buffers())}
     kept = {}
 
@@ -125,7 +134,7 @@ def saved_bytes(model, autocast) -> int:
         return tensor
 
     with saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", BF16, enabled=autocast is not None):
-        model(input_ids=IDS, use_cache=False)
+        model(*inputs, **named)
     return sum(storage.nbytes() for storage in kept.values())
 
 

@@ -6,8 +6,8 @@
 
 PEFT writes the same as five modules: a clone of y (4-bit), the adapter's output, its scaled and its rounded copy and
 the sum, all (N, out), and as many in backward. Here each product is added into what is there. Between forward and
-backward live x, once for all layers that share it and never as a copy in the adapter's dtype, and the (N, r) `small`. A
-quantized weight is dequantized once per product that needs it.
+backward live x, once for all layers that share it or, under autocast, as that has rounded it, and the (N, r) `small`.
+A quantized weight is dequantized once per product that needs it.
 
 No Triton: what is left are products of the vendor's library, whose epilogue does the adding. A kernel that dequantized
 inside the product would save a write and a read of W, 4 bytes per weight next to 2 operations per weight and token: on
@@ -32,13 +32,14 @@ def lora_linear(x: Tensor, base: Base, a: Tensor, b: Tensor, *, scaling: float) 
     return _forward(x, a, b, base, scaling)[0]
 
 
-def _forward(x: Tensor, a: Tensor, b: Tensor, base: Base, scaling: float) -> tuple[Tensor, Tensor]:
-    """Output (..., out), and `small` (N, r)."""
+def _forward(x: Tensor, a: Tensor, b: Tensor, base: Base, scaling: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Output (..., out), the input (N, in) as the adapter reads it, and `small` (N, r)."""
     output = base.project(x)
     dtype = compute_dtype(a)
-    small = torch.mm(x.reshape(-1, x.shape[-1]).to(dtype), a.to(dtype).t())
+    rows = x.reshape(-1, x.shape[-1]).to(dtype)
+    small = torch.mm(rows, a.to(dtype).t())
     _add_product(output.view(-1, output.shape[-1]), small, b.to(dtype).t(), scaling)
-    return output, small
+    return output, rows, small
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> None:
@@ -51,10 +52,11 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, scale: float = 1.0)
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, base: Base, scaling: float) -> Tensor:
-        output, small = _forward(x, a, b, base, scaling)
+        output, rows, small = _forward(x, a, b, base, scaling)
         ctx.base, ctx.scaling, ctx.x_dtype = base, scaling, x.dtype
-        # As it came: layers that share an input share what is saved, whatever they cast it to.
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, small, a, b)
+        # As it came, layers that share an input share what is saved; but the adapter's own copy where that is narrower.
+        kept = rows if rows.element_size() < x.element_size() else x
+        ctx.save_for_backward(kept if ctx.needs_input_grad[1] else None, small, a, b)
         return output
 
     @staticmethod
