@@ -22,6 +22,7 @@ from grpo_plus.demo.progress import ACCURACY
 FOLDER = RESULTS / "multitask"
 BASELINE = "grpo"
 SHARE = "advantages/task_share/"
+DETAILS = ("accuracy/", "share/", "reward/")  # share: of the advantages, by task
 KEPT = (
     "max_steps",
     "num_generations",
@@ -122,8 +123,8 @@ def section(scenario: str, data: dict[str, Any]) -> str:
         "",
         verdict(against["accuracy"]),
         "",
-        *table("mean", details(arms)),
-    ])  # fmt: skip
+        *(line for kind in DETAILS for line in (*table("mean", details(arms, kind)), "")),
+    ]).rstrip()  # fmt: skip
 
 
 def paired(arms: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -149,10 +150,9 @@ def against_baseline(scores: dict[str, Tensor]) -> dict[str, Interval]:
     return {one.first: one.interval for one in differences(scores, pairs(list(scores), BASELINE))}
 
 
-def details(arms: list[dict[str, Any]]) -> dict[str, dict[str, Interval]]:
-    """Means by task and by reward, without bounds."""
-    names = [name for name in arms[0]["scores"] if "/" in name and name != "reward/correct"]
-    found = {name: by_estimator(arms, name) for name in names}
+def details(arms: list[dict[str, Any]], kind: str) -> dict[str, dict[str, Interval]]:
+    """Means by task or by reward, without bounds."""
+    found = {name: by_estimator(arms, name) for name in arms[0]["scores"] if name.startswith(kind)}
     nan = float("nan")
     return {
         name: {estimator: Interval(values.mean().item(), nan, nan) for estimator, values in scores.items()}

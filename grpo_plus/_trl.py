@@ -77,7 +77,7 @@ STEP_COLUMNS = ("step_rewards", "step_ends")
 MULTIMODAL = tuple(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)[8:]
 
 # What a row of text is made of.
-ROWS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+ROWS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "tool_mask")
 
 # How TRL fills up the rows of its dictionaries: token ids with the pad token, a masked log-probability is 0, a masked
 # ratio 1. None: one number per row.
@@ -126,7 +126,7 @@ def sampled_batches(trainer: "TRLSeam", count: int) -> Iterator[tuple[Rewards, d
     repeats = trainer.num_iterations * trainer.args.steps_per_generation
     for inputs in itertools.islice(trainer.get_train_dataloader(), 0, count * repeats, repeats):
         output = trainer._generate_and_score_completions(inputs)
-        yield trainer._rewards, {name: output[name] for name in ROWS}
+        yield trainer._rewards, {name: output[name] for name in ROWS if name in output}
 
 
 def logps_of(trainer: "TRLSeam", rows: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -135,7 +135,7 @@ def logps_of(trainer: "TRLSeam", rows: dict[str, Tensor]) -> tuple[Tensor, Tenso
     attention_mask = torch.cat([rows["prompt_mask"], rows["completion_mask"]], dim=1)
     length = rows["completion_ids"].shape[1]
     logps = trainer._get_per_token_logps_and_entropies(trainer.model, input_ids, attention_mask, length)[0]
-    return logps, rows["completion_mask"]
+    return logps, _trained(rows)
 
 
 def _gather_labels(labels: list[str | None]) -> list[str] | None:

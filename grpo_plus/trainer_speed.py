@@ -29,8 +29,7 @@ from grpo_plus.packing import (
     why_not_packed,
     why_not_single_pass,
 )
-from grpo_plus.qlora.lora_layers import fits_any, fused_lora, why_not_fused
-from grpo_plus.qlora.precision import has_adapters
+from grpo_plus.qlora.lora_layers import fits_any, fused_lora, has_lora, why_not_fused
 
 
 class SpeedUps(TRLSeam):
@@ -54,6 +53,11 @@ class SpeedUps(TRLSeam):
         reason = self._why_not_packed()
         if reason is not None and self.plus.packing != "auto":
             raise ValueError(f"packing={self.plus.packing!r} is not possible: {reason}. Set packing='none'.")
+        if reason is not None and self.plus.logprob_backend in BACKENDS:
+            raise ValueError(
+                f"logprob_backend={self.plus.logprob_backend!r} is a part of the packed forward, but rows stay padded: "
+                f"{reason}. Leave logprob_backend unset."
+            )
         if reason is not None:
             warnings.warn(f"packing: none, rows stay padded. {reason}.", stacklevel=2)
             return None
@@ -89,7 +93,7 @@ class SpeedUps(TRLSeam):
         if self.plus is None or self.plus.lora_backend == "peft":
             return False
         asked = self.plus.lora_backend == "torch"
-        if not asked and not has_adapters(self.model):
+        if not asked and not has_lora(self.model):
             return False
         reasons = [reason] if (reason := self._why_not_own_layers()) else why_not_fused(self.model)
         fits = reason is None and fits_any(self.model)

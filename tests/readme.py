@@ -24,7 +24,20 @@ def update_rows() -> list[tuple[str, ...]]:
     return table
 
 
-TABLES = {"advantages": advantage_rows, "losses": loss_rows, "update": update_rows}
+def multitask_rows() -> list[tuple[str, ...]]:
+    """Accuracy minus `grpo`'s by estimator and scenario, from the summary's tables."""
+    text = (RESULTS / "multitask" / "summary.md").read_text(encoding="utf-8")
+    found: dict[str, dict[str, str]] = {}
+    for scenario, section in re.findall(r"^## (\w+):(.*?)(?=^## |\Z)", text, flags=re.DOTALL | re.MULTILINE):
+        for line in section.split("| minus `grpo` |")[1].split("\n\n")[0].splitlines()[2:]:
+            name, accuracy = (cell.strip(" `") for cell in line.split("|")[1:3])
+            found.setdefault(name, {})[scenario] = accuracy
+    scenarios = list(dict.fromkeys(scenario for cells in found.values() for scenario in cells))
+    rows = [(name, *(cells.get(scenario, "") for scenario in scenarios)) for name, cells in found.items()]
+    return [("accuracy minus `grpo`", *scenarios), *rows]
+
+
+TABLES = {"advantages": advantage_rows, "losses": loss_rows, "update": update_rows, "multitask": multitask_rows}
 
 
 def markdown(rows: list[tuple[str, ...]]) -> str:

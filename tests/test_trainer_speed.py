@@ -93,6 +93,13 @@ def test_activated_adapters_and_compiled_models_stay_padded(tmp_path):
         assert trainer(tmp_path, torch_compile=True).packer is None
 
 
+def test_a_head_that_was_asked_for_is_not_dropped_with_the_packing(tmp_path):
+    with pytest.raises(
+        ValueError, match="logprob_backend='torch' is a part of the packed forward.*torch_compile would"
+    ):
+        trainer(tmp_path, LORA, logprob_backend="torch", torch_compile=True)
+
+
 def test_a_router_loss_keeps_trls_micro_batches(tmp_path):
     # It is not linear in what meets in a micro-batch.
     tokenizer = tiny_tokenizer()
@@ -114,8 +121,9 @@ def test_a_router_loss_keeps_trls_micro_batches(tmp_path):
 def test_prompt_learning_stays_padded_with_one_warning(tmp_path):
     stock = make_trainer(tmp_path / "stock", trainer_arguments={"peft_config": PROMPT_TUNING})
     stock.train()
-    with pytest.warns(UserWarning, match="packing: none, rows stay padded. prompt-learning PEFT"):
+    with pytest.warns(UserWarning, match="packing: none, rows stay padded. prompt-learning PEFT") as said:
         ours = trainer(tmp_path / "ours", PROMPT_TUNING, skip_zero_advantage=False)
+    assert not [warning for warning in said if "lora_backend" in str(warning.message)]  # there are no LoRA layers
     with warnings.catch_warnings(record=True) as later:
         warnings.simplefilter("always")
         ours.train()

@@ -55,6 +55,8 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
     from grpo_plus.demo.run import one_thread
 
     sys.path.insert(0, os.getcwd())  # dotted paths name the user's own modules
+    if args.num_held_out is not None and args.num_held_out < 1:
+        raise ValueError(f"--num_held_out {args.num_held_out} judges no arm. Hold out 1 prompt or more.")
     variants = _variants(args)
     check_baseline(variants, args.baseline)
     with warnings.catch_warnings():

@@ -14,9 +14,12 @@ NEXT = """Written to {output_dir}: the model and its tokenizer{merged}, log.json
 
 Try next:
   grpo-plus demo --advantage_estimator {other:<9}the same run with other advantages
-  grpo-plus demo --qlora                        adapters on a 4-bit base, exported without bitsandbytes
+  {qlora}
   grpo-plus ls advantages                       all of them, with their papers
   grpo-plus train --help                        your own model, data and rewards"""
+
+QLORA = "grpo-plus demo --qlora                        adapters on a 4-bit base, exported without bitsandbytes"
+PLAN = "grpo-plus plan MODEL --gpu 12GB --qlora       what a QLoRA run of your model will need"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,7 +58,12 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
     console.print(result_table(result))
     other = "rloo" if args.advantage_estimator == "dr_grpo" else "dr_grpo"
     console.print(
-        NEXT.format(output_dir=args.output_dir, other=other, merged=" (merged/)" if args.qlora else ""),
+        NEXT.format(
+            output_dir=args.output_dir,
+            other=other,
+            merged=" (merged/)" if args.qlora else "",
+            qlora=PLAN if args.qlora else QLORA,
+        ),
         markup=False,
         soft_wrap=True,
     )

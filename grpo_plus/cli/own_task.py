@@ -4,6 +4,7 @@ import functools
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from datasets import Dataset
 from transformers import PreTrainedModel
 
 from grpo_plus.cli.train import load, loading, parse, reward_functions, split
@@ -66,6 +67,11 @@ def own_task(rest: list[str], num_held_out: int) -> Task:
 def _rows(dataset: Any, script: Any, count: int) -> tuple[Any, Any, str]:
     """Rows to train on, rows to evaluate on, and where the latter are from."""
     train = split(dataset, script.dataset_train_split, "--dataset_train_split")
+    if not isinstance(train, Dataset):
+        raise ValueError(
+            f"A comparison holds out rows by their number, but those of {type(train).__name__} have none. Load the "
+            "dataset without streaming (--dataset_streaming)."
+        )
     if script.dataset_test_split in dataset or script.dataset_test_split != TEST_SPLIT:
         test = split(dataset, script.dataset_test_split, "--dataset_test_split")
         count = min(count, len(test))

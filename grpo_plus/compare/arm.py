@@ -15,7 +15,7 @@ from grpo_plus.compare.comparison import ArmResult
 from grpo_plus.compare.plan import Arm
 from grpo_plus.compare.start import Start
 from grpo_plus.compare.store import LOG, RESULT, begin, write_json
-from grpo_plus.compare.task import Task
+from grpo_plus.compare.task import Scores, Task
 from grpo_plus.config import GRPOPlusConfig
 from grpo_plus.diagnostics.profile import PhasePeaks
 from grpo_plus.trainer import GRPOPlusTrainer
@@ -24,8 +24,12 @@ from grpo_plus.versions import versions
 TRAINING = "training"
 
 
-def train_arm(task: Task, start: Start, arm: Arm, folder: Path, *, progress: bool) -> ArmResult:
-    """Train the arm and write its result into its folder."""
+def train_arm(task: Task, start: Start, arm: Arm, folder: Path, before: Scores, *, progress: bool) -> ArmResult:
+    """Train the arm and write its result into its folder.
+
+    Args:
+        before: the scores of the start; the arm's must have the same names, and as many items.
+    """
     begin(folder)
     write_json(folder, {"arm.json": identity(arm)})
     trainer = quiet_trainer(task, start, configuration(task, arm, folder))
@@ -33,6 +37,7 @@ def train_arm(task: Task, start: Start, arm: Arm, folder: Path, *, progress: boo
         trainer.add_callback(ArmBar(arm.name))
     try:
         result = _measured(task, trainer, arm)
+        check_scores(result.scores, before)
         log = trainer.state.log_history
     finally:
         release(trainer)
@@ -85,6 +90,16 @@ def held_out_scores(task: Task, trainer: GRPOPlusTrainer, seed: int) -> dict[str
     if not scores or not all(scores.values()):
         raise ValueError("The task's evaluate returned no scores. Return {name: [one number per held-out item]}.")
     return scores
+
+
+def check_scores(scores: Scores, before: Scores) -> None:
+    """Raise ValueError where an arm was not judged by what judged the start."""
+    there, here = ({name: len(values) for name, values in each.items()} for each in (before, scores))
+    if here != there:
+        raise ValueError(
+            f"The task's evaluate returned {here} (name: number of items) after this training, but {there} at the "
+            "start. It has to return the same scores of the same items each time; NaN where there is none."
+        )
 
 
 def release(trainer: GRPOPlusTrainer) -> None:

@@ -1,7 +1,8 @@
 """How much of a gradient is signal: each estimator's first gradient at the common start, on the same completions.
 
 At the first update of a batch the policy is still the one that sampled it, all ratios are 1, and the gradient of every
-clipped loss with a token mean is that of  sum_i A_i sum_t log p(token t of completion i) / tokens.
+clipped loss with a token mean is that of  sum_i A_i sum_t log p(token t of completion i) / tokens. It stands for all
+variants: their losses, and fields other than the estimator's, do not enter.
 """
 
 import math
@@ -18,7 +19,7 @@ from grpo_plus.config import GRPOPlusConfig
 from grpo_plus.trainer import GRPOPlusTrainer
 
 GROUPS, BATCHES = 64, 8  # groups aimed at, and the generation batches spent on them at most
-NUMBERS = 2**30  # the most that are remembered: one gradient per estimator
+NUMBERS = 2**31  # the most that are remembered: per estimator the sum of the gradients, and that of a group
 
 
 class Gradients:
@@ -69,7 +70,7 @@ def measure_start(trainer: GRPOPlusTrainer, configs: Mapping[str, GRPOPlusConfig
     size = sum(weight.numel() for weight in weights)
     estimators = {label: _Estimator(config) for label, config in configs.items()}
     distinct = {estimator.key: estimator for estimator in estimators.values()}
-    needed = len(distinct) * size
+    needed = 2 * len(distinct) * size
     skipped = f"{needed:.1e} numbers would have to be kept, over the limit of {NUMBERS:.1e}" if needed > NUMBERS else ""
     totals = {key: Gradients(0 if skipped else size) for key in distinct}
     groups = 0
@@ -121,8 +122,9 @@ class _Estimator:
             self.newest = estimate(
                 config.advantage_estimator, rewards, config.advantage_kwargs, modifiers=config.advantage_modifiers
             )
-        except ValueError as error:
-            self.refused = str(error)
+        # Any error of the user's estimator: its arms will say the same, and the others must not pay for it.
+        except Exception as error:
+            self.refused = f"{type(error).__name__}: {error}"
         else:
             self.advantages += rewards.per_completion(self.newest).flatten().tolist()
 
@@ -137,20 +139,36 @@ def _add_gradients(
     size = trainer.num_generations
     groups = len(rows["completion_mask"]) // size
     tokens = rows["completion_mask"].sum().item() / groups  # of a group, on average: the mean is that of a token mean
+    newest = {key: estimator.newest for key, estimator in estimators.items() if estimator.newest is not None}
     for group in range(groups):
         part = {name: values[group * size : (group + 1) * size] for name, values in rows.items()}
-        logps, mask = logps_of(trainer, part)
-        for key, estimator in estimators.items():
-            if estimator.newest is None:
-                continue
-            advantages = estimator.newest[group].to(logps)
-            per_token = _per_token(advantages, logps.shape[1])
-            gradient = None
-            if advantages.any():
-                loss = (per_token * logps * mask).sum() / tokens
-                parts = torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)
-                gradient = torch.cat([_flat(part, weight) for part, weight in zip(parts, weights, strict=True)])
+        advantages = {key: values[group] / tokens for key, values in newest.items()}
+        for key, gradient in _group_gradients(trainer, weights, part, advantages).items():
             totals[key].add(gradient)
+
+
+def _group_gradients(
+    trainer: GRPOPlusTrainer, weights: list[Tensor], rows: Mapping[str, Tensor], advantages: Mapping[str, Tensor]
+) -> dict[str, Tensor | None]:
+    """The gradient of one group under each estimator's advantages, None where all are 0.
+
+    As many rows at once as in training: a whole group could take more memory than the training does.
+    """
+    found: dict[str, Tensor | None] = dict.fromkeys(advantages)
+    step = trainer.args.per_device_train_batch_size
+    for first in range(0, trainer.num_generations, step):
+        some = slice(first, first + step)
+        logps, mask = logps_of(trainer, {name: values[some] for name, values in rows.items()})
+        for key, values in advantages.items():
+            if not values[some].any():
+                continue
+            per_token = _per_token(values[some].to(logps), logps.shape[1])
+            loss = (per_token * logps * mask).sum()
+            parts = torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)
+            gradient = torch.cat([_flat(part, weight) for part, weight in zip(parts, weights, strict=True)])
+            sum_so_far = found[key]
+            found[key] = gradient if sum_so_far is None else sum_so_far.add_(gradient)
+    return found
 
 
 def _per_token(advantages: Tensor, tokens: int) -> Tensor:

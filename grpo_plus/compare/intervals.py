@@ -19,7 +19,7 @@ FEWEST_SEEDS = 3
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate with its bounds; NaN bounds where there are too few seeds for any."""
+    """An estimate with its bounds; NaN bounds where there are too few seeds for any, or no items."""
 
     estimate: float
     low: float
@@ -79,7 +79,7 @@ def differences(
         scores: (S, N) by name: seeds in the same order, and items too.
 
     Returns:
-        One difference per pair; without bounds where there are fewer than 3 seeds.
+        One difference per pair; without bounds where there are fewer than 3 seeds, or no items.
     """
     if not compared:
         return []
@@ -104,7 +104,7 @@ def means(scores: Mapping[str, Tensor], *, level: float = LEVEL, resamples: int 
 def _bounds(values: Tensor, estimates: Tensor, level: float, resamples: int) -> tuple[Tensor, Tensor]:
     """Simultaneous bounds (C,) of the means of (C, S, N) values."""
     seeds, items = values.shape[1:]
-    if seeds < FEWEST_SEEDS:
+    if seeds < FEWEST_SEEDS or items == 0:
         nothing = torch.full_like(estimates, math.nan)
         return nothing, nothing
     generator = torch.Generator().manual_seed(0)

@@ -30,7 +30,7 @@ from grpo_plus.compare.gradients import measure_start
 from grpo_plus.compare.plan import SEED, Arm, Variant, plan
 from grpo_plus.compare.start import Start
 from grpo_plus.compare.store import ERROR, RESULT, agree, as_json, check, claim, read_json, write_json
-from grpo_plus.compare.task import Task
+from grpo_plus.compare.task import Scores, Task
 
 COMPARISON, ARM = "comparison.json", "arm.json"
 # Fields of a configuration that do not change what is learned.
@@ -81,6 +81,11 @@ class _Run:
                 raise ValueError(
                     f"A comparison trains in one process, but there are {config.world_size}. Start it without "
                     "`accelerate launch`; two commands on the same folder share the arms."
+                )
+            if config.use_vllm:
+                raise ValueError(
+                    "use_vllm=True: every arm would start an engine of its own, and none is let go of. Set "
+                    "use_vllm=False, or train the arms one by one with `grpo-plus train`."
                 )
         check(self.folder / COMPARISON, self.shared, "a comparison")
         for arm in self.arms:
@@ -137,7 +142,7 @@ class _Run:
 
     def _try(self, arm: Arm, folder: Path) -> None:
         try:
-            result = train_arm(self.task, self.start, arm, folder, progress=self.progress)
+            result = train_arm(self.task, self.start, arm, folder, self._before(), progress=self.progress)
         # Any error of the user's model, rewards or estimator is this arm's, and the others must not pay for it.
         except Exception as error:
             self.failures[arm] = traceback.format_exc()
@@ -164,6 +169,10 @@ class _Run:
             return False
         signal = read_json(folder / RESULT)["signal"]
         return {arm.variant.label for arm in self.arms} <= {*signal["advantages"], *signal["refused"]}
+
+    def _before(self) -> Scores:
+        scores: Scores = read_json(self.folder / "start" / RESULT)["scores"]
+        return scores
 
     def _say(self, arm: Arm, text: str) -> None:
         self.done += 1

@@ -1,5 +1,6 @@
 """What a comparison of trainings says, as a report: report.html, results.csv, results.parquet and summary.md."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
@@ -132,6 +133,8 @@ def _with_bounds(interval: Interval) -> str:
 
 
 def _word(interval: Interval) -> str:
+    if math.isnan(interval.estimate):
+        return "nothing was judged"
     if not interval.exists:
         return "too few seeds"
     return "yes" if interval.excludes_zero else "no: includes 0"
@@ -185,7 +188,8 @@ def _signal(comparison: Comparison) -> list[Block]:
         f"The gradient of {signal.groups} groups, sampled once from the start, under each estimator: the squared norm "
         "of what the groups have in common, by the variance between groups (`signal_to_noise` has the formula). Its "
         "inverse is the number of groups in a batch whose gradient is half signal. It does not depend on the size of "
-        "the advantages, and it is about the first step only."
+        "the advantages, and it is about the first step only. The loss is a token mean without a KL term for all: "
+        "variants that differ in loss or other fields alone are alike here."
     )
     if not snr:
         return [text]

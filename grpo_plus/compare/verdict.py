@@ -1,5 +1,6 @@
 """What a comparison shows, in words, and nothing that its intervals do not show."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -48,6 +49,8 @@ class Verdict:
         seeds = len(self.comparison.paired_seeds)
         if len(self.means) == 1:
             return [*lines, "One variant has finished: there is nothing to compare it with."]
+        if math.isnan(next(iter(self.means.values())).estimate):
+            return [*lines, f"No held-out item has a `{self.score}` in every arm, so no difference is claimed."]
         if seeds < FEWEST_SEEDS:
             return [*lines, f"{_count(seeds, 'seed')}: too few for intervals over runs, so no difference is claimed."]
         shown = [difference for difference in self.differences if difference.interval.excludes_zero]
@@ -76,6 +79,11 @@ class Verdict:
         widest = max(self.differences, key=lambda d: max(abs(d.interval.low), abs(d.interval.high)))
         bound = max(abs(widest.interval.low), abs(widest.interval.high))
         compared = _count(len(self.differences), "comparison")
+        if bound == 0:
+            return (
+                f"No difference in `{self.score}` is shown: {compared}, and every arm of a seed has the same score on "
+                "every held-out item. More steps, or another score, may tell them apart."
+            )
         return (
             f"No difference in `{self.score}` is shown: {compared}, and every {LEVEL:.0%} interval includes 0. That "
             f"does not show that there is none: differences of up to {bound:.3f} "
@@ -88,7 +96,11 @@ def in_short(comparison: Comparison, *, baseline: str | None = None) -> list[str
     lines = Verdict(comparison, comparison.score_names[0], checked_baseline(comparison, baseline)).lines()
     if comparison.failures:
         names = ", ".join(f"`{arm.name}`" for arm in comparison.failures)
-        lines.append(f"{_count(len(comparison.failures), 'arm')} failed: {names}. The same command tries again.")
+        lines.append(
+            f"{_count(len(comparison.failures), 'arm')} failed: {names}. The same command tries again. No figure "
+            "counts a failure against its variant: if the training itself broke down, the variant looks better than it "
+            "is."
+        )
     left_out = [seed for seed in comparison.seeds if seed not in comparison.paired_seeds]
     if left_out and comparison.paired_seeds:
         names = ", ".join(map(str, left_out))

@@ -5,10 +5,10 @@ add one plain adapter: with the adapters disabled or merged, with another set of
 PEFT's. State dicts, `disable_adapter`, `set_adapter`, merging, saving and loading see nothing of it.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from types import MethodType
 from typing import Any
 
 import torch
@@ -21,23 +21,30 @@ from grpo_plus.qlora.precision import has_adapters
 @contextmanager
 def fused_lora(model: nn.Module) -> Iterator[None]:
     """Inside, every LoRA layer of the model that `unfit` has nothing against is computed by `kernels.lora_linear`."""
-    fused = {layer: MethodType(_forward, layer) for layer in _layers(model) if unfit(layer) is None}
-    for layer, forward in fused.items():
-        layer.forward = forward
+    fused = [layer for layer in _layers(model) if "forward" not in vars(layer) and unfit(layer) is None]
+    for layer in fused:
+        # A partial and no bound method: copies and pickles of the layer call it on themselves.
+        layer.forward = partial(_forward, layer)
     try:
         yield
     finally:
-        for layer, forward in fused.items():
-            if vars(layer).get("forward") is forward:
+        for layer in fused:
+            if _is_ours(vars(layer).get("forward")):
                 del layer.forward
+
+
+def has_lora(model: Any) -> bool:
+    """Whether the model is one of PEFT's with a LoRA layer in it."""
+    return has_adapters(model) and any(True for _ in _layers(model))
 
 
 def why_not_fused(model: Any) -> list[str]:
     """Why layers of the model stay on PEFT's own forward, each reason once; empty where all can be fused."""
     if not has_adapters(model):
         return ["the model has no adapters"]
-    layers = list(_layers(model))
-    return list(dict.fromkeys(reason for layer in layers if (reason := unfit(layer)))) if layers else ["no LoRA layers"]
+    if not has_lora(model):
+        return ["the model has no LoRA layers"]
+    return list(dict.fromkeys(reason for layer in _layers(model) if (reason := unfit(layer))))
 
 
 def fits_any(model: Any) -> bool:
@@ -48,8 +55,13 @@ def fits_any(model: Any) -> bool:
 def unfit(layer: Any) -> str | None:
     """Why a LoRA layer, as it is now, is more than a frozen linear layer plus one plain adapter; None if it is not."""
     base = layer.base_layer
+    if "forward" in vars(layer) and not _is_ours(layer.forward):
+        return "their forward has been replaced by another"
     if not _is_plain_linear(layer, base):
         return f"{type(layer).__name__} over {type(base).__name__} is no linear layer that is known here"
+    # Others bring products of their own, torchao's NF4Tensor for one, which a plain torch.mm does not call.
+    if type(base) is nn.Linear and type(base.weight) is not nn.Parameter:
+        return f"the weight of the base is a {type(base.weight).__name__}"
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     if len(names) != 1:
         return f"{len(names)} adapters are active"
@@ -88,6 +100,10 @@ def _linear_4bit() -> type[nn.Module]:
     return Linear4bit
 
 
+def _is_ours(forward: Any) -> bool:
+    return isinstance(forward, partial) and forward.func is _forward
+
+
 def _is_hooked(module: Any) -> bool:
     return bool(
         module._forward_hooks
@@ -99,7 +115,7 @@ def _is_hooked(module: Any) -> bool:
 
 
 def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    if args or kwargs or layer.disable_adapters or layer.merged or _mixes(layer, x) or unfit(layer) is not None:
+    if args or kwargs or layer.disable_adapters or layer.merged or unfit(layer) is not None or _mixes(layer, x):
         return type(layer).forward(layer, x, *args, **kwargs)
     name = next(name for name in layer.active_adapters if name in layer.lora_A)
     base = Base(layer.base_layer, partial(_dense, layer.base_layer))
@@ -111,7 +127,16 @@ def _mixes(layer: Any, x: Tensor) -> bool:
     kind = x.device.type
     if not torch.is_autocast_enabled(kind) or type(layer.base_layer) is nn.Linear:
         return False
-    return torch.promote_types(x.dtype, torch.get_autocast_dtype(kind)) != x.dtype
+    cast = torch.get_autocast_dtype(kind)
+    if torch.promote_types(x.dtype, cast) == x.dtype:
+        return False
+    # Python shows it once. Before the first forward nobody knows in which dtype the hidden states arrive.
+    warnings.warn(
+        f"lora_backend: PEFT's own forward in a 4-bit layer. Autocast is in {cast}, its input in {x.dtype}; load the "
+        "model in autocast's dtype.",
+        stacklevel=1,
+    )
+    return True
 
 
 def _dense(base: Any, dtype: torch.dtype) -> Tensor:

@@ -2,10 +2,12 @@ import json
 
 import pytest
 
-from benchmarks.multitask_results import by_estimator, paired, verdict, write_summary
+from benchmarks.multitask_results import arm_of, by_estimator, paired, verdict, write_summary
+from grpo_plus.compare.comparison import ArmResult
 from grpo_plus.compare.intervals import Interval
+from grpo_plus.compare.plan import Arm, Variant
 
-SCORES = {"curve": 0.25, "worst_task": 0.125, "reward": 1.5, "accuracy/max": 0.75, "reward/correct": 0.5}
+SCORES = {"curve": 0.25, "worst_task": 0.125, "reward": 1.5, "accuracy/max": 0.75, "reward/form": 0.5, "share/max": 1.0}
 
 
 def arm(estimator, seed, right, items=8):
@@ -49,5 +51,14 @@ def test_the_summary_names_what_was_measured(tmp_path):
     assert rows[0].endswith("| 0.250 [0.250, 0.250] | 0.125 [0.125, 0.125] | 1.500 [1.500, 1.500] |")
     assert rows[1].startswith("| `rloo` | 0.812 [")
     assert rows[2].startswith("| `rloo` | +0.500 [+0.")
-    assert rows[3:] == ["| `grpo` | 0.750 |", "| `rloo` | 0.750 |"]
+    assert rows[3:] == [f"| `{name}` | {mean} |" for mean in ("0.750", "1.000", "0.500") for name in bits]
     assert "More accurate than `grpo`: `rloo`; less accurate: none; undecided: none." in text
+
+
+def test_an_arm_keeps_its_worst_task_its_curve_and_the_prompts_it_answers_right():
+    scores = {"accuracy": [0.0, 1.0, 1.0, 0.0], "accuracy/max": [0.0, 1.0], "accuracy/sort": [1.0, 1.0, 0.0]}
+    log = [{"step": 1, "held_out_accuracy": 0.25}, {"step": 2, "held_out_accuracy": 0.5}]
+    kept = arm_of(Arm(Variant("grpo"), 3), ArmResult(scores, 2.0, 1.0, None, None, 2, {}), log)
+    assert kept["scores"]["worst_task"] == 0.5
+    assert kept["scores"]["curve"] == 0.375
+    assert (kept["right"], kept["items"]) == ("6", 4)

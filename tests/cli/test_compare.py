@@ -82,9 +82,13 @@ def test_a_users_own_model_data_and_rewards(workplace, capsys):
     (["--dataset_name", "data"], "compare needs --model_name_or_path"),
     ([*NAMES[:4]], "compare needs --reward_funcs"),
     ([*OWN, "--num_held_out", "9"], "9 of the 16 rows of 'train' are too many to be held out"),
+    ([*OWN, "--num_held_out", "-1"], "--num_held_out -1 judges no arm"),
+    (["--num_held_out", "0"], "--num_held_out 0 judges no arm"),
+    ([*OWN, "--dataset_streaming", "true"], "those of IterableDataset have none. Load the dataset without streaming"),
     ([*OWN, "--dataset_test_split", "tset"], "no split 'tset'"),
     ([*OWN, "--lerning_rate", "1"], "Neither TRL nor grpo_plus takes --lerning_rate 1"),
-], ids=["estimator", "loss", "seeds", "steps", "none", "baseline", "kwargs", "model", "rewards", "rows", "split", "flag"])  # fmt: skip
+], ids=["estimator", "loss", "seeds", "steps", "none", "baseline", "kwargs", "model", "rewards", "rows",
+        "negative", "no rows", "streaming", "split", "flag"])  # fmt: skip
 def test_a_wrong_command_line_says_what_to_write_before_any_work(workplace, capsys, arguments, message):
     assert cli.main(["compare", "--output_dir", "out", *arguments]) == 1
     output = capsys.readouterr()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from grpo_plus import GRPOPlusConfig
-from grpo_plus._trl import sampled_batches
+from grpo_plus._trl import logps_of, sampled_batches
 from grpo_plus.advantages import estimate
 from grpo_plus.compare.gradients import Gradients, measure_start, signal_to_noise
 from tests.compare.small import small_task
@@ -42,6 +42,17 @@ def test_the_correction_takes_off_what_noise_alone_gives():
     biased = [(rows.mean(0).square().sum() / rows.var(0).sum()).item() for rows in draws]
     assert sum(found) / 400 == pytest.approx(1 / 50, rel=0.5)  # the cut at 0 adds a little
     assert sum(biased) / 400 > 5 / 50
+
+
+def test_a_tools_tokens_do_not_count(tmp_path):
+    task = small_task()
+    made = task.trainer(task.start(), task.config(output_dir=str(tmp_path)))
+    _, rows = next(sampled_batches(made, 1))
+    tools = torch.ones_like(rows["completion_mask"])
+    tools[:, 0] = 0
+    mask = logps_of(made, rows | {"tool_mask": tools})[1]
+    assert mask[:, 0].sum() == 0
+    assert (mask[:, 1:] == rows["completion_mask"][:, 1:]).all()
 
 
 def test_the_gradients_are_those_of_the_policy_gradient(tmp_path):
@@ -84,6 +95,23 @@ def test_the_gradients_are_those_of_the_policy_gradient(tmp_path):
     assert len(found.advantages["grpo"]) == 16 * 4
 
 
+def test_no_more_rows_than_in_training_go_through_the_model_at_once(tmp_path):
+    found, rows = [], []
+    for at_once in (8, 3, 1):
+        config = {"per_device_train_batch_size": at_once, "generation_batch_size": 24, "output_dir": str(tmp_path)}
+        task = small_task()
+        config = task.config(advantage_estimator="rloo", packing="none", **config)
+        trainer = task.trainer(task.start(), config)
+        trainer.model.get_input_embeddings().register_forward_hook(
+            lambda module, given, output: rows.append(len(output)) if output.requires_grad else None
+        )
+        found.append(measure_start(trainer, {"rloo": config}))
+        assert 0 < max(rows) <= at_once
+        rows.clear()
+    assert found[1].snr["rloo"] == pytest.approx(found[0].snr["rloo"], rel=1e-4)
+    assert found[2].snr["rloo"] == pytest.approx(found[0].snr["rloo"], rel=1e-4)
+
+
 def test_what_an_estimator_refuses_is_its_own_affair(tmp_path):
     task = small_task()
     configs = {
@@ -94,6 +122,19 @@ def test_what_an_estimator_refuses_is_its_own_affair(tmp_path):
     assert set(found.refused) == {"passk"}
     assert "brevity" in found.refused["passk"]
     assert set(found.snr) == {"rloo", "maxrl"}
+
+
+def unfinished(rewards):
+    raise NotImplementedError("later")
+
+
+def test_an_estimator_that_raises_whatever_error_is_its_own_affair(tmp_path):
+    task = small_task()
+    names = ("rloo", f"{__name__}.unfinished")
+    configs = {name: task.config(advantage_estimator=name, output_dir=str(tmp_path)) for name in names}
+    found = measure_start(task.trainer(task.start(), configs["rloo"]), configs)
+    assert found.refused == {names[1]: "NotImplementedError: later"}
+    assert set(found.snr) == {"rloo"}
 
 
 def test_gradients_that_are_too_large_to_keep_are_skipped_with_the_reason(tmp_path, monkeypatch):

@@ -171,16 +171,29 @@ def test_an_arm_that_another_process_holds_is_left_to_it(tmp_path, monkeypatch):
     assert len(comparison.results) == 2
 
 
+@pytest.mark.parametrize("given", [{"other": [1.0, 2.0]}, {"score": [1.0]}], ids=["name", "items"])
+def test_an_arm_with_other_scores_than_the_start_fails_alone(tmp_path, given):
+    def evaluate(trainer):
+        odd = trainer.state.global_step and trainer.args.advantage_estimator == "grpo"
+        return given if odd else {"score": [1.0, 2.0]}
+
+    comparison = compare(small_task(evaluate=evaluate), ["grpo", "rloo"], [0], tmp_path)
+    grpo, rloo = comparison.arms
+    assert set(comparison.results) == {rloo}
+    assert "but {'score': 2} at the start" in comparison.failures[grpo]
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
     ((["dr_grop"], [0]), "Did you mean 'dr_grpo'"),
     (([Variant("grpo", fields={"advantage_kwargs": {"ddoff": 1}})], [0]), "takes no keyword 'ddoff'"),
     (([Variant("grpo", fields={"lerning_rate": 1})], [0]), "lerning_rate"),
+    (([Variant("grpo", fields={"use_vllm": True})], [0]), "use_vllm=True: every arm would start an engine"),
     (([], [0]), "at least one estimator"),
     ((["grpo"], []), "at least 1 seed"),
     ((["grpo"], [-1]), "seed=-1"),
     ((["grpo"], [0, 0]), "'grpo, seed 0' is there twice"),
     (([Variant("grpo"), Variant("grpo")], [0]), "is there twice"),
-], ids=["estimator", "keyword", "field", "none", "no seed", "seed", "seed twice", "twice"])  # fmt: skip
+], ids=["estimator", "keyword", "field", "engine", "none", "no seed", "seed", "seed twice", "twice"])  # fmt: skip
 def test_what_cannot_be_compared_is_refused_before_any_work(tmp_path, arguments, message):
     with pytest.raises((ValueError, TypeError), match=message):
         compare(small_task(start=lambda: pytest.fail("work")), *arguments, tmp_path / "out")

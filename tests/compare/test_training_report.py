@@ -87,6 +87,13 @@ def test_no_difference_is_claimed_where_none_is_shown(tmp_path):
     assert "scores above" not in verdict
 
 
+def test_arms_that_score_alike_on_every_item_bound_no_difference(tmp_path):
+    same = [[0.0, 1.0], [1.0, 1.0], [0.0, 0.0]]
+    verdict = in_short(comparison_of(tmp_path, {"a": same, "b": same}))[1]
+    assert "every arm of a seed has the same score on every held-out item" in verdict
+    assert "differences of up to" not in verdict
+
+
 @pytest.mark.parametrize("seeds", [1, 2])
 def test_too_few_seeds_claim_nothing_however_large_the_gap(tmp_path, seeds):
     lines = in_short(comparison_of(tmp_path, {"a": [[0.0] * 9] * seeds, "b": [[1.0] * 9] * seeds}))
@@ -113,6 +120,15 @@ def test_items_that_nothing_judged_are_left_out_in_every_arm(tmp_path):
     assert comparison.scores("accuracy")["b"].tolist() == [[0.0, 1.0]]
     with pytest.raises(ValueError, match="judged on 1 and 2 items of 'accuracy'"):
         comparison_of(tmp_path / "b", {"a": [[1.0, 0.0]], "b": [[0.0]]}).scores("accuracy")
+
+
+def test_a_score_that_no_item_has_in_every_arm_is_said_to_be_missing(tmp_path):
+    nan = float("nan")
+    comparison = comparison_of(tmp_path, {"a": [[nan, nan]] * 3, "b": [[0.0, 1.0]] * 3})
+    assert in_short(comparison)[1] == "No held-out item has a `accuracy` in every arm, so no difference is claimed."
+    page, summary, *_ = write_comparison(comparison, tmp_path)
+    assert "nothing was judged" in summary.read_text(encoding="utf-8")
+    assert "differences of up to" not in page.read_text(encoding="utf-8")
 
 
 def test_a_baseline_is_compared_with_each_other_and_a_wrong_one_is_refused(tmp_path):

@@ -46,11 +46,11 @@ def test_twenty_steps_follow_trls(tmp_path, loss):
 
 def test_adapters_follow_trls_through_scoring_checkpoints_and_a_resume(tmp_path):
     config = CONFIG | {
-        "max_steps": 4,
+        "max_steps": 2,
         "beta": 0.1,
         "gradient_checkpointing": True,
         "save_strategy": "steps",
-        "save_steps": 2,
+        "save_steps": 1,
         "trainer_arguments": {"peft_config": LoraConfig(r=4, lora_alpha=12, target_modules="all-linear")},
     }
     classes = {"trainer_class": GRPOPlusTrainer, "config_class": GRPOPlusConfig}
@@ -62,7 +62,7 @@ def test_adapters_follow_trls_through_scoring_checkpoints_and_a_resume(tmp_path)
     ours.train()
     assert not any("forward" in vars(module) for module in ours.model.modules() if hasattr(module, "lora_A"))
     resumed = make_trainer(tmp_path / "resumed", **classes, **config)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "ours" / "checkpoint-2"))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "ours" / "checkpoint-1"))
     trained, again = weights_of(ours), weights_of(resumed)
     for name, weight in weights_of(stock).items():
         torch.testing.assert_close(trained[name], weight, rtol=1e-4, atol=1e-6, msg=name)

@@ -17,8 +17,8 @@ from pathlib import Path
 POINTERS = {"targets": "*i64"} | dict.fromkeys(
     ("highest_ptr", "total_ptr", "weighted_ptr", "target_ptr", "products", "logps", "entropy"), "*fp32"
 )
-NUMBERS = ("tile_stride", "start", "columns", "width", "weight_stride", "column_stride")
-HEAD = {"FIRST": False, "HAS_BIAS": True, "SCALE": 1.0, "CAP": 30.0, "TEMPERATURE": 0.9}
+NUMBERS = ("tile_stride", "start", "columns", "width", "weight_stride")
+HEAD = {"FIRST": False, "HAS_BIAS": True, "SCALE": 1.0, "CAP": 30.0, "TEMPERATURE": 0.9, "column_stride": 1}
 CAPABILITIES = (75, 80, 86, 89, 90, 100, 120)
 
 

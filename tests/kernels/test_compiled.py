@@ -46,7 +46,10 @@ def test_a_multiprocessor_holds_enough_threads_to_keep_its_memory_busy(records):
 
 
 def test_whole_rows_are_read_in_vectors(records):
-    assert all(record["vector_loads"] >= 2 for record in records if record["kernel"] == "_fold")
+    # Of a tile and its bias in both loops; of the target's weight and of the float32 products, which take two.
+    for record in records:
+        if record["with_gradient"]:
+            assert record["vector_loads"] >= {"_fold": 4, "_finish": 3}[record["kernel"]], record
 
 
 def test_a_first_step_compiles_within_seconds(records):

@@ -23,7 +23,7 @@ OPTIONS = [
 ]
 EVERYTHING = OPTIONS[-1]
 # N, H, V: from one tile, chunk and block to many of each, see `small_tiles`; a vocabulary of one token; odd ones.
-SIZES = [(1, 2, 5), (4, 3, 1), (7, 5, 129), (13, 8, 333), (12, 16, 1003), (3, 33, 64)]
+SIZES = [(1, 2, 5), (4, 3, 1), (7, 5, 129), (9, 8, 333), (18, 16, 555), (3, 33, 64)]
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def small_tiles(monkeypatch):
     if INTERPRETED:
         from grpo_plus.kernels.linear_logprob import triton
 
-        monkeypatch.setattr(triton, "ROWS", 8)
+        monkeypatch.setattr(triton, "ROWS", 16)
         monkeypatch.setattr(triton, "COLUMNS", 256)
         monkeypatch.setattr(triton, "DEFAULT_BLOCKS", triton.Blocks(128, 1))
 
@@ -105,7 +105,7 @@ def test_outputs_and_gradient_are_those_of_the_reference(small_tiles, linear_log
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize(("dtype", "rtol"), PRECISIONS[1:3], ids=str)
 def test_every_option_is_that_of_the_reference(small_tiles, linear_logprob, dtype, rtol, options, with_bias):
-    check(linear_logprob, dtype, rtol, (13, 8, 333), options, with_bias=with_bias)
+    check(linear_logprob, dtype, rtol, (5, 8, 333), options, with_bias=with_bias)
 
 
 @every_frozen
@@ -179,7 +179,7 @@ def test_no_buffer_holds_more_than_a_tile(monkeypatch, nan_from_torch_empty, lin
 def test_no_buffer_of_tritons_holds_more_than_a_tile(small_tiles, nan_from_torch_empty):
     hidden, weight, _, targets = head(20, 4, 500)
     backends.backend("triton")(hidden, weight, targets)
-    assert max(nan_from_torch_empty) <= 8 * 256
+    assert max(nan_from_torch_empty) <= 16 * 256
 
 
 @every_frozen
@@ -258,7 +258,8 @@ def test_hidden_states_may_be_a_view(linear_logprob):
     strided = torch.randn(12, 12)[:, ::2]
     cotangent = torch.randn(12)
     expected = outputs(linear_logprob, strided.contiguous(), weight, targets, cotangent)
-    assert_all_close(outputs(linear_logprob, strided, weight.t().contiguous().t(), targets, cotangent), expected, 1e-6)
+    views = (strided, weight.t().contiguous().t(), torch.stack([targets, targets], 1)[:, 0])
+    assert_all_close(outputs(linear_logprob, *views, cotangent), expected, 1e-6)
 
 
 # --- against TRL's own head
@@ -308,10 +309,10 @@ def test_outputs_and_gradients_are_those_of_trls_head(
     trls, linear_logprob, config, dtype, autocast, cast_lm_head_to_fp32, rtol
 ):
     model = trls(dtype, cast_lm_head_to_fp32, **config)
-    input_ids = torch.randint(model.config.vocab_size, (3, 11))
+    input_ids = torch.randint(model.config.vocab_size, (2, 8))
     labels = input_ids.clone()
     labels[0, :4] = -100
-    cotangent = torch.randn(3, 10)
+    cotangent = torch.randn(2, 7)
 
     def trl():
         result = model(input_ids=input_ids, labels=labels, fused_lm_head=True)

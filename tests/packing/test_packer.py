@@ -131,7 +131,7 @@ def test_a_wrong_gradient_is_caught(monkeypatch):
         packed(tiny("llama"), "shared_prompt")
 
 
-HEAD = single_pass_head(temperature=1.3)
+HEAD = single_pass_head("torch", temperature=1.3)
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,12 @@ def test_a_run_that_learns_is_left_alone(tmp_path, base, caplog):
     assert not [record for record in caplog.records if record.name == "grpo_plus" and record.levelno > logging.INFO]
 
 
+def test_a_step_of_the_warm_up_without_a_learning_rate_does_not_count(tmp_path, base):
+    warm_up = {"warmup_steps": 2, "lr_scheduler_type": "constant_with_warmup"}
+    judged = run(tmp_path, base, FrozenAdapterCallback(steps=1), max_steps=2, **warm_up)
+    assert judged.counted == 1
+
+
 def test_a_part_that_stays_is_a_warning_with_its_cause(tmp_path, base, caplog):
     run(tmp_path, base, FrozenAdapterCallback(steps=3), max_steps=4, adapter_dtype="bfloat16", learning_rate=1e-6)
     (message,) = [record.getMessage() for record in caplog.records if "of the elements moved" in record.getMessage()]

@@ -46,6 +46,7 @@ def test_completions_are_sampled_without_dropout(tmp_path, base):
     for name, rate in (("ours", 0.0), ("ours", 0.5), ("trl", 0.0), ("trl", 0.5)):
         trainer_class, config_class = kinds[name]
         model = random_adapters(base, lora_dropout=rate)
+        # The same arithmetic with and without dropout: bfloat16 would let a greedy choice hang on its rounding.
         config = GREEDY | ({"packing": "none", "lora_backend": "peft"} if name == "ours" else {})
         trainer = make_qlora_trainer(tmp_path, model, trainer_class=trainer_class, config_class=config_class, **config)
         made[name, rate], _ = completions(trainer)

@@ -1,6 +1,7 @@
 """PEFT's LoRA layers with another forward: what they compute, what they save for backward, and what they stay."""
 
 import copy
+import io
 import itertools
 from contextlib import nullcontext
 
@@ -194,6 +195,37 @@ def test_the_model_stays_what_it_was(make):
     assert_same(gradients(twin), expected, 2e-6)
 
 
+def test_a_training_inside_another_leaves_the_outer_ones_layers(make):
+    model = make("float32")
+    with fused_lora(model):
+        forwards = [module.forward for module in model.modules()]
+        with fused_lora(model):
+            pass
+        assert [module.forward for module in model.modules()] == forwards
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_a_model_saved_whole_inside_can_be_loaded(make):
+    model, file = make("float32"), io.BytesIO()
+    with fused_lora(model):
+        torch.save(model, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    assert_same(gradients(loaded), gradients(model), 2e-6)
+
+
+def test_a_layer_whose_forward_someone_else_has_replaced_keeps_theirs(make):
+    model, calls = make("float32"), []
+    layer = next(module for module in model.modules() if hasattr(module, "lora_A"))
+    own = layer.forward
+    layer.forward = theirs = lambda x: calls.append(1) or own(x)
+    assert why_not_fused(model) == ["their forward has been replaced by another"]
+    with fused_lora(model):
+        gradients(model)
+        assert len(calls) == 1
+    assert vars(layer)["forward"] is theirs
+
+
 def test_it_leaves_when_the_training_fails(make):
     model = make("float32")
     with pytest.raises(RuntimeError, match="stop"), fused_lora(model):
@@ -219,6 +251,28 @@ def test_what_is_more_than_plain_lora_stays_pefts_and_says_why(config, reason):
     assert not fits_any(model)
     with fused_lora(model):
         assert not any("forward" in vars(module) for module in model.modules())
+
+
+class Packed(torch.Tensor):
+    """Stands for what torchao or a tensor-parallel plan puts in the place of a plain weight."""
+
+
+def test_a_weight_that_is_no_plain_tensor_stays_pefts():
+    model = get_peft_model(nn.ModuleDict({"proj": nn.Linear(8, 8)}), LoraConfig(target_modules=["proj"]))
+    base = model.base_model.model["proj"].base_layer
+    base.weight = nn.Parameter(base.weight.detach().as_subclass(Packed), requires_grad=False)
+    assert why_not_fused(model) == ["the weight of the base is a Packed"]
+
+
+def test_where_fp16_and_bf16_meet_it_is_pefts_and_says_why(make):
+    layer = next(module for module in make("nf4").modules() if hasattr(module, "lora_A"))
+    x = torch.randn(3, layer.in_features, dtype=BF16)
+    with torch.autocast("cpu", torch.float16):
+        expected = layer(x)
+        with fused_lora(layer), pytest.warns(UserWarning, match=r"in torch\.float16, its input in torch\.bfloat16"):
+            actual = layer(x)
+    assert actual.dtype == expected.dtype
+    assert torch.equal(actual, expected)
 
 
 def test_a_hook_is_called_as_under_peft(make):

@@ -21,10 +21,11 @@ from torch import Tensor
 from grpo_plus.kernels.linear_logprob.frozen import Head, frozen_logprob
 from grpo_plus.kernels.products import add_product, compute_dtype
 
-# Of a tile of logits: 128 MiB in bf16, half of TRL's. A multiple of 64 columns keeps every row of it aligned.
+# Of a tile of logits: 128 MiB in bf16, half of TRL's. Multiples of 64 columns keep its rows aligned, and of 16 rows
+# whatever is cut along with it: Triton compiles anew for pointers that 16 does not divide.
 ROWS = 4096
 COLUMNS = 16384
-ALIGNMENT = 64
+ALIGNMENT = (16, 64)
 # A finite stand-in for the largest of no logits at all: with infinity the first rescaling would be NaN.
 LOWEST = tl.constexpr(-1e30)
 
@@ -88,7 +89,8 @@ def _score(hidden: Tensor, targets: Tensor, head: Head, with_gradient: bool) -> 
     device, dtype = hidden.device, compute_dtype(hidden)
     wide = torch.promote_types(dtype, torch.float32)
     (count, width), vocab = hidden.shape, head.weight.shape[0]
-    rows, columns = _even(count, ROWS, 1), _even(vocab, COLUMNS, ALIGNMENT)
+    rows, columns = _even(count, ROWS, ALIGNMENT[0]), _even(vocab, COLUMNS, ALIGNMENT[1])
+    targets = targets.contiguous()
     logps = torch.empty(count, dtype=wide, device=device)
     entropy = torch.empty_like(logps)
     vectors = torch.empty((count, width), dtype=hidden.dtype, device=device) if with_gradient else None
