@@ -131,21 +131,23 @@ def bits_of_layer(weight: Tensor) -> bool:
 
 
 def token_logps(model: Any, input_ids: Tensor) -> Tensor:
-    """(B, L, V) log-probabilities in float32, without dropout; the model's mode stays."""
+    """(B, L, V) log-probabilities in float32 on the CPU, without dropout, row by row; the model's mode stays."""
     training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            logits = model(input_ids=input_ids.to(model.device)).logits
+            rows = [
+                model(input_ids=row.to(model.device)).logits.float().log_softmax(-1).cpu() for row in input_ids.split(1)
+            ]
     finally:
         model.train(training)
-    return logits.float().log_softmax(-1).cpu()
+    return torch.cat(rows)
 
 
 def kl_divergence(trained: Tensor, exported: Tensor) -> float:
     """Mean over the tokens of Σ_v p(v) (log p(v) − log q(v)), p of the trained model and q of the exported one."""
-    trained, exported = trained.double(), exported.double()
-    return (trained.exp() * (trained - exported)).sum(-1).mean().item()
+    rows = ((p.double(), q.double()) for p, q in zip(trained, exported, strict=True))
+    return torch.stack([(p.exp() * (p - q)).sum(-1).mean() for p, q in rows]).mean().item()
 
 
 def _check_method(method: str) -> None:

@@ -125,9 +125,10 @@ def _wide_embeddings(model: Any, args: Any) -> str | None:
     if not bits_of(model) or not wide:
         return None
     spare = sum(weight.numel() * 2 for weight in {id(weight): weight for weight in wide}.values()) / GIB
+    half = _half_precision(args)
     return (
-        f"The embeddings are float32, and with them the residual stream and the cache of the generation; in bf16 the "
-        f"embeddings alone take {spare:.2f} GiB less. Load the model with dtype='bfloat16' (--dtype bfloat16)."
+        f"The embeddings are float32, and with them the residual stream and the cache of the generation; in {half} "
+        f"the embeddings alone take {spare:.2f} GiB less. Load the model with dtype='{half}' (--dtype {half})."
     )
 
 
@@ -135,9 +136,10 @@ def _wide_compute(model: Any, args: Any) -> str | None:
     quantization = getattr(model.config, "quantization_config", None)
     if bits_of(model) != 4 or getattr(quantization, "bnb_4bit_compute_dtype", None) != torch.float32:
         return None
+    half = _half_precision(args)
     return (
-        "4-bit weights are computed in float32, without the fast kernels. Set bnb_4bit_compute_dtype=torch.bfloat16 "
-        "(on the command line: --dtype bfloat16)."
+        f"4-bit weights are computed in float32, without the fast kernels. Set bnb_4bit_compute_dtype=torch.{half} "
+        f"(on the command line: --dtype {half})."
     )
 
 
@@ -189,6 +191,10 @@ HINTS: tuple[Callable[[Any, Any], str | None], ...] = (
     _bfloat16_under_float16,
     _too_large,
 )
+
+
+def _half_precision(args: Any) -> str:
+    return "float16" if getattr(args, "fp16", False) else "bfloat16"
 
 
 def _short(dtype: Any) -> str:

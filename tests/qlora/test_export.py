@@ -1,6 +1,7 @@
 """The exported model is the one that was trained, loads without bitsandbytes, and the lossy ways are refused."""
 
 import json
+import math
 import subprocess
 import sys
 
@@ -47,6 +48,23 @@ def test_the_dequantized_export_is_the_trained_model_without_bitsandbytes(tmp_pa
     assert (
         AutoTokenizer.from_pretrained(tmp_path / "merged")("1+1=")["input_ids"] == tiny_tokenizer()("1+1=")["input_ids"]
     )
+
+
+def test_tokens_to_compare_on_go_through_the_model_row_by_row(trained):
+    """Many prompts of one's own would need (B, L, V) logits on the card at once."""
+    rows = []
+    handle = trained.register_forward_pre_hook(
+        lambda _, __, named: rows.append(len(named["input_ids"])), with_kwargs=True
+    )
+    whole = export.token_logps(trained, IDS)
+    handle.remove()
+    assert rows == [1] * len(IDS)
+    assert whole.shape[:2] == IDS.shape
+    # By hand: p = (3/4, 1/4) against (1/2, 1/2) in the first row, itself in the second.
+    trained_logps = torch.tensor([[[0.75, 0.25]], [[0.75, 0.25]]]).log()
+    other = torch.tensor([[[0.5, 0.5]], [[0.75, 0.25]]]).log()
+    expected = (0.75 * math.log(1.5) + 0.25 * math.log(0.5)) / 2
+    assert export.kl_divergence(trained_logps, other) == pytest.approx(expected, abs=1e-7)
 
 
 def test_the_three_methods_and_the_refused_one_by_their_distance(tmp_path, trained, base, caplog):

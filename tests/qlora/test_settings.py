@@ -98,6 +98,16 @@ def test_bfloat16_weights_under_float16_are_pointed_out(tmp_path, base):
     assert setting_check(half.model, half.args)[1] == []
 
 
+def test_cards_without_bfloat16_are_advised_float16(tmp_path, base):
+    model = get_peft_model(quantized(base, dtype=torch.float32, bnb_4bit_compute_dtype=torch.float32), lora())
+    trainer = make_qlora_trainer(tmp_path, model)
+    trainer.args.fp16 = True
+    _, hints = setting_check(trainer.model, trainer.args)
+    assert len(hints) == 2
+    assert "dtype='float16' (--dtype float16)" in hints[0]
+    assert "bnb_4bit_compute_dtype=torch.float16 (on the command line: --dtype float16)" in hints[1]
+
+
 def test_it_is_logged_at_info_and_silent_above(tmp_path, base, caplog):
     def logged(level):
         caplog.clear()
