@@ -1,8 +1,9 @@
 """Which checkpoint a run can go on from: a process that was killed while it saved leaves one that looks like any other.
 
 transformers writes trainer_state.json last. `GRPOPlusTrainer` takes an old one out of a folder before it writes there,
-and its own file before transformers' begin, so that a folder with a readable trainer_state.json is complete. Older
-checkpoints are deleted only after that.
+and its own file before transformers' begin, so that a folder with a readable trainer_state.json is complete but for the
+random states of other processes, for which the first one does not wait: killed between the two, a run goes on with
+other draws there, and transformers says so. Older checkpoints are deleted only after that.
 """
 
 import json

@@ -5,7 +5,7 @@ from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from grpo_plus.planner import MemoryPlan
+    from grpo_plus.planner import MemoryPlan, Run
 
 HELP = "Say how much GPU memory a run will need, what fits, and what to change; needs no GPU and no weights."
 
@@ -88,11 +88,25 @@ def _verdict(planned: "MemoryPlan", gpu_bytes: int) -> str:
     usable = (gpu_bytes - planned.constants.unusable_bytes) / GIB
     fits = "fits" if planned.fits(gpu_bytes) else "does not fit"
     lines = [f"{usable:.2f} GiB of the card's {gpu_bytes / GIB:g} are usable: the run {fits}.\n"]
-    lines.append("largest that fits, each with all else equal")
+    lines.append("largest that fits, each on its own and with as many prompts")
     for name in ("max_completion_length", "num_generations", "per_device_train_batch_size"):
         size = largest(planned.shape, planned.run, gpu_bytes, name, constants=planned.constants)
-        lines.append(f"  {name:<28} {size or 'none'}")
+        lines.append(f"  {name:<28} {size or 'none'}{_companions(planned.run, name, size)}")
     if not planned.fits(gpu_bytes):
         advice = advise(planned.shape, gpu_bytes, planned.run, constants=planned.constants)
         lines += ["\nto make it fit, cheapest first", advice.text()]
     return "\n".join(lines)
+
+
+def _companions(run: "Run", field: str, size: int) -> str:
+    """The other settings that a size needs."""
+    from grpo_plus.planner import resized
+
+    changed = resized(run, field, size) if size else run
+    names = ("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation")
+    others = [
+        f"--{name} {getattr(changed, name)}"
+        for name in names
+        if name != field and getattr(changed, name) != getattr(run, name)
+    ]
+    return f"  with {' '.join(others)}" if others else ""

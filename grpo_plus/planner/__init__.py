@@ -10,7 +10,7 @@
 arithmetic, `constants` what had to be measured or assumed, `advise` what to change. One GPU, transformers generates.
 """
 
-from grpo_plus.planner.advise import Advice, Suggestion, advise, largest
+from grpo_plus.planner.advise import Advice, Suggestion, advise, largest, resized
 from grpo_plus.planner.config_file import load_shape, read_config
 from grpo_plus.planner.constants import Constants, load_constants
 from grpo_plus.planner.families import shape_of
@@ -33,5 +33,6 @@ __all__ = [
     "parse_bytes",
     "plan",
     "read_config",
+    "resized",
     "shape_of",
 ]

@@ -213,7 +213,7 @@ def largest(shape: ModelShape, run: Run, gpu_bytes: float, field: str, *, consta
     """
 
     def fits(value: int) -> bool:
-        return plan(shape, _resized(run, field, value), constants=constants).fits(gpu_bytes)
+        return plan(shape, resized(run, field, value), constants=constants).fits(gpu_bytes)
 
     if field == "per_device_train_batch_size":
         return max(filter(fits, _divisors(run.generation_rows)), default=0)
@@ -226,25 +226,30 @@ def largest(shape: ModelShape, run: Run, gpu_bytes: float, field: str, *, consta
     return low
 
 
-def _resized(run: Run, field: str, value: int) -> Run:
+def resized(run: Run, field: str, value: int) -> Run:
+    """The run with another size, and what has to follow: as many prompts per generation and per optimizer step.
+
+    More or fewer generations, or rows per pass, take other `per_device_train_batch_size`,
+    `gradient_accumulation_steps` and, where it is set, `steps_per_generation`.
+    """
     if field == "max_completion_length":
         return replace(run, max_completion_length=value)
-    rows, batch = run.generation_rows, value
+    rows, batch, group = run.generation_rows, value, run.num_generations
     if field == "num_generations":
-        rows = rows // run.num_generations * value
+        rows, group = rows // group * value, value
         batch = max(size for size in _divisors(rows) if size <= run.per_device_train_batch_size)
     elif field != "per_device_train_batch_size":
         raise ValueError(
             f"field={field!r} has no largest value here. Use max_completion_length, num_generations or "
             "per_device_train_batch_size."
         )
-    group = value if field == "num_generations" else run.num_generations
+    steps, before = rows // batch, run.steps_per_generation or run.gradient_accumulation_steps
     return replace(
         run,
         num_generations=group,
         per_device_train_batch_size=batch,
-        gradient_accumulation_steps=rows // batch,
-        steps_per_generation=None,
+        gradient_accumulation_steps=max(1, run.gradient_accumulation_steps * steps // before),
+        steps_per_generation=None if run.steps_per_generation is None else steps,
     )
 
 

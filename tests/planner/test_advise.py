@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from grpo_plus.planner import QLORA, Constants, Run, advise, largest, plan, shape_of
+from grpo_plus.planner import QLORA, Constants, Run, advise, largest, plan, resized, shape_of
 from grpo_plus.planner.constants import GIB
 from tests.planner.configs import LLAMA_3_1_8B, QWEN3_1_7B, QWEN3_4B
 
@@ -160,3 +160,15 @@ def test_constants_reach_the_advice():
     run, wide = Run(**QLORA, max_completion_length=800), Constants(fragmentation=2)
     assert advise(QWEN, 8 * GIB, run).fits
     assert len(advise(QWEN, 8 * GIB, run, constants=wide).suggestions) > len(advise(QWEN, 8 * GIB, run).suggestions)
+
+
+def test_what_has_to_follow_a_size_follows():
+    # 4 prompts of 8: with 34 completions each 136 rows, of which TRL can take 8 at a time in 17 passes.
+    found = resized(
+        Run(num_generations=8, per_device_train_batch_size=8, gradient_accumulation_steps=4), "num_generations", 34
+    )
+    assert (found.per_device_train_batch_size, found.gradient_accumulation_steps) == (8, 17)
+    # Two generation batches per optimizer step stay two, whatever a pass takes.
+    twice = Run(per_device_train_batch_size=8, gradient_accumulation_steps=8, steps_per_generation=4)
+    found = resized(twice, "per_device_train_batch_size", 2)
+    assert (found.gradient_accumulation_steps, found.steps_per_generation) == (32, 16)
