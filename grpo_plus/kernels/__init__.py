@@ -9,7 +9,7 @@ when their backend is asked for; all else is torch and the standard library. The
   Triton's interpreter: outputs and every gradient against the reference, odd sizes, fresh memory full of NaN;
 - add its kernels to `tests/kernels/compiled.py`, where they are compiled for every architecture without a GPU and their
   registers, spills and shared memory are held to bounds;
-- add it to `benchmarks/kernels.py`, which refuses to time a wrong result, and let a default choose a kernel on the devices
-  where it has been measured, and only there. (`lora_linear` is plain torch that leaves out work of PEFT's, the same on
-  every device, and so on by default everywhere.)
+- add it to `benchmarks/kernels.py`, which refuses to time a wrong result, and let a default choose a kernel on the
+  devices where it has been measured, and only there. (`lora_linear` is plain torch that leaves out work of PEFT's, the
+  same on every device, and so on by default everywhere.)
 """
