@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from peft import LoraConfig
 
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
 from tests.refilling import MIXED, Judge
@@ -45,8 +46,15 @@ def train(output_dir: Path, config: dict[str, Any]) -> None:
     task = {"reward_funcs": [stepwise] if stepped else [vowels, brevity]}
     if config.pop("half_dead", False):
         task = {"reward_funcs": [judge], "train_dataset": MIXED}
+    adapter = LoraConfig(r=4, target_modules="all-linear") if config.pop("lora", False) else None
     trainer = make_trainer(
-        output_dir, trainer_class=Recorder, config_class=GRPOPlusConfig, log_completions=True, **task, **config
+        output_dir,
+        trainer_class=Recorder,
+        config_class=GRPOPlusConfig,
+        trainer_arguments={"peft_config": adapter},
+        log_completions=True,
+        **task,
+        **config,
     )
     trainer.train(resume_from_checkpoint=resume_from and str(output_dir.parent / resume_from))
     rank = PartialState().process_index
