@@ -114,21 +114,37 @@ class Comparison:
         Raises:
             ValueError: two arms were judged on different numbers of items.
         """
-        found = {
-            variant.label: [self.results[Arm(variant, seed)].scores[name] for seed in self.paired_seeds]
-            for variant in self.finished
-        }
-        counts = {len(items) for rows in found.values() for items in rows}
+        if not self._comparable:
+            return {}
+        stacked = self._stacked(name)
+        stacked = stacked[..., ~_unscored(stacked)]
+        return dict(zip((variant.label for variant in self.finished), stacked, strict=True))
+
+    def left_out(self, name: str) -> int:
+        """How many items `scores` leaves out."""
+        return int(_unscored(self._stacked(name)).sum()) if self._comparable else 0
+
+    @property
+    def _comparable(self) -> bool:
+        return bool(self.finished and self.paired_seeds)
+
+    def _stacked(self, name: str) -> Tensor:
+        """(V, S, N) scores of the finished variants."""
+        found = [
+            [self.results[Arm(variant, seed)].scores[name] for seed in self.paired_seeds] for variant in self.finished
+        ]
+        counts = {len(items) for rows in found for items in rows}
         if len(counts) > 1:
             raise ValueError(
                 f"The arms were judged on {' and '.join(map(str, sorted(counts)))} items of {name!r}. A task's "
                 "evaluate has to return one number per item, for the same items each time."
             )
-        if not counts:
-            return {}
-        stacked = torch.tensor(list(found.values()), dtype=torch.float64)  # (V, S, N)
-        stacked = stacked[..., ~stacked.isnan().any(0).any(0)]
-        return dict(zip(found, stacked, strict=True))
+        return torch.tensor(found, dtype=torch.float64)
+
+
+def _unscored(stacked: Tensor) -> Tensor:
+    """(N,) booleans: items that are NaN in any arm."""
+    return stacked.isnan().flatten(0, 1).any(0)
 
 
 def read_arm(folder: Path) -> ArmResult | None:

@@ -69,7 +69,11 @@ def _scores(verdict: Verdict) -> list[Block]:
         for name, values in scores.items()
         for seed, mean in zip(verdict.comparison.paired_seeds, values.mean(1).tolist(), strict=True)
     ]
+    left_out = verdict.comparison.left_out(verdict.score)
     caption = f"Held-out `{verdict.score}`; the start has {verdict.start:.3f}"
+    if left_out:
+        items = left_out + next(iter(scores.values())).shape[1]
+        caption += f"; {left_out} of {items} items, which some arm has no score for, are left out in all"
     tables: list[Block] = [
         Table(caption, ("variant", "mean", "low", "high"), reached, folded=not first),
         Table(

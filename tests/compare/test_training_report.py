@@ -118,6 +118,10 @@ def test_items_that_nothing_judged_are_left_out_in_every_arm(tmp_path):
     nan = float("nan")
     comparison = comparison_of(tmp_path, {"a": [[1.0, nan, 0.0]], "b": [[0.0, 1.0, 1.0]]})
     assert comparison.scores("accuracy")["b"].tolist() == [[0.0, 1.0]]
+    write_comparison(comparison, tmp_path)
+    summary = (tmp_path / "summary.md").read_text(encoding="utf-8")
+    assert "1 of 3 items, which some arm has no score for, are left out in all" in summary
+    assert summary.count("left out in all") == 1
     with pytest.raises(ValueError, match="judged on 1 and 2 items of 'accuracy'"):
         comparison_of(tmp_path / "b", {"a": [[1.0, 0.0]], "b": [[0.0]]}).scores("accuracy")
 
