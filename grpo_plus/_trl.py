@@ -131,11 +131,7 @@ def sampled_batches(trainer: "TRLSeam", count: int) -> Iterator[tuple[Rewards, d
 
 def logps_of(trainer: "TRLSeam", rows: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Log-probabilities (B, T) of the completions, as the training differentiates them, and their mask (B, T)."""
-    input_ids = torch.cat([rows["prompt_ids"], rows["completion_ids"]], dim=1)
-    attention_mask = torch.cat([rows["prompt_mask"], rows["completion_mask"]], dim=1)
-    length = rows["completion_ids"].shape[1]
-    logps = trainer._get_per_token_logps_and_entropies(trainer.model, input_ids, attention_mask, length)[0]
-    return logps, _trained(rows)
+    return trainer._get_per_token_logps_and_entropies(trainer.model, *_whole(rows))[0], _trained(rows)
 
 
 def _gather_labels(labels: list[str | None]) -> list[str] | None:
@@ -143,6 +139,12 @@ def _gather_labels(labels: list[str | None]) -> list[str] | None:
     if None in labels:
         return None
     return gather_object(labels)
+
+
+def _whole(inputs: dict[str, Any]) -> tuple[Tensor, Tensor, int]:
+    """Ids and attention mask (B, L) of prompts with their completions, and how many of the tokens are completion's."""
+    ids, mask = (torch.cat([inputs[f"prompt_{name}"], inputs[f"completion_{name}"]], dim=1) for name in ("ids", "mask"))
+    return ids, mask, inputs["completion_ids"].shape[1]
 
 
 def _trained(inputs: dict[str, Any]) -> Tensor:
@@ -212,7 +214,7 @@ class TRLSeam(Hooks, GRPOTrainer):
     def _without_old_policy_pass(self) -> Iterator[None]:
         """TRL scores without vLLM's importance sampling where the loss can form the ratio from its own forward."""
         correction = self.vllm_importance_sampling_correction
-        if self.model.training and self.drops_old_policy_pass():
+        if self.model.training and self.drops_old_policy_pass:
             self.vllm_importance_sampling_correction = False
         try:
             yield
@@ -429,7 +431,7 @@ class TRLSeam(Hooks, GRPOTrainer):
     def _form_sampler_ratio(self, logps: Tensor, live: tuple[int, ...] | None) -> None:
         """For the loss to read, where the old policy's pass was dropped: the ratio that TRL forms after it."""
         inputs = self._micro_batch
-        if inputs is None or SAMPLER_RATIO in inputs or not (self.model.training and self.drops_old_policy_pass()):
+        if inputs is None or SAMPLER_RATIO in inputs or not (self.model.training and self.drops_old_policy_pass):
             return
         rows = torch.tensor(live or range(len(logps)), device=logps.device)
         scored = logps[rows], inputs["sampling_per_token_logps"][rows], _trained(inputs)[rows].bool()
@@ -490,12 +492,9 @@ class TRLSeam(Hooks, GRPOTrainer):
 
     def _loss_inputs(self, model: Any, inputs: dict[str, Any]) -> tuple[LossInputs, Tensor]:
         """The policy's forward on one micro-batch, with TRL's names translated; and the entropies (B, T)."""
-        completion_mask = inputs["completion_mask"]
         logps, entropies, _ = self._get_per_token_logps_and_entropies(
             model,
-            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
-            torch.cat([inputs["prompt_mask"], completion_mask], dim=1),
-            completion_mask.shape[1],
+            *_whole(inputs),
             compute_entropy=True,
             **{name: inputs[name] for name in MULTIMODAL if name in inputs},
         )

@@ -131,6 +131,7 @@ class Hooks:
         """
         return None
 
+    @property
     def drops_old_policy_pass(self) -> bool:
         """Whether a training step's own log-probabilities stand in for a forward of the old policy before it."""
         return False

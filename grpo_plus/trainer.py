@@ -50,8 +50,8 @@ class GRPOPlusTrainer(SpeedUps):
 
     With a GRPOPlusConfig whose own fields are unset it trains what GRPOTrainer trains, to rounding and faster; with a
     plain GRPOConfig, or with the switches of docs/speed.md off, to the last bit; only the adapters of a quantized base
-    are float32 under a GRPOPlusConfig (`adapter_dtype`). Override
-    `estimate_advantages` for advantages that need more than the rewards.
+    are float32 under a GRPOPlusConfig (`adapter_dtype`). Override `estimate_advantages` for advantages that need more
+    than the rewards.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

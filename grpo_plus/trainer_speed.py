@@ -43,7 +43,7 @@ class SpeedUps(TRLSeam):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         # They raise where something was asked for that cannot be exact.
-        _ = self.packer, self.skips, self.drops_old_policy_pass(), self.fuses_lora
+        _ = self.packer, self.skips, self.drops_old_policy_pass, self.fuses_lora
 
     @cached_property
     def packer(self) -> Packer | None:
@@ -159,15 +159,12 @@ class SpeedUps(TRLSeam):
         return switched_on("skip_zero_advantage", self.plus.skip_zero_advantage, reason or dropout_of(self.model))
 
     @cached_property
-    def _drops_old_policy_pass(self) -> bool:
+    def drops_old_policy_pass(self) -> bool:
+        """Whether the update forwards the rows as the policy that generated them would have."""
         if self.plus is None:
             return False
         reason = why_not_skip_old_policy(self.plus) or dropout_of(self.model)
         return switched_on("skip_old_policy_pass", self.plus.skip_old_policy_pass, reason)
-
-    def drops_old_policy_pass(self) -> bool:
-        """Whether the update forwards the rows as the policy that generated them would have."""
-        return self._drops_old_policy_pass
 
     def live_rows(self, advantages: Tensor) -> Tensor | None:
         """(B,) booleans: rows with an advantage other than 0, where the others have no gradient."""
