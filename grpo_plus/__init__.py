@@ -8,7 +8,7 @@ Importing this package imports neither TRL nor torch and changes nothing in them
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from grpo_plus.version import __version__
 
 _HOMES = {
     "AdvantageTableCallback": "grpo_plus.diagnostics.callbacks",

@@ -8,8 +8,7 @@ from typing import Any, Literal, TypeVar
 from torch import Tensor
 
 from grpo_plus.advantages.rewards import Rewards
-from grpo_plus.described import Described
-from grpo_plus.registry import Registry, suggestion
+from grpo_plus.registry import Described, Registry, suggestion
 
 Scope = Literal["group", "batch"]
 State = dict[str, Any]

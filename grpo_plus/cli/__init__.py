@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from types import ModuleType
 
-from grpo_plus import __version__
+from grpo_plus.version import __version__
 
 VERBS = ("demo", "train", "replay", "compare", "plan", "ls", "doctor")
 FORWARDING = ("train", "compare")  # verbs that take TRL's flags, parsed by TRL

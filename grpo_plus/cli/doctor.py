@@ -5,7 +5,7 @@ import platform
 import warnings
 from importlib.metadata import PackageNotFoundError, version
 
-from grpo_plus import __version__
+from grpo_plus.version import __version__
 
 HELP = "Print versions and active parts, and check that the installed TRL fits."
 

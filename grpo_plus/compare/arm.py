@@ -19,7 +19,7 @@ from grpo_plus.compare.task import Scores, Task
 from grpo_plus.config import GRPOPlusConfig
 from grpo_plus.diagnostics.profile import PhasePeaks
 from grpo_plus.trainer import GRPOPlusTrainer
-from grpo_plus.versions import versions
+from grpo_plus.version import versions
 
 TRAINING = "training"
 

@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from grpo_plus.demo.progress import ACCURACY, CORRECTNESS, FORMAT
-from grpo_plus.versions import versions
+from grpo_plus.version import versions
 
 LOG, CURVE, SUMMARY = "log.jsonl", "learning_curve.png", "summary.json"
 CURVES = {FORMAT: ("format reward", "#9a9a9a"), CORRECTNESS: ("correctness reward", "#0072b2")}

@@ -4,10 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-from grpo_plus.described import Described
 from grpo_plus.losses.inputs import TokenLoss
 from grpo_plus.losses.reduce import REDUCTIONS, Reduction
-from grpo_plus.registry import Registry, suggestion
+from grpo_plus.registry import Described, Registry, suggestion
 
 Origin = Literal["trl", "grpo_plus"]
 Scope = Literal["row", "batch"]

@@ -1,9 +1,9 @@
-"""The versions that a result depends on."""
+"""The version of this package, and of everything else that a result depends on."""
 
 import platform
 from importlib.metadata import version
 
-from grpo_plus import __version__
+__version__ = "0.1.0"
 
 
 def versions(*others: str) -> dict[str, str]:
