@@ -32,8 +32,8 @@ from grpo_plus.diagnostics.sampling_gap import suspicion
 from grpo_plus.hooks import Hooks
 from grpo_plus.losses import TRL_LOSSES, LossInputs
 from grpo_plus.losses.sampler import SamplerGap, joined, sampler_differences, sampler_ratio
+from grpo_plus.models.adapters import adapter_values
 from grpo_plus.packing import Packed, PaddedRows, base_model, forward_live, regroup, reorder
-from grpo_plus.qlora.precision import adapter_values
 from grpo_plus.sampling import (
     Padding,
     draw_prompts,

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
+from grpo_plus.models.adapters import adapter_parameters, bits_of, has_adapters
 from grpo_plus.planner import ModelShape, Run, shape_of
-from grpo_plus.qlora.precision import adapter_parameters, bits_of, has_adapters
 
 PROMPT_LENGTH = Run.prompt_length
 

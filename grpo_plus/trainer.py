@@ -30,17 +30,10 @@ from grpo_plus.config_speed import AUTO_CHUNKS
 from grpo_plus.diagnostics.metrics import advantage_metrics
 from grpo_plus.generation import Chunks, as_trained, rows_that_fit
 from grpo_plus.losses import AdaptiveBeta, LossInputs, PolicyLoss, policy_loss
+from grpo_plus.models.adapters import adapter_parameters, adapter_values, bits_of, has_adapters
 from grpo_plus.qlora.checks import check_adapter_folder, check_run
 from grpo_plus.qlora.frozen import FrozenAdapterCallback
-from grpo_plus.qlora.precision import (
-    adapter_parameters,
-    adapter_values,
-    bits_of,
-    chosen_dtype,
-    has_adapters,
-    keep_gradients_on_the_cpu,
-    restore_adapters,
-)
+from grpo_plus.qlora.precision import chosen_dtype, keep_gradients_on_the_cpu, restore_adapters
 from grpo_plus.qlora.settings import log_setting_check
 from grpo_plus.trainer_speed import SpeedUps
 

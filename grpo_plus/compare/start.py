@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from grpo_plus.qlora.precision import has_adapters
+from grpo_plus.models.adapters import has_adapters
 
 
 class Start:

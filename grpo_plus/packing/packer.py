@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from grpo_plus.dropout import dropout_of, without_dropout
+from grpo_plus.models.adapters import has_adapters
+from grpo_plus.models.dropout import dropout_of, without_dropout
 from grpo_plus.packing.attention import uninstall_segments, why_not_segments
 from grpo_plus.packing.check import PaddedLogps, choose
 from grpo_plus.packing.forward import CACHED, PADDING_FREE, SEGMENTS, Form, Head
 from grpo_plus.packing.head import why_not_single_pass
 from grpo_plus.packing.layout import Group, group_rows, scored, unpack
-from grpo_plus.qlora.precision import has_adapters
 
 logger = logging.getLogger("grpo_plus")
 

@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import nn
 
+from grpo_plus.models.adapters import bits_of, has_adapters
 from grpo_plus.planner import read_config
-from grpo_plus.qlora.precision import bits_of, has_adapters, require_trainable
+from grpo_plus.qlora.precision import require_trainable
 
 INSTALL = "pip install bitsandbytes peft"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from grpo_plus.qlora.precision import bits_of, has_adapters, keep_gradients_on_the_cpu
+from grpo_plus.models.adapters import bits_of, has_adapters
+from grpo_plus.qlora.precision import keep_gradients_on_the_cpu
 
 logger = logging.getLogger("grpo_plus")
 

@@ -12,7 +12,8 @@ from transformers import TrainerControl as Control
 from transformers import TrainerState as State
 from transformers import TrainingArguments as Arguments
 
-from grpo_plus.qlora.precision import adapter_parameters, require_trainable
+from grpo_plus.models.adapters import adapter_parameters
+from grpo_plus.qlora.precision import require_trainable
 
 logger = logging.getLogger("grpo_plus")
 

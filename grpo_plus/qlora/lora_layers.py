@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from grpo_plus.kernels.lora_linear import Base, lora_linear
-from grpo_plus.qlora.precision import has_adapters
+from grpo_plus.models.adapters import has_adapters
 
 
 @contextmanager
