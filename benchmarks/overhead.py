@@ -20,7 +20,7 @@ import torch
 
 from benchmarks.machine import RESULTS, describe
 from grpo_plus.advantages import Rewards, State, estimate
-from grpo_plus.diagnostics.metrics import advantage_metrics
+from grpo_plus.advantages.metrics import advantage_metrics
 
 ESTIMATORS = ("grpo", "dr_grpo", "rloo", "batch_std", "gdpo", "reinforce_pp_baseline", "rank", "loo_std", "ema_task")
 PROMPTS, GENERATIONS, FUNCTIONS = 16, 8, 2

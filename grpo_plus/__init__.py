@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 from grpo_plus.version import __version__
 
 _HOMES = {
-    "AdvantageTableCallback": "grpo_plus.diagnostics.callbacks",
+    "AdvantageTableCallback": "grpo_plus.callbacks.advantage_table",
     "FrozenAdapterCallback": "grpo_plus.qlora.frozen",
     "GRPOPlusConfig": "grpo_plus.config",
     "GRPOPlusTrainer": "grpo_plus.trainer",
-    "RewardHealthCallback": "grpo_plus.diagnostics.callbacks",
+    "RewardHealthCallback": "grpo_plus.callbacks.reward_health",
     "Rewards": "grpo_plus.advantages",
-    "StepProfile": "grpo_plus.diagnostics.profile",
+    "StepProfile": "grpo_plus.trainer_profile",
 }
 
 __all__ = [
@@ -33,11 +33,12 @@ __all__ = [
 
 if TYPE_CHECKING:
     from grpo_plus.advantages import Rewards
+    from grpo_plus.callbacks.advantage_table import AdvantageTableCallback
+    from grpo_plus.callbacks.reward_health import RewardHealthCallback
     from grpo_plus.config import GRPOPlusConfig
-    from grpo_plus.diagnostics.callbacks import AdvantageTableCallback, RewardHealthCallback
-    from grpo_plus.diagnostics.profile import StepProfile
     from grpo_plus.qlora.frozen import FrozenAdapterCallback
     from grpo_plus.trainer import GRPOPlusTrainer
+    from grpo_plus.trainer_profile import StepProfile
 
 
 def __getattr__(name: str) -> Any:

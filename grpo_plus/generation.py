@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from grpo_plus.expected import shape_and_run
 from grpo_plus.models.dropout import without_dropout
+from grpo_plus.planner.loaded import shape_and_run
 from grpo_plus.planner.memory import row_bytes
 
 logger = logging.getLogger("grpo_plus")

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from grpo_plus.advantages import Rewards, Steps
-from grpo_plus.reductions import has_spread
+from grpo_plus.advantages.reductions import has_spread
 
 
 @dataclass(frozen=True)

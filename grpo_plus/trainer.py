@@ -18,16 +18,16 @@ from typing import Any
 from torch import Tensor
 
 from grpo_plus.advantages import ESTIMATORS, Rewards, State, apply_to_rewards, check_state, clip_limits, estimate
+from grpo_plus.advantages.metrics import advantage_metrics
 from grpo_plus.checkpoints import last_finished, why_unfinished
-from grpo_plus.config_run import (
+from grpo_plus.config.run import (
     check_estimator,
     check_plain_loss,
     check_refillable,
     check_router_loss,
     check_task_column,
 )
-from grpo_plus.config_speed import AUTO_CHUNKS
-from grpo_plus.diagnostics.metrics import advantage_metrics
+from grpo_plus.config.speed import AUTO_CHUNKS
 from grpo_plus.generation import Chunks, as_trained, rows_that_fit
 from grpo_plus.losses import AdaptiveBeta, LossInputs, PolicyLoss, policy_loss
 from grpo_plus.models.adapters import adapter_parameters, adapter_values, bits_of, has_adapters

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from grpo_plus._trl import TRLSeam
 from grpo_plus.config import GRPOPlusConfig
-from grpo_plus.config_speed import switched_on, why_not_regroup, why_not_skip, why_not_skip_old_policy
+from grpo_plus.config.speed import switched_on, why_not_regroup, why_not_skip, why_not_skip_old_policy
 from grpo_plus.kernels.linear_logprob import BACKENDS, why_not_on
 from grpo_plus.models.dropout import dropout_of
 from grpo_plus.packing import (

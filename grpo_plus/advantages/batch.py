@@ -8,8 +8,8 @@ over the tokens of the batch, with or without a group baseline.
 from torch import Tensor
 
 from grpo_plus.advantages.estimator import check_choice, register
+from grpo_plus.advantages.reductions import centre, centre_on_others, count, divide, has_spread, std, zscore
 from grpo_plus.advantages.rewards import Rewards
-from grpo_plus.reductions import centre, centre_on_others, count, divide, has_spread, std, zscore
 
 
 @register("batch_std", shift_invariant=True, scale_invariant=True, sums_to_zero=True)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from grpo_plus.advantages.estimator import register
+from grpo_plus.advantages.reductions import RESOLUTION, centre, centre_on_others, count, divide, mean, rounding, std
 from grpo_plus.advantages.rewards import Rewards
-from grpo_plus.reductions import RESOLUTION, centre, centre_on_others, count, divide, mean, rounding, std
 
 
 @register("maxrl", scope="group", scale_invariant=True, sums_to_zero=True)

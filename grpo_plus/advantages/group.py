@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from grpo_plus.advantages.estimator import register
+from grpo_plus.advantages.reductions import centre_on_others, check_eps, others, std, zscore
 from grpo_plus.advantages.rewards import Rewards
-from grpo_plus.reductions import centre_on_others, check_eps, others, std, zscore
 
 
 @register("grpo", scope="group", shift_invariant=True, scale_invariant=True, sums_to_zero=True)

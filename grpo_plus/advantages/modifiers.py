@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grpo_plus.advantages.reductions import RESOLUTION, has_spread, mean
 from grpo_plus.advantages.rewards import Rewards, sample_rewards
 from grpo_plus.advantages.selection import pods
-from grpo_plus.reductions import RESOLUTION, has_spread, mean
 from grpo_plus.registry import suggestion
 
 Modifiers = Mapping[str, Mapping[str, Any]]

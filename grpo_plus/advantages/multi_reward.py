@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from grpo_plus.advantages.estimator import check_choice, register
+from grpo_plus.advantages.reductions import centre, divide, has_spread, mean, std, zscore
 from grpo_plus.advantages.rewards import Rewards
-from grpo_plus.reductions import centre, divide, has_spread, mean, std, zscore
 
 
 @register(

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from grpo_plus.advantages.estimator import register
+from grpo_plus.advantages.reductions import zscore
 from grpo_plus.advantages.rewards import Rewards
-from grpo_plus.reductions import zscore
 
 
 @register("process", scope="group", needs_lengths=True, needs_steps=True)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from grpo_plus.advantages.estimator import register
+from grpo_plus.advantages.reductions import RESOLUTION, count, divide, has_spread, others, rounding, std
 from grpo_plus.advantages.rewards import Rewards
-from grpo_plus.reductions import RESOLUTION, count, divide, has_spread, others, rounding, std
 
 
 @register("rank", scope="group", shift_invariant=True, scale_invariant=True, sums_to_zero=True)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from grpo_plus.advantages.reductions import RESOLUTION
 from grpo_plus.advantages.steps import Row, Steps
-from grpo_plus.reductions import RESOLUTION
 from grpo_plus.registry import suggestion
 
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from grpo_plus.advantages.estimator import State, register
+from grpo_plus.advantages.reductions import RESOLUTION, centre, check_eps, divide, zscore
 from grpo_plus.advantages.rewards import Rewards
-from grpo_plus.reductions import RESOLUTION, centre, check_eps, divide, zscore
 
 
 @register("ema_task", stateful=True, sums_to_zero=True)

@@ -5,8 +5,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from grpo_plus.advantages.reductions import RESOLUTION
 from grpo_plus.advantages.rewards import Rewards
-from grpo_plus.reductions import RESOLUTION
 
 
 def pods(rewards: Rewards, *, keep: int) -> Rewards:

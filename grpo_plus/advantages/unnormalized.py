@@ -8,8 +8,8 @@ are five times larger gets advantages five times larger. The learning rate then 
 from torch import Tensor
 
 from grpo_plus.advantages.estimator import register
+from grpo_plus.advantages.reductions import centre, centre_on_others
 from grpo_plus.advantages.rewards import Rewards
-from grpo_plus.reductions import centre, centre_on_others
 
 
 @register("dr_grpo", scope="group", shift_invariant=True, sums_to_zero=True)

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from grpo_plus.advantages.metrics import contributions
+from grpo_plus.advantages.reductions import has_spread
 from grpo_plus.advantages.rewards import Rewards
-from grpo_plus.diagnostics.metrics import contributions
-from grpo_plus.reductions import has_spread
 
 # Rounding in the last places would otherwise order completions that an estimator treats alike.
 TIES = 1e-9

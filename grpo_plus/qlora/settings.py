@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grpo_plus.expected import shape_and_run
 from grpo_plus.models.adapters import adapter_parameters, bits_of
 from grpo_plus.planner import Constants, advise, plan
 from grpo_plus.planner.constants import GIB
+from grpo_plus.planner.loaded import shape_and_run
 from grpo_plus.planner.memory import NF4, NF4_NESTED
 from grpo_plus.planner.run import flags
 from grpo_plus.qlora.frozen import WARNS, sample

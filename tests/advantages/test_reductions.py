@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from grpo_plus.reductions import centre, count, has_spread, mean, others, std
+from grpo_plus.advantages.reductions import centre, count, has_spread, mean, others, std
 from tests.close import assert_close
 
 NAN = float("nan")

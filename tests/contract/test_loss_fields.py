@@ -9,7 +9,7 @@ import pytest
 from trl import GRPOConfig, GRPOTrainer
 
 from grpo_plus import GRPOPlusConfig
-from grpo_plus.config_loss import TRL_ONLY
+from grpo_plus.config.losses import TRL_ONLY
 
 # `use_vllm` and the correction decide whether the inputs hold the sampler's ratio, which our losses are multiplied by.
 READ_BY_OURS = {

@@ -11,8 +11,8 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
-from grpo_plus.expected import shape_and_run
 from grpo_plus.planner import Run, plan, shape_of
+from grpo_plus.planner.loaded import shape_and_run
 from grpo_plus.qlora import setting_check, settings
 from tests.qlora.models import lora, make_qlora_trainer
 from tests.training import make_trainer

@@ -7,7 +7,7 @@ from datasets import IterableDataset
 from torch.utils import data
 
 from grpo_plus.advantages import ESTIMATORS, check_keywords, check_modifiers
-from grpo_plus.config import GRPOPlusConfig
+from grpo_plus.config.fields import GRPOPlusConfig
 from grpo_plus.losses import LOSSES, TRL_LOSSES
 from grpo_plus.registry import suggestion
 

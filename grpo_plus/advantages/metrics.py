@@ -5,8 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from grpo_plus.advantages.reductions import RESOLUTION, centre, has_spread, zscore
 from grpo_plus.advantages.rewards import Rewards
-from grpo_plus.reductions import RESOLUTION, centre, has_spread, zscore
 
 LOGGED_TASK_SHARE = "advantages/task_share/"
 

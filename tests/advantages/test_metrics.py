@@ -3,8 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from grpo_plus.advantages import Rewards, Steps
-from grpo_plus.diagnostics import metrics
+from grpo_plus.advantages import Rewards, Steps, metrics
 from tests.close import rewards_tensor
 
 

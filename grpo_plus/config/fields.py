@@ -7,8 +7,8 @@ from typing import Any
 from trl import GRPOConfig
 
 from grpo_plus.advantages import ESTIMATORS, check_keywords, check_modifiers
-from grpo_plus.config_loss import check_loss
-from grpo_plus.config_speed import check_speed
+from grpo_plus.config.losses import check_loss
+from grpo_plus.config.speed import check_speed
 from grpo_plus.losses import AdaptiveBeta
 from grpo_plus.models.adapters import ADAPTER_DTYPES
 from grpo_plus.registry import suggestion

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
-from grpo_plus.diagnostics.sampling_gap import suspicion
-from grpo_plus.losses.sampler import sampler_differences
+from grpo_plus.losses.sampler import sampler_differences, suspicion
 from tests.training import make_trainer
 
 
