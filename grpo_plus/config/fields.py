@@ -1,17 +1,14 @@
 """GRPOPlusConfig: TRL's GRPOConfig with a handful of fields more, checked at construction."""
 
-import json
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from trl import GRPOConfig
 
-from grpo_plus.advantages import ESTIMATORS, check_keywords, check_modifiers
-from grpo_plus.config.losses import check_loss
-from grpo_plus.config.speed import check_speed
-from grpo_plus.losses import AdaptiveBeta
-from grpo_plus.models.adapters import ADAPTER_DTYPES
-from grpo_plus.registry import suggestion
+from grpo_plus.config.advantages import check_advantages, check_refills
+from grpo_plus.config.keywords import as_dictionary
+from grpo_plus.config.losses import check_kl_target, check_loss
+from grpo_plus.config.speed import check_adapter_dtype, check_speed
 from grpo_plus.version import __version__
 
 
@@ -178,107 +175,25 @@ class GRPOPlusConfig(GRPOConfig):
     def __post_init__(self) -> None:
         """Check the fields of ours and those of TRL's that they meet."""
         super().__post_init__()
-        self.loss_kwargs = _as_dictionary("loss_kwargs", self.loss_kwargs)
+        self.loss_kwargs = as_dictionary("loss_kwargs", self.loss_kwargs)
         check_loss(self)
+        check_kl_target(self)
         check_speed(self)
-        if self.adapter_dtype is not None and self.adapter_dtype not in ADAPTER_DTYPES:
-            raise ValueError(
-                f"Unknown adapter_dtype {self.adapter_dtype!r}.{suggestion(str(self.adapter_dtype), ADAPTER_DTYPES)}"
-            )
-        if self.adapter_dtype == "bfloat16" and self.fp16:
-            raise ValueError(
-                "adapter_dtype='bfloat16' with fp16=True: the scaler of float16 training cannot unscale gradients in "
-                "bfloat16. Set adapter_dtype='float32'."
-            )
-        if self.kl_target is not None:
-            if self.beta == 0:
-                raise ValueError(
-                    f"kl_target={self.kl_target} moves beta, which is 0. Set beta to where it should start."
-                )
-            AdaptiveBeta(self.beta, self.kl_target, self.kl_horizon)
-        elif self.kl_horizon != type(self).kl_horizon:
-            raise ValueError(f"kl_horizon={self.kl_horizon} has no effect without kl_target. Set kl_target too.")
-        _check_refills(self)
-        self.advantage_kwargs = _as_dictionary("advantage_kwargs", self.advantage_kwargs)
-        self.advantage_modifiers = _as_dictionary("advantage_modifiers", self.advantage_modifiers)
-        if self.advantage_estimator is not None:
-            if not isinstance(self.advantage_estimator, str):
-                raise ValueError(
-                    f"advantage_estimator={self.advantage_estimator!r} is not a name. Register the function, then "
-                    "write its name."
-                )
-            _check_conflicts(self)
-            _check_estimator(self)
-            return
-        for name in ("advantage_kwargs", "advantage_modifiers"):
-            if getattr(self, name):
-                raise ValueError(
-                    f"{name}={getattr(self, name)} has no estimator to go to. Set advantage_estimator too."
-                )
+        check_adapter_dtype(self)
+        self.advantage_kwargs = as_dictionary("advantage_kwargs", self.advantage_kwargs)
+        self.advantage_modifiers = as_dictionary("advantage_modifiers", self.advantage_modifiers)
+        check_refills(self)
+        check_advantages(self)
 
     def describe(self) -> str:
         """What is active, in one line."""
         if self.advantage_estimator is None:
             advantages = f"TRL's (scale_rewards={self.scale_rewards}, {self.multi_objective_aggregation})"
         else:
-            given = _as_dictionary("advantage_kwargs", self.advantage_kwargs)
+            given = as_dictionary("advantage_kwargs", self.advantage_kwargs)
             keywords = ", ".join(f"{name}={value}" for name, value in given.items())
             advantages = " + ".join((f"{self.advantage_estimator}({keywords})", *(self.advantage_modifiers or {})))
         refills = f"; up to {self.max_refills} refills" if self.max_refills else ""
         return (
             f"grpo_plus {__version__}: advantages {advantages}; loss {self.loss_type}; packing {self.packing}{refills}"
         )
-
-
-def _as_dictionary(name: str, given: dict[str, Any] | str | None) -> dict[str, Any]:
-    try:
-        keywords = json.loads(given) if isinstance(given, str) else given or {}
-    except json.JSONDecodeError:
-        keywords = None
-    if not isinstance(keywords, dict):
-        raise ValueError(f"{name}={given!r} is not a JSON object. Write for example '{{\"ddof\": 0}}'.")
-    return keywords
-
-
-def _check_conflicts(config: GRPOPlusConfig) -> None:
-    """Refuse a setting of TRL's that the estimator would override without a word."""
-    defaults = {entry.name: entry.default for entry in fields(GRPOConfig)}
-    for name in ("scale_rewards", "multi_objective_aggregation"):
-        value = getattr(config, name)
-        if value != defaults[name]:
-            raise ValueError(
-                f"advantage_estimator={config.advantage_estimator!r} replaces TRL's advantages, so {name}={value!r} "
-                f"would have no effect. Drop one of the two ({name} defaults to {defaults[name]!r})."
-            )
-
-
-def _check_refills(config: GRPOPlusConfig) -> None:
-    """Refuse a number that is none, and TRL's advantages where they depend on groups that a refill would replace."""
-    refills = config.max_refills
-    if not isinstance(refills, int) or isinstance(refills, bool) or refills < 0:
-        raise ValueError(f"max_refills={refills!r} is not a number of batches. Use 0 (off) or a small one such as 2.")
-    if refills == 0 or config.advantage_estimator is not None:
-        return
-    for name, value, estimator in (
-        ("scale_rewards", "batch", "batch_std"),
-        ("multi_objective_aggregation", "normalize_then_sum", "gdpo"),
-    ):
-        if getattr(config, name) == value:
-            raise ValueError(
-                f"max_refills={refills} replaces groups, but with {name}={value!r} TRL has scaled the others by them. "
-                f"Drop {name} and set advantage_estimator={estimator!r}, the same formula on the batch that is "
-                "trained on."
-            )
-
-
-def _check_estimator(config: GRPOPlusConfig) -> None:
-    """Refuse keywords and modifiers that cannot work with the run's group sizes."""
-    estimator = ESTIMATORS[str(config.advantage_estimator)]
-    keywords = _as_dictionary("advantage_kwargs", config.advantage_kwargs)
-    try:
-        for num_generations in {config.num_generations, config.num_generations_eval or config.num_generations}:
-            check_keywords(estimator, keywords, num_generations=num_generations)
-    except ValueError as error:
-        raise ValueError(f"advantage_kwargs={keywords} does not fit {estimator.name!r}: {error}") from error
-    modifiers = _as_dictionary("advantage_modifiers", config.advantage_modifiers)
-    check_modifiers(modifiers, num_generations=config.num_generations)

@@ -2,12 +2,16 @@
 
 import warnings
 from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trl import GRPOConfig
 
-from grpo_plus.losses import KL_ESTIMATORS, LOSSES, REDUCTIONS, TRL_LOSSES, check_loss_keywords
+from grpo_plus.config.keywords import as_dictionary
+from grpo_plus.losses import KL_ESTIMATORS, LOSSES, REDUCTIONS, TRL_LOSSES, AdaptiveBeta, check_loss_keywords
 from grpo_plus.registry import suggestion
+
+if TYPE_CHECKING:
+    from grpo_plus.config.fields import GRPOPlusConfig
 
 # Read by TRL's losses only. A loss of ours takes its hyper-parameters from loss_kwargs and has no part of the rest.
 TRL_ONLY = (
@@ -33,7 +37,7 @@ TRL_ONLY = (
 OURS_ONLY: dict[str, Any] = {"loss_kwargs": {}, "loss_reduction": None, "kl_estimator": "k3"}
 
 
-def check_loss(config: GRPOConfig) -> None:
+def check_loss(config: "GRPOPlusConfig") -> None:
     """Refuse an unknown loss, and every setting that the chosen loss would not read."""
     if not isinstance(config.loss_type, str):
         raise ValueError(f"Unknown loss_type {config.loss_type!r}.{suggestion(str(config.loss_type), LOSSES)}")
@@ -55,10 +59,20 @@ def check_loss(config: GRPOConfig) -> None:
             f"Unknown kl_estimator {config.kl_estimator!r}.{suggestion(config.kl_estimator, KL_ESTIMATORS)}"
         )
     _check_kl_estimator(config)
-    check_loss_keywords(loss, config.loss_kwargs)
+    check_loss_keywords(loss, as_dictionary("loss_kwargs", config.loss_kwargs))
 
 
-def _check_kl_estimator(config: GRPOConfig) -> None:
+def check_kl_target(config: "GRPOPlusConfig") -> None:
+    """Refuse a target that beta cannot move towards, and a horizon without a target."""
+    if config.kl_target is not None:
+        if config.beta == 0:
+            raise ValueError(f"kl_target={config.kl_target} moves beta, which is 0. Set beta to where it should start.")
+        AdaptiveBeta(config.beta, config.kl_target, config.kl_horizon)
+    elif config.kl_horizon != type(config).kl_horizon:
+        raise ValueError(f"kl_horizon={config.kl_horizon} has no effect without kl_target. Set kl_target too.")
+
+
+def _check_kl_estimator(config: "GRPOPlusConfig") -> None:
     """Refuse an estimator without effect, and warn of one whose gradient is another than its name says."""
     given = f"kl_estimator={config.kl_estimator!r}"
     if config.beta == 0 and config.kl_estimator != OURS_ONLY["kl_estimator"]:
@@ -76,7 +90,7 @@ def _check_kl_estimator(config: GRPOConfig) -> None:
         )
 
 
-def _warn_of_traps(config: GRPOConfig) -> None:
+def _warn_of_traps(config: "GRPOPlusConfig") -> None:
     """Two settings that run without complaint and do not do what their reader expects."""
     if config.loss_type == "cispo" and config.epsilon_high is None:
         warnings.warn(
@@ -95,7 +109,7 @@ def _warn_of_traps(config: GRPOConfig) -> None:
         )
 
 
-def _refuse(config: GRPOConfig, defaults: dict[str, Any], why: str) -> None:
+def _refuse(config: "GRPOPlusConfig", defaults: dict[str, Any], why: str) -> None:
     for name, default in defaults.items():
         value = getattr(config, name)
         if value != default:

@@ -1,18 +1,22 @@
 """When a speed-up is exact: which settings of a run it can be combined with."""
 
-from trl import GRPOConfig
+from typing import TYPE_CHECKING
 
 from grpo_plus.kernels.linear_logprob import BACKENDS as SINGLE_PASS
 from grpo_plus.losses import LOSSES
+from grpo_plus.models.adapters import ADAPTER_DTYPES
 from grpo_plus.packing import PACKING
 from grpo_plus.registry import suggestion
+
+if TYPE_CHECKING:
+    from grpo_plus.config.fields import GRPOPlusConfig
 
 BACKENDS = ("auto", "trl", *SINGLE_PASS)
 AUTO_CHUNKS = "auto"
 LORA_BACKENDS = ("auto", "peft", "torch")
 
 
-def check_speed(config: GRPOConfig) -> None:
+def check_speed(config: "GRPOPlusConfig") -> None:
     """Refuse an unknown form, and an explicit request for a speed-up that would change the gradients."""
     for name, known in (("packing", PACKING), ("logprob_backend", BACKENDS), ("lora_backend", LORA_BACKENDS)):
         value = getattr(config, name)
@@ -23,6 +27,19 @@ def check_speed(config: GRPOConfig) -> None:
     _check_chunks(config)
     switched_on("skip_zero_advantage", config.skip_zero_advantage, why_not_skip(config))
     switched_on("skip_old_policy_pass", config.skip_old_policy_pass, why_not_skip_old_policy(config))
+
+
+def check_adapter_dtype(config: "GRPOPlusConfig") -> None:
+    """Refuse a dtype that is none, and the one that a float16 run cannot unscale."""
+    if config.adapter_dtype is not None and config.adapter_dtype not in ADAPTER_DTYPES:
+        raise ValueError(
+            f"Unknown adapter_dtype {config.adapter_dtype!r}.{suggestion(str(config.adapter_dtype), ADAPTER_DTYPES)}"
+        )
+    if config.adapter_dtype == "bfloat16" and config.fp16:
+        raise ValueError(
+            "adapter_dtype='bfloat16' with fp16=True: the scaler of float16 training cannot unscale gradients in "
+            "bfloat16. Set adapter_dtype='float32'."
+        )
 
 
 def switched_on(name: str, wanted: bool | None, reason: str | None) -> bool:
@@ -40,7 +57,7 @@ def switched_on(name: str, wanted: bool | None, reason: str | None) -> bool:
     return wanted is not False and reason is None
 
 
-def _check_chunks(config: GRPOConfig) -> None:
+def _check_chunks(config: "GRPOPlusConfig") -> None:
     size = config.generation_chunk_size
     if size is None:
         return
@@ -57,7 +74,7 @@ def _check_chunks(config: GRPOConfig) -> None:
         )
 
 
-def _check_single_pass(config: GRPOConfig) -> None:
+def _check_single_pass(config: "GRPOPlusConfig") -> None:
     if config.packing == "none":
         raise ValueError(
             f"logprob_backend={config.logprob_backend!r} is a part of the packed forward, but packing='none'. Set "
@@ -75,7 +92,7 @@ def _check_single_pass(config: GRPOConfig) -> None:
         )
 
 
-def why_not_skip(config: GRPOConfig) -> str | None:
+def why_not_skip(config: "GRPOPlusConfig") -> str | None:
     """Why a completion with zero advantage still has a gradient; None where it has none."""
     if config.beta != 0.0:
         return f"with beta={config.beta} every completion has a KL gradient"
@@ -88,7 +105,7 @@ def why_not_skip(config: GRPOConfig) -> str | None:
     return None
 
 
-def why_not_skip_old_policy(config: GRPOConfig) -> str | None:
+def why_not_skip_old_policy(config: "GRPOPlusConfig") -> str | None:
     """Why a forward of the old policy cannot be left to the update; None where both compute the same."""
     if not (config.use_vllm and config.vllm_importance_sampling_correction):
         return "TRL makes that pass for vLLM's importance sampling correction, which is off"
@@ -101,7 +118,7 @@ def why_not_skip_old_policy(config: GRPOConfig) -> str | None:
     return None
 
 
-def why_not_regroup(config: GRPOConfig) -> str | None:
+def why_not_regroup(config: "GRPOPlusConfig") -> str | None:
     """Why the update depends on which rows meet in a micro-batch; None where only rounding does."""
     reason = _why_not_rows_alone(config)
     if reason is not None:
@@ -117,7 +134,7 @@ def why_not_regroup(config: GRPOConfig) -> str | None:
     return None
 
 
-def _why_not_rows_alone(config: GRPOConfig) -> str | None:
+def _why_not_rows_alone(config: "GRPOPlusConfig") -> str | None:
     if config.entropy_coef != 0.0 or config.use_adaptive_entropy:
         return "the entropy bonus is a mean over the micro-batch"
     if config.top_entropy_quantile < 1.0:

@@ -1,0 +1,74 @@
+"""Which settings choose the advantages, and what they exclude."""
+
+from dataclasses import fields
+from typing import TYPE_CHECKING
+
+from trl import GRPOConfig
+
+from grpo_plus.advantages import ESTIMATORS, check_keywords, check_modifiers
+from grpo_plus.config.keywords import as_dictionary
+
+if TYPE_CHECKING:
+    from grpo_plus.config.fields import GRPOPlusConfig
+
+
+def check_advantages(config: "GRPOPlusConfig") -> None:
+    """Refuse keywords without an estimator, an unknown estimator, and settings that it would override or not take."""
+    if config.advantage_estimator is None:
+        for name in ("advantage_kwargs", "advantage_modifiers"):
+            if getattr(config, name):
+                raise ValueError(
+                    f"{name}={getattr(config, name)} has no estimator to go to. Set advantage_estimator too."
+                )
+        return
+    if not isinstance(config.advantage_estimator, str):
+        raise ValueError(
+            f"advantage_estimator={config.advantage_estimator!r} is not a name. Register the function, then write its "
+            "name."
+        )
+    _check_conflicts(config)
+    _check_estimator(config)
+
+
+def check_refills(config: "GRPOPlusConfig") -> None:
+    """Refuse a number that is none, and TRL's advantages where they depend on groups that a refill would replace."""
+    refills = config.max_refills
+    if not isinstance(refills, int) or isinstance(refills, bool) or refills < 0:
+        raise ValueError(f"max_refills={refills!r} is not a number of batches. Use 0 (off) or a small one such as 2.")
+    if refills == 0 or config.advantage_estimator is not None:
+        return
+    for name, value, estimator in (
+        ("scale_rewards", "batch", "batch_std"),
+        ("multi_objective_aggregation", "normalize_then_sum", "gdpo"),
+    ):
+        if getattr(config, name) == value:
+            raise ValueError(
+                f"max_refills={refills} replaces groups, but with {name}={value!r} TRL has scaled the others by them. "
+                f"Drop {name} and set advantage_estimator={estimator!r}, the same formula on the batch that is "
+                "trained on."
+            )
+
+
+def _check_conflicts(config: "GRPOPlusConfig") -> None:
+    """Refuse a setting of TRL's that the estimator would override without a word."""
+    defaults = {entry.name: entry.default for entry in fields(GRPOConfig)}
+    for name in ("scale_rewards", "multi_objective_aggregation"):
+        value = getattr(config, name)
+        if value != defaults[name]:
+            raise ValueError(
+                f"advantage_estimator={config.advantage_estimator!r} replaces TRL's advantages, so {name}={value!r} "
+                f"would have no effect. Drop one of the two ({name} defaults to {defaults[name]!r})."
+            )
+
+
+def _check_estimator(config: "GRPOPlusConfig") -> None:
+    """Refuse keywords and modifiers that cannot work with the run's group sizes."""
+    estimator = ESTIMATORS[str(config.advantage_estimator)]
+    keywords = as_dictionary("advantage_kwargs", config.advantage_kwargs)
+    try:
+        for num_generations in {config.num_generations, config.num_generations_eval or config.num_generations}:
+            check_keywords(estimator, keywords, num_generations=num_generations)
+    except ValueError as error:
+        raise ValueError(f"advantage_kwargs={keywords} does not fit {estimator.name!r}: {error}") from error
+    modifiers = as_dictionary("advantage_modifiers", config.advantage_modifiers)
+    check_modifiers(modifiers, num_generations=config.num_generations)

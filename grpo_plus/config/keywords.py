@@ -1,0 +1,19 @@
+"""A field that holds keyword arguments: a dictionary, or JSON on the command line."""
+
+import json
+from typing import Any
+
+
+def as_dictionary(name: str, given: dict[str, Any] | str | None) -> dict[str, Any]:
+    """The dictionary that was given; {} for None.
+
+    Raises:
+        ValueError: the text is not a JSON object.
+    """
+    try:
+        keywords = json.loads(given) if isinstance(given, str) else given or {}
+    except json.JSONDecodeError:
+        keywords = None
+    if not isinstance(keywords, dict):
+        raise ValueError(f"{name}={given!r} is not a JSON object. Write for example '{{\"ddof\": 0}}'.")
+    return keywords
