@@ -17,7 +17,7 @@ _HOMES = {
     "GRPOPlusTrainer": "grpo_plus.trainer",
     "RewardHealthCallback": "grpo_plus.callbacks.reward_health",
     "Rewards": "grpo_plus.advantages",
-    "StepProfile": "grpo_plus.trainer_profile",
+    "StepProfile": "grpo_plus.trainer.profile",
 }
 
 __all__ = [
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from grpo_plus.config import GRPOPlusConfig
     from grpo_plus.qlora.frozen import FrozenAdapterCallback
     from grpo_plus.trainer import GRPOPlusTrainer
-    from grpo_plus.trainer_profile import StepProfile
+    from grpo_plus.trainer.profile import StepProfile
 
 
 def __getattr__(name: str) -> Any:

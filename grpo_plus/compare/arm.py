@@ -18,7 +18,7 @@ from grpo_plus.compare.store import LOG, RESULT, begin, write_json
 from grpo_plus.compare.task import Scores, Task
 from grpo_plus.config import GRPOPlusConfig
 from grpo_plus.trainer import GRPOPlusTrainer
-from grpo_plus.trainer_profile import PhasePeaks
+from grpo_plus.trainer.profile import PhasePeaks
 from grpo_plus.version import versions
 
 TRAINING = "training"

@@ -46,7 +46,7 @@ def test_doctor_prints_versions_and_the_seam(capsys):
 
 
 def test_doctor_fails_when_trl_has_changed(capsys, monkeypatch):
-    monkeypatch.setattr("grpo_plus.contract.check_seam", lambda: ["GRPOTrainer.log is gone since trl 1.16.0."])
+    monkeypatch.setattr("grpo_plus.trainer.contract.check_seam", lambda: ["GRPOTrainer.log is gone since trl 1.16.0."])
     assert cli.main(["doctor"]) == 1
     assert "GRPOTrainer.log is gone" in capsys.readouterr().out
 

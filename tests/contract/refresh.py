@@ -4,10 +4,9 @@ import json
 from importlib.metadata import version
 from pathlib import Path
 
-import grpo_plus
-from grpo_plus import contract
+from grpo_plus.trainer import contract
 
-path = Path(grpo_plus.__file__).with_name("trl_fingerprints.json")
+path = Path(contract.__file__).with_name("trl_fingerprints.json")
 
 
 def main() -> None:

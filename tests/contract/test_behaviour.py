@@ -4,8 +4,8 @@ import pytest
 import torch
 from trl import GRPOConfig
 
-from grpo_plus._trl import GENERATES, PREPARES
 from grpo_plus.losses import TRL_LOSSES
+from grpo_plus.trainer.seam import GENERATES, PREPARES
 from tests.training import make_trainer
 
 

@@ -1,5 +1,5 @@
 """TRL's code under the seam is the code that was read. If this fails after an upgrade of TRL: read the diff of the
-methods it names, decide whether `_trl.py` still holds, then run `python -m tests.contract.refresh`."""
+methods it names, decide whether `grpo_plus/trainer/seam.py` still holds, then run `python -m tests.contract.refresh`."""
 
 import inspect
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 from packaging.version import Version
 from trl import GRPOTrainer
 
-from grpo_plus import _trl, contract
+from grpo_plus.trainer import contract, seam
 
 
 def test_the_installed_trl_is_the_tested_one():
@@ -21,19 +21,19 @@ def test_the_installed_trl_is_the_tested_one():
 def test_each_minor_of_the_supported_window_was_recorded():
     minors = {Version(known).release[:2] for known in contract.known_fingerprints()}
     assert minors == {(1, 15), (1, 16)}
-    assert all(_trl.TESTED_TRL.contains(known) for known in contract.known_fingerprints())
+    assert all(seam.TESTED_TRL.contains(known) for known in contract.known_fingerprints())
 
 
-@pytest.mark.parametrize("name", [name for name in vars(_trl.TRLSeam) if name in _trl.RELIED_ON])
+@pytest.mark.parametrize("name", [name for name in vars(seam.TRLSeam) if name in seam.RELIED_ON])
 def test_an_override_takes_what_trls_method_takes(name):
-    ours, theirs = getattr(_trl.TRLSeam, name), getattr(GRPOTrainer, name)
+    ours, theirs = getattr(seam.TRLSeam, name), getattr(GRPOTrainer, name)
     assert ours is not theirs
     mine, trls = (inspect.signature(method).parameters for method in (ours, theirs))
     rest = [p for p in mine.values() if p.kind is inspect.Parameter.VAR_KEYWORD]
     named = list(mine)[: len(mine) - len(rest)]
     assert named == list(trls)[: len(named)]
     # What an override passes on as it is, TRL's own calls must name.
-    assert len(named) == len(trls) or (rest and tuple(trls)[len(named) :] == _trl.MULTIMODAL)
+    assert len(named) == len(trls) or (rest and tuple(trls)[len(named) :] == seam.MULTIMODAL)
 
 
 def plain(self, inputs):
@@ -97,14 +97,14 @@ def test_an_unknown_version_is_compared_with_the_newest_older_one(installed, ref
 
 
 def test_a_version_outside_the_window_is_warned_about():
-    assert _trl.untested_version("1.16.2") is None
-    message = _trl.untested_version("1.17.0")
+    assert seam.untested_version("1.16.2") is None
+    message = seam.untested_version("1.17.0")
     assert message is not None
     assert "tested with trl <1.17,>=1.15, found 1.17.0" in message
 
 
 def test_importing_the_trainer_beside_another_trl_warns_once():
     code = "import importlib.metadata as m; real = m.version; "
-    code += "m.version = lambda name: '1.99.0' if name == 'trl' else real(name); import grpo_plus._trl"
+    code += "m.version = lambda name: '1.99.0' if name == 'trl' else real(name); import grpo_plus.trainer.seam"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr.count("grpo_plus was tested with trl <1.17,>=1.15, found 1.99.0") == 1

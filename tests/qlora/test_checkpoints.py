@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from grpo_plus.checkpoints import last_finished, why_unfinished
+from grpo_plus.trainer.checkpoints import last_finished, why_unfinished
 from tests.qlora.models import make_qlora_trainer, trained_weights
 from tests.training import PROMPTS
 

@@ -11,9 +11,9 @@ from trl import GRPOConfig, GRPOTrainer
 
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
 from grpo_plus.demo.tiny import tiny_model, tiny_tokenizer
-from grpo_plus.generation import Chunks, rows_that_fit
 from grpo_plus.planner import plan
 from grpo_plus.planner.loaded import shape_and_run
+from grpo_plus.trainer.generation import Chunks, rows_that_fit
 from tests.qlora.models import load_nf4, lora, make_qlora_trainer, trained_weights
 
 GREEDY = {"generation_kwargs": {"do_sample": False}, "max_steps": 1, "bf16": True}

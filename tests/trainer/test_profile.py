@@ -175,7 +175,7 @@ def test_an_evaluations_memory_is_no_phases(tmp_path):
 
 
 def test_without_a_resettable_peak_only_the_whole_is_logged(tmp_path, monkeypatch):
-    monkeypatch.setattr("grpo_plus.trainer_profile._reset_peak", lambda device: False)
+    monkeypatch.setattr("grpo_plus.trainer.profile._reset_peak", lambda device: False)
     trainer = profiled(tmp_path)
     trainer.train()
     assert logged(trainer, "peak_memory_gb")[-1] > 0

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from grpo_plus.advantages import ESTIMATORS, Rewards, State, apply_to_rewards, check_state, clip_limits, estimate
 from grpo_plus.advantages.metrics import advantage_metrics
-from grpo_plus.checkpoints import last_finished, why_unfinished
 from grpo_plus.config.run import (
     check_estimator,
     check_plain_loss,
@@ -28,14 +27,15 @@ from grpo_plus.config.run import (
     check_task_column,
 )
 from grpo_plus.config.speed import AUTO_CHUNKS
-from grpo_plus.generation import Chunks, as_trained, rows_that_fit
 from grpo_plus.losses import AdaptiveBeta, LossInputs, PolicyLoss, policy_loss
 from grpo_plus.models.adapters import adapter_parameters, adapter_values, bits_of, has_adapters
 from grpo_plus.qlora.checks import check_adapter_folder, check_run
 from grpo_plus.qlora.frozen import FrozenAdapterCallback
 from grpo_plus.qlora.precision import chosen_dtype, keep_gradients_on_the_cpu, restore_adapters
 from grpo_plus.qlora.settings import log_setting_check
-from grpo_plus.trainer_speed import SpeedUps
+from grpo_plus.trainer.checkpoints import last_finished, why_unfinished
+from grpo_plus.trainer.generation import Chunks, as_trained, rows_that_fit
+from grpo_plus.trainer.speed import SpeedUps
 
 
 class GRPOPlusTrainer(SpeedUps):

@@ -8,10 +8,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from grpo_plus.advantages import Rewards
-from grpo_plus.generation import Chunks
 from grpo_plus.losses import LossInputs, PolicyLoss
 from grpo_plus.packing import Packed, PaddedRows
-from grpo_plus.sampling import without_spread
+from grpo_plus.trainer.generation import Chunks
+from grpo_plus.trainer.refill_rows import without_spread
 
 
 class Hooks:

@@ -14,7 +14,6 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from grpo_plus._trl import TRLSeam
 from grpo_plus.config import GRPOPlusConfig
 from grpo_plus.config.speed import switched_on, why_not_regroup, why_not_skip, why_not_skip_old_policy
 from grpo_plus.kernels.linear_logprob import BACKENDS, why_not_on
@@ -30,6 +29,7 @@ from grpo_plus.packing import (
     why_not_single_pass,
 )
 from grpo_plus.qlora.lora_layers import fits_any, fused_lora, has_lora, why_not_fused
+from grpo_plus.trainer.seam import TRLSeam
 
 
 class SpeedUps(TRLSeam):

@@ -18,7 +18,7 @@ from typing import Any, TypedDict
 from packaging.version import Version
 from trl import GRPOTrainer
 
-from grpo_plus._trl import RELIED_ON
+from grpo_plus.trainer.seam import RELIED_ON
 
 
 class Fingerprint(TypedDict):
@@ -45,7 +45,7 @@ def fingerprints() -> dict[str, Fingerprint]:
 
 def known_fingerprints() -> dict[str, dict[str, Fingerprint]]:
     """TRL version -> method -> fingerprint, for the versions that the suite runs on."""
-    return json.loads(files("grpo_plus").joinpath("trl_fingerprints.json").read_text())
+    return json.loads(files("grpo_plus.trainer").joinpath("trl_fingerprints.json").read_text())
 
 
 def reference_version(installed: str) -> str:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from grpo_plus.advantages import Rewards, Steps
-from grpo_plus.sampling import (
+from grpo_plus.trainer.refill_rows import (
     Padding,
     draw_prompts,
     fill,

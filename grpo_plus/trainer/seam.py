@@ -27,13 +27,13 @@ from trl import GRPOTrainer
 
 from grpo_plus.advantages import Rewards, checked
 from grpo_plus.advantages.metrics import share_with_absent_tasks
-from grpo_plus.checkpoints import mark_unfinished
-from grpo_plus.hooks import Hooks
 from grpo_plus.losses import TRL_LOSSES, LossInputs
 from grpo_plus.losses.sampler import SamplerGap, joined, sampler_differences, sampler_ratio, suspicion
 from grpo_plus.models.adapters import adapter_values
 from grpo_plus.packing import Packed, PaddedRows, base_model, forward_live, regroup, reorder
-from grpo_plus.sampling import (
+from grpo_plus.trainer.checkpoints import mark_unfinished
+from grpo_plus.trainer.hooks import Hooks
+from grpo_plus.trainer.refill_rows import (
     Padding,
     draw_prompts,
     fill,
