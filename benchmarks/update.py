@@ -123,7 +123,7 @@ def _case(shape: tuple[int, int, int], variant: str, side: str, device: str, rep
     with patch("trl.trainer.utils._use_triton", return_value=True), ExitStack() as training:
         sides = ("trl", "plus") if side == "both" else (side,)
         trainers = {name: _trainer(name, shape, variant, device) for name in sides}
-        if "plus" in trainers and trainers["plus"].fuses_lora:  # as train() does
+        if "plus" in trainers and trainers["plus"].speed.fuses_lora:  # as train() does
             training.enter_context(fused_lora(trainers["plus"].model))
         if side != "both":
             return {"peak_mb": _peak(trainers[side], batches, device)}
@@ -140,7 +140,7 @@ def _case(shape: tuple[int, int, int], variant: str, side: str, device: str, rep
         "seconds": taken,
         "gradient_error": error,
         "token_ratio": len(ratios) / sum(1 / ratio for ratio in ratios),
-        "packing": trainers["plus"].packer.describe(),
+        "packing": trainers["plus"].speed.packer.describe(),
     }
 
 

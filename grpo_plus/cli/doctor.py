@@ -88,7 +88,7 @@ def _seam() -> list[str]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the version is reported below
         from grpo_plus.trainer.contract import check_seam
-        from grpo_plus.trainer.seam import untested_version
+        from grpo_plus.trainer.names import untested_version
 
     outside = untested_version(version("trl"))
     return ([outside] if outside else []) + check_seam()

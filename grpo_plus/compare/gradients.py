@@ -16,7 +16,7 @@ from grpo_plus.advantages import Rewards, estimate
 from grpo_plus.compare.comparison import StartSignal
 from grpo_plus.config import GRPOPlusConfig
 from grpo_plus.trainer import GRPOPlusTrainer
-from grpo_plus.trainer.seam import logps_of, sampled_batches
+from grpo_plus.trainer.probe import logps_of, sampled_batches
 
 GROUPS, BATCHES = 64, 8  # groups aimed at, and the generation batches spent on them at most
 NUMBERS = 2**31  # the most that are remembered: per estimator the sum of the gradients, and that of a group

@@ -10,9 +10,12 @@ import json
 import logging
 import re
 from pathlib import Path
+from typing import Any
 
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+STATE_FILE = "grpo_plus_state.json"
 
 logger = logging.getLogger("grpo_plus")
 
@@ -29,10 +32,27 @@ def why_unfinished(folder: str | Path) -> str | None:
     return None
 
 
-def mark_unfinished(folder: Path) -> None:
-    """Make the folder; whatever it held, it is no complete checkpoint before the next is saved there to its end."""
+def begin_checkpoint(folder: Path, state: dict[str, Any]) -> None:
+    """Make the folder, with our own state in it.
+
+    Whatever the folder held, it is no complete checkpoint before the next one is saved there to its end.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+    if state:
+        (folder / STATE_FILE).write_text(json.dumps(state))
+
+
+def saved_state(folder: str | Path) -> dict[str, Any]:
+    """Our own state in a checkpoint; {} where there is none."""
+    path = Path(folder) / STATE_FILE
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def refuse_unfinished(folder: str | Path) -> None:
+    """Raise ValueError for a checkpoint that a run cannot go on from, with what is missing."""
+    if reason := why_unfinished(folder):
+        raise ValueError(f"resume_from_checkpoint={str(folder)!r} {reason}. Choose an older checkpoint.")
 
 
 def last_finished(output_dir: str | Path) -> Path:

@@ -18,7 +18,7 @@ from typing import Any, TypedDict
 from packaging.version import Version
 from trl import GRPOTrainer
 
-from grpo_plus.trainer.seam import RELIED_ON
+from grpo_plus.trainer.names import RELIED_ON
 
 
 class Fingerprint(TypedDict):

@@ -2,14 +2,16 @@
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
 import torch
 from torch import nn
+from trl import GRPOTrainer
 
+from grpo_plus.models.adapters import adapter_parameters, adapter_values, bits_of
 from grpo_plus.models.dropout import without_dropout
 from grpo_plus.planner.loaded import shape_and_run
 from grpo_plus.planner.memory import row_bytes
@@ -20,7 +22,20 @@ Rows = list[list[int]]
 
 
 @contextmanager
-def as_trained(model: nn.Module, autocast: Callable[[], AbstractContextManager]) -> Iterator[None]:
+def generating(trainer: GRPOTrainer) -> Iterator[None]:
+    """Let a quantized policy sample as it is trained, and keep the adapters through TRL's casts."""
+    model = trainer.model
+    exact = adapter_values(model) if trainer.args.use_transformers_continuous_batching else {}
+    try:
+        with _as_trained(model, trainer.accelerator.autocast) if bits_of(model) else nullcontext():
+            yield
+    finally:
+        for name, weight in adapter_parameters(model) if exact else ():
+            weight.data = exact[name]  # TRL casts the whole model to half precision there
+
+
+@contextmanager
+def _as_trained(model: nn.Module, autocast: Callable[[], AbstractContextManager]) -> Iterator[None]:
     """Sample without dropout, and compute in the dtype of the update.
 
     TRL generates in training mode, where dropout samples from another policy at every token. PEFT's `generate` calls

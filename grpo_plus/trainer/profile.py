@@ -13,7 +13,7 @@ from transformers import TrainerControl as Control
 from transformers import TrainerState as State
 from transformers import TrainingArguments as Arguments
 
-from grpo_plus.trainer.seam import GENERATES, PREPARES, log_value
+from grpo_plus.trainer.names import GENERATES, PREPARES, log_value
 
 
 class StepProfile(TrainerCallback):

@@ -1,179 +1,77 @@
-"""The seam to TRL: the only module that names TRL's private methods, dictionary keys and attributes.
+"""The seam to TRL: overrides its private methods, turns its data into our values, and asks the hooks.
 
-`TRLSeam` turns TRL's private data into our values, calls a public hook, and puts the answer back. Nothing of TRL is
-copied or patched. When TRL moves, this file and `trl_fingerprints.json` change, and nothing else should have to.
+Nothing of TRL is copied or patched. `names.py` has TRL's names and the versions in which they were read.
 """
 
 import inspect
-import itertools
-import json
-import math
-import warnings
-from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
-from importlib.metadata import version
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import gather, gather_object, pad_across_processes
-from packaging.specifiers import SpecifierSet
+from accelerate.utils import gather
 from torch import Tensor
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 
 from grpo_plus.advantages import Rewards, checked
 from grpo_plus.advantages.metrics import share_with_absent_tasks
+from grpo_plus.config.plain import own_fields
 from grpo_plus.losses import TRL_LOSSES, LossInputs
-from grpo_plus.losses.sampler import SamplerGap, joined, sampler_differences, sampler_ratio, suspicion
 from grpo_plus.models.adapters import adapter_values
-from grpo_plus.packing import Packed, PaddedRows, base_model, forward_live, regroup, reorder
-from grpo_plus.trainer.checkpoints import mark_unfinished
+from grpo_plus.packing import Packed, PaddedRows, base_model, forward_live
+from grpo_plus.qlora.checks import check_adapter_folder, check_run
+from grpo_plus.qlora.precision import chosen_dtype, keep_gradients_on_the_cpu, restore_adapters
+from grpo_plus.trainer.checkpoints import begin_checkpoint, refuse_unfinished, saved_state
+from grpo_plus.trainer.generation import generating
 from grpo_plus.trainer.hooks import Hooks
-from grpo_plus.trainer.refill_rows import (
-    Padding,
-    draw_prompts,
-    fill,
-    join_column,
-    join_rewards,
-    join_rows,
-    rows_of,
-    rows_of_process,
+from grpo_plus.trainer.names import (
+    MULTIMODAL,
+    SAMPLER_RATIO,
+    gathered_labels,
+    gathered_steps,
+    log_value,
+    metrics_of,
+    trained_tokens,
+    whole_rows,
 )
-
-TESTED_TRL = SpecifierSet(">=1.15,<1.17")
-
-# Fingerprinted for each tested version. The first ten are overridden. Of the others the seam assumes what they do:
-# `log` writes the advantages out, `_log_completion_extra` keeps the columns of a reward function.
-RELIED_ON = (
-    "_calculate_rewards",
-    "_generate_and_score_completions",
-    "_compute_loss",
-    "_save_checkpoint",
-    "_load_optimizer_and_scheduler",
-    "_load_from_checkpoint",
-    "_load_best_model",
-    "_get_per_token_logps_and_entropies",
-    "_prepare_inputs",
-    "_generate_single_turn",
-    "log",
-    "_log_completion_extra",
-)
-
-# What comes before the loss, for StepProfile to time: the second calls the first once and scores what it returns.
-GENERATES, PREPARES = "_generate", "_generate_and_score_completions"
-
-STATE_FILE = "grpo_plus_state.json"
-SAMPLER_RATIO = "importance_sampling_ratio"
-
-# Columns of TRL's completions table that a reward function may fill through `log_extra` with lists, one per completion.
-STEP_COLUMNS = ("step_rewards", "step_ends")
-
-# Images and what belongs to them, under the names that TRL's dictionaries and its forward share.
-MULTIMODAL = tuple(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)[8:]
-
-# What a row of text is made of.
-ROWS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "tool_mask")
-
-# How TRL fills up the rows of its dictionaries: token ids with the pad token, a masked log-probability is 0, a masked
-# ratio 1. None: one number per row.
-PADDING = {
-    "prompt_ids": Padding("left", 0),
-    "prompt_mask": Padding("left", 0),
-    "completion_ids": Padding("right", 0),
-    "completion_mask": Padding("right", 0),
-    "tool_mask": Padding("right", 1),
-    "old_per_token_logps": Padding("right", 0),
-    "sampling_per_token_logps": Padding("right", 0),
-    "ref_per_token_logps": Padding("right", 0),
-    SAMPLER_RATIO: Padding("right", 1),
-    "advantages": None,
-}
-
-
-def untested_version(installed: str) -> str | None:
-    """A warning for a TRL outside the window that the suite runs on; None inside it."""
-    if TESTED_TRL.contains(installed, prereleases=True):
-        return None
-    return (
-        f"grpo_plus was tested with trl {TESTED_TRL}, found {installed}. `grpo-plus doctor` says whether anything "
-        "that it relies on has changed."
-    )
-
-
-if message := untested_version(version("trl")):
-    warnings.warn(message, stacklevel=2)
-
-
-def log_value(trainer: GRPOTrainer, name: str, value: float, *, latest: bool = False) -> None:
-    """Log a number of the training with TRL's: the mean since the last log, or the latest."""
-    if latest:
-        trainer._metrics["train"][name] = []
-    trainer._metrics["train"][name].append(value)
-
-
-def sampled_batches(trainer: "TRLSeam", count: int) -> Iterator[tuple[Rewards, dict[str, Tensor]]]:
-    """Generation batches as the training would sample them from the model as it is: rewards, and rows for `logps_of`.
-
-    Rows are in the order of the groups. Nothing is trained; the random state moves on.
-    """
-    trainer.model.train()
-    # TRL repeats a batch for every step that trains on it.
-    repeats = trainer.num_iterations * trainer.args.steps_per_generation
-    for inputs in itertools.islice(trainer.get_train_dataloader(), 0, count * repeats, repeats):
-        output = trainer._generate_and_score_completions(inputs)
-        yield trainer._rewards, {name: output[name] for name in ROWS if name in output}
-
-
-def logps_of(trainer: "TRLSeam", rows: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Log-probabilities (B, T) of the completions, as the training differentiates them, and their mask (B, T)."""
-    return trainer._get_per_token_logps_and_entropies(trainer.model, *_whole(rows))[0], _trained(rows)
-
-
-def _gather_labels(labels: list[str | None]) -> list[str] | None:
-    """The rows' labels of all processes, in the order of the reward table; None where they have none."""
-    if None in labels:
-        return None
-    return gather_object(labels)
-
-
-def _whole(inputs: dict[str, Any]) -> tuple[Tensor, Tensor, int]:
-    """Ids and attention mask (B, L) of prompts with their completions, and how many of the tokens are completion's."""
-    ids, mask = (torch.cat([inputs[f"prompt_{name}"], inputs[f"completion_{name}"]], dim=1) for name in ("ids", "mask"))
-    return ids, mask, inputs["completion_ids"].shape[1]
-
-
-def _trained(inputs: dict[str, Any]) -> Tensor:
-    """(B, T), 1 at the tokens that the policy sampled and the loss counts: neither padding nor a tool's."""
-    return inputs["completion_mask"] * inputs.get("tool_mask", 1)
-
-
-def _with_advantages_times(inputs: dict[str, Any], factor: Tensor) -> dict[str, Any]:
-    return inputs | {"advantages": inputs["advantages"] * factor}
+from grpo_plus.trainer.refills import Refills
+from grpo_plus.trainer.regrouping import regrouped
+from grpo_plus.trainer.sampler_ratio import SamplerRatio
+from grpo_plus.trainer.speed import speed_of
 
 
 class TRLSeam(Hooks, GRPOTrainer):
-    """GRPOTrainer that asks the hooks: translates TRL's private data for them, and their answers for TRL."""
+    """GRPOTrainer that asks the hooks: translates TRL's private data for them, and their answers for TRL.
+
+    Attributes:
+        plus: the configuration with our fields; under a plain GRPOConfig a view in which all of them are off.
+        speed: what makes the run cheaper.
+        rewards: of the last generation batch, of all processes.
+    """
 
     _tag_names = [*GRPOTrainer._tag_names, "grpo_plus"]  # noqa: RUF012  (TRL declares it so)
-    _rewards: Rewards
+    rewards: Rewards
     _micro_batch: dict[str, Any] | None = None
     _buffered_inputs: list[dict[str, Any]] | None
     beta: float
-    vllm_importance_sampling_correction: bool
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         given = inspect.signature(GRPOTrainer).bind(*args, **kwargs).arguments
-        self.check_run(*(given.get(name) for name in ("model", "args", "quantization_config", "peft_config")))
+        check_run(*(given.get(name) for name in ("model", "args", "quantization_config", "peft_config")))
         exact = adapter_values(given["model"])
         super().__init__(*args, **kwargs)
-        self.restore_adapters(exact)
-        self._last_draw = (-1, 0)  # the optimizer step, and which of its generation batches
-        self._warned_of_dead_groups = self._warned_of_sampler = False
-        self._sampler_gap = SamplerGap()
+        self.plus = own_fields(self.args)
+        self._adapters_as_trained(exact)
+        self.speed = speed_of(self, self.plus)
+        self._refills = Refills(self, self.plus.max_refills)
+        self._sampler = SamplerRatio(self, in_update=self.speed.drops_old_policy_pass)
+
+    @property
+    def has_own_fields(self) -> bool:
+        """Whether `args` is a GRPOPlusConfig; a plain GRPOConfig trains what TRL trains to the last bit."""
+        return self.plus is self.args
 
     def _calculate_rewards(
         self, inputs: list[dict[str, Any]], prompts: list, completions: list, completion_ids_list: list[list[int]]
@@ -183,157 +81,17 @@ class TRLSeam(Hooks, GRPOTrainer):
         tasks = [self.task_of(example) for example in inputs]
         if tasks[0] is not None and "task" not in (*self._pending_extra_logs, *self.reward_func_names):
             self._log_completion_extra("task", tasks)
-        self._rewards = Rewards.from_table(
+        self.rewards = Rewards.from_table(
             rewards_per_func,
             num_generations=self.num_generations if self.model.training else self.num_generations_eval,
             weights=self.reward_weights,
             names=tuple(self.reward_func_names),
             lengths=gather(lengths),
-            tasks=_gather_labels(tasks),
-            prompts=_gather_labels([self.prompt_key(prompt) for prompt in prompts]),
-            steps=self._gather_steps(len(prompts)),
+            tasks=gathered_labels(tasks),
+            prompts=gathered_labels([self.prompt_key(prompt) for prompt in prompts]),
+            steps=gathered_steps(self, len(prompts)),
         )
         return rewards_per_func
-
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        with self._without_old_policy_pass():
-            if self.model.training and self.max_refills > 0:
-                output = self._generate_live_groups(inputs)
-            else:
-                output = super()._generate_and_score_completions(inputs)
-        self._compare_with_sampler(output)
-        advantages = self.estimate_advantages(self._rewards)
-        if advantages is not None:
-            advantages = checked("hook estimate_advantages", advantages, self._rewards)
-            self._replace_advantages(output, advantages)
-        self._log_advantage_metrics()
-        return output
-
-    @contextmanager
-    def _without_old_policy_pass(self) -> Iterator[None]:
-        """TRL scores without vLLM's importance sampling where the loss can form the ratio from its own forward."""
-        correction = self.vllm_importance_sampling_correction
-        if self.model.training and self.drops_old_policy_pass:
-            self.vllm_importance_sampling_correction = False
-        try:
-            yield
-        finally:
-            self.vllm_importance_sampling_correction = correction
-
-    def _compare_with_sampler(self, output: dict[str, Any]) -> None:
-        """Warn where what sampled, vLLM or a rollout function, holds another policy than the one that was scored."""
-        logps, sampler_logps = output.get("old_per_token_logps"), output.get("sampling_per_token_logps")
-        if logps is not None and sampler_logps is not None and not self._warned_of_sampler:
-            self._warn_of_sampler(sampler_differences(logps, sampler_logps, _trained(output).bool()))
-
-    def _warn_of_sampler(self, differences: Tensor) -> None:
-        """One warning in a run."""
-        if not self._warned_of_sampler and (message := suspicion(differences, self.state.global_step)):
-            warnings.warn(message, stacklevel=2)
-            self._warned_of_sampler = True
-
-    def _generate_live_groups(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """TRL's generation batch, with live groups of up to `max_refills` further ones in the place of dead groups."""
-        columns = tuple(inputs[0])
-        output = super()._generate_and_score_completions(inputs)
-        dead = self.dead_groups(self._rewards)
-        refills = 0
-        for indices in self._drawn_prompts(len(dead)):
-            if not dead.any():
-                break
-            output = self._refill(output, dead, indices, columns)
-            dead = self.dead_groups(self._rewards)
-            refills += 1
-        self._log_sampling(dead, refills)
-        return output
-
-    def _drawn_prompts(self, prompts: int) -> Iterator[list[int]]:
-        # A step may take several generation batches; counted from its start, a resumed run counts alike.
-        step, batch = self._last_draw
-        self._last_draw = self.state.global_step, batch + 1 if step == self.state.global_step else 0
-        seed = "{} {} {}".format(self.args.seed, *self._last_draw)
-        return draw_prompts(seed, len(self.train_dataset), prompts, self.max_refills)
-
-    def _refill(
-        self, output: dict[str, Any], dead: Tensor, indices: list[int], columns: tuple[str, ...]
-    ) -> dict[str, Any]:
-        """Generate for the prompts at `indices` and put the live groups in the place of dead ones."""
-        rewards, logged = self._rewards, {name: list(column) for name, column in self._logged_columns().items()}
-        local_rows = output["advantages"].shape[0]
-        first = self.accelerator.process_index * local_rows
-        rows = [self.train_dataset[indices[i // self.num_generations]] for i in range(first, first + local_rows)]
-        # The columns that the dataloader left: others would reach the reward functions in a refill only.
-        new = super()._generate_and_score_completions(
-            [{name: value for name, value in row.items() if name in columns} for row in rows]
-        )
-        groups = fill(dead, ~self.dead_groups(self._rewards))
-        self._rewards = join_rewards(rewards, self._rewards, groups)
-        taken = rows_of(groups, self.num_generations)
-        for name, column in self._logged_columns().items():
-            if column:  # no images where there are none
-                column.extend(join_column(logged.get(name, []), column, taken))
-        return self._join_outputs(output, new, taken)
-
-    def _join_outputs(self, old: dict[str, Any], new: dict[str, Any], rows: Tensor) -> dict[str, Any]:
-        """One dictionary of TRL's with this process's part of `rows`, indices into all old rows and then all new ones.
-
-        TRL fills up to the longest row of each process, and a new row can go to another process than its own.
-        """
-        names = (old.keys() | new.keys()) - {"num_items_in_batch"}
-        if unknown := sorted(name for name in names if name not in PADDING or name not in old or name not in new):
-            raise ValueError(
-                f"max_refills={self.max_refills} cannot join batches that hold {', '.join(unknown)}: only rows of text "
-                "can change places, and every batch must hold the same. Set max_refills=0."
-            )
-        taken = rows_of_process(rows, self.accelerator.process_index, old["advantages"].shape[0])
-        joined = {}
-        for name in sorted(names):
-            padding, values = PADDING[name], new[name]
-            if padding is not None:
-                if name.endswith("_ids"):
-                    padding = replace(padding, value=self._tokenizer.pad_token_id)
-                side = padding.side == "left"
-                values = pad_across_processes(values, dim=1, pad_index=padding.value, pad_first=side)
-            joined[name] = join_rows(old[name], gather(values), taken, padding)
-        return joined | {"num_items_in_batch": self.accelerator.gather(_trained(joined).sum()).sum()}
-
-    def _logged_columns(self) -> dict[tuple[str, ...], deque]:
-        """The columns of TRL's table of completions, each as long as one generation batch."""
-        columns: dict[tuple[str, ...], deque] = {}
-        for name, column in self._logs.items():
-            columns |= {(name, k): v for k, v in column.items()} if isinstance(column, dict) else {(name,): column}
-        return columns
-
-    def _log_sampling(self, dead: Tensor, refills: int) -> None:
-        groups, trained = len(dead), int((~dead).sum())
-        if trained < groups and not self._warned_of_dead_groups and self.accelerator.is_main_process:
-            warnings.warn(
-                f"{groups - trained} of {groups} groups are dead after max_refills={self.max_refills} refills, and the "
-                "run goes on with them. sampling/dead_groups logs their share. Raise max_refills, or choose prompts "
-                "that are neither always nor never solved.",
-                stacklevel=2,
-            )
-            self._warned_of_dead_groups = True
-        # TRL averages without NaN: a batch in which nothing trains has no ratio.
-        ratio = (1 + refills) * groups / trained if trained else math.nan
-        for name, value in {"refills": refills, "dead_groups": 1 - trained / groups, "generated_ratio": ratio}.items():
-            self._metrics["train"][f"sampling/{name}"].append(value)
-
-    def _gather_steps(self, rows: int) -> tuple[list, list] | None:
-        """What the reward functions of all processes passed to `log_extra` as step rewards and ends; None for none."""
-        columns = [self._pending_extra_logs.get(name) for name in STEP_COLUMNS]
-        present = None not in columns
-        for name, column in zip(STEP_COLUMNS, columns, strict=True):
-            if present and len(column) != rows:
-                raise ValueError(
-                    f"log_extra({name!r}, ...) got {len(column)} lists for {rows} completions. Give one for each "
-                    "completion, from one reward function, and an empty one where there are no steps."
-                )
-        # Every process takes part, whether its own completions have steps or not: a gather waits for all.
-        pairs = gather_object(list(zip(*columns, strict=True)) if present else [None] * rows)
-        if not any(pairs):
-            return None
-        return [pair and pair[0] for pair in pairs], [pair and pair[1] for pair in pairs]
 
     def _generate_single_turn(
         self,
@@ -344,46 +102,86 @@ class TRLSeam(Hooks, GRPOTrainer):
         has_tool_images: bool = False,
     ) -> tuple[list[list[int]], list | None]:
         generate = super()._generate_single_turn
-        with self.generating():
-            if self.chunks is None or images or multimodal_fields:  # images are not laid out by row
+        with generating(self) if self.has_own_fields else nullcontext():
+            if self.speed.chunks is None or images or multimodal_fields:  # images are not laid out by row
                 return generate(prompt_ids, images, multimodal_fields, num_generations, has_tool_images)
-            return self.chunks.generate(lambda part: generate(part, None, {}, num_generations)[0], prompt_ids), None
+            parts = self.speed.chunks.generate(lambda part: generate(part, None, {}, num_generations)[0], prompt_ids)
+            return parts, None
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        score = super()._generate_and_score_completions
+
+        def generate(rows: list[dict[str, Any]]) -> tuple[dict[str, Any], Rewards]:
+            return score(rows), self.rewards
+
+        with self._sampler.left_to_the_update():
+            if self.model.training and self.plus.max_refills > 0:
+                output, self.rewards = self._refills.fill_up(inputs, generate)
+            else:
+                output, _ = generate(inputs)
+        self._sampler.compare(output)
+        advantages = self.estimate_advantages(self.rewards)
+        if advantages is None:
+            trained = self._trls_advantages()
+        else:
+            advantages = checked("hook estimate_advantages", advantages, self.rewards)
+            trained = self._replace_advantages(output, advantages)
+        if trained is not None:
+            self._log_advantage_metrics(trained)
+        return output
+
+    def _trls_advantages(self) -> Tensor | None:
+        """(P, G) of all processes, out of TRL's log; None where the log is too short for an evaluation's batch."""
+        judged = self.rewards.judged
+        logged = list(self._logs["advantages"])[-judged.numel() :]
+        return torch.tensor(logged, dtype=torch.float64).view_as(judged) if len(logged) == judged.numel() else None
+
+    def _replace_advantages(self, output: dict[str, Any], advantages: Tensor) -> Tensor:
+        """Put all processes' advantages, (P, G) or (P, G, T), in the place of TRL's: this rank's rows for the loss, as
+        wide as its completions are padded, and one number for each completion of all ranks in the log.
+
+        Returns:
+            (P, G) those numbers, float64 on the CPU.
+        """
+        local_rows = output["advantages"].shape[0]
+        first = self.accelerator.process_index * local_rows
+        local = advantages.flatten(0, 1)[first : first + local_rows]
+        if local.dim() == 2:
+            # Other ranks' longest completion may be longer or shorter: a negative padding cuts.
+            local = F.pad(local, (0, output["completion_ids"].shape[1] - local.shape[1]))
+        per_completion = self.rewards.per_completion(advantages).to(output["advantages"]).cpu().double()
+        in_log = per_completion.flatten().tolist()
+        logged = self._logs["advantages"]
+        for _ in range(min(len(in_log), len(logged))):
+            logged.pop()
+        logged.extend(in_log)
+        output["advantages"] = local.to(output["advantages"])
+        return per_completion
+
+    def _log_advantage_metrics(self, advantages: Tensor) -> None:
+        figures = self.advantage_metrics(self.rewards, advantages)
+        values = {f"advantages/{name}": value for name, value in figures.items()}
+        logged = metrics_of(self)
+        share_with_absent_tasks(logged, values)
+        for name, value in values.items():
+            logged[name].append(value)
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         before = self._buffered_inputs
         inputs: dict[str, Any] = super()._prepare_inputs(generation_batch)
         fresh = self._buffered_inputs
-        if fresh is None or fresh is before or not self.keeps_prompts_together():
+        if fresh is None or fresh is before or not self.speed.keeps_prompts_together:
             return inputs
-        self._buffered_inputs = regrouped = self._regrouped(fresh)
-        return regrouped[self._step % self.args.steps_per_generation]
-
-    def _regrouped(self, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The generation batch's micro-batches with prompts together, each row in its own optimizer step."""
-        accumulation = self.args.gradient_accumulation_steps
-        window = min(accumulation, len(batches))
-        if any(name in batches[0] for name in MULTIMODAL) or max(accumulation, len(batches)) % window:
-            return batches
-        windows = [batches[start : start + window] for start in range(0, len(batches), window)]
-        return [batch for part in windows for batch in self._regrouped_window(part)]
-
-    def _regrouped_window(self, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        prompts = torch.cat([batch["prompt_ids"] * batch["prompt_mask"] for batch in batches]).tolist()
-        tokens = [
-            int(length) if live else 0
-            for batch in batches
-            for length, live in zip(_trained(batch).sum(1).tolist(), self._alive(batch), strict=True)
-        ]
-        order = regroup([tuple(prompt) for prompt in prompts], tokens, len(batches))
-        if self.loss_type != "bnpo":
-            return reorder(batches, order)
-        # bnpo divides by the tokens of the micro-batch: a row keeps the divisor of the one that it came from.
-        batches = [_with_advantages_times(batch, 1 / _trained(batch).sum().clamp(min=1.0)) for batch in batches]
-        regrouped = reorder(batches, order)
-        return [_with_advantages_times(batch, _trained(batch).sum().clamp(min=1.0)) for batch in regrouped]
+        self._buffered_inputs = batches = regrouped(
+            fresh,
+            accumulation_steps=self.args.gradient_accumulation_steps,
+            loss_type=self.loss_type,
+            alive=self._alive,
+        )
+        return batches[self._step % self.args.steps_per_generation]
 
     def _alive(self, inputs: dict[str, Any]) -> list[bool]:
-        alive = self.live_rows(inputs["advantages"]) if self.model.training else None
+        alive = self.speed.live_rows(inputs["advantages"]) if self.model.training else None
         return [True] * len(inputs["advantages"]) if alive is None else alive.tolist()
 
     def _live_rows(self) -> tuple[tuple[int, ...] | None, Tensor | None]:
@@ -422,43 +220,20 @@ class TRLSeam(Hooks, GRPOTrainer):
         else:
             scores = packed.logps, packed.entropies, None
         if packed is not None and self.model.training and torch.is_grad_enabled():
-            self._metrics["train"]["packing/token_ratio"].append(input_ids.numel() / packed.tokens)
-            self._metrics["train"]["packing/live_fraction"].append(len(rows.live or input_ids) / len(input_ids))
-        self._form_sampler_ratio(scores[0].detach(), rows.live)
+            log_value(self, "packing/token_ratio", input_ids.numel() / packed.tokens)
+            log_value(self, "packing/live_fraction", len(rows.live or input_ids) / len(input_ids))
+        last = (self._step + 1) % (self.args.steps_per_generation * self.num_iterations) == 0
+        self._sampler.form(self._micro_batch, scores[0].detach(), rows.live, last=last)
         return scores
 
-    def _form_sampler_ratio(self, logps: Tensor, live: tuple[int, ...] | None) -> None:
-        """For the loss to read, where the old policy's pass was dropped: the ratio that TRL forms after it."""
-        inputs = self._micro_batch
-        if inputs is None or SAMPLER_RATIO in inputs or not (self.model.training and self.drops_old_policy_pass):
-            return
-        rows = torch.tensor(live or range(len(logps)), device=logps.device)
-        scored = logps[rows], inputs["sampling_per_token_logps"][rows], _trained(inputs)[rows].bool()
-        ratio = sampler_ratio(
-            *scored,
-            mode=self.vllm_importance_sampling_mode,
-            low=self.vllm_importance_sampling_clip_min,
-            high=self.vllm_importance_sampling_clip_max,
-        )
-        # A skipped row's ratio is 1: of its log-probs nothing is known, and infinity times an advantage of 0 is NaN.
-        inputs[SAMPLER_RATIO] = ratio.new_ones(len(logps), ratio.shape[1]).index_copy(0, rows, ratio)
-        self._sampler_gap.add(*scored, ratio)
-        if (self._step + 1) % (self.args.steps_per_generation * self.num_iterations) == 0:
-            self._log_sampler_gap()
-
-    def _log_sampler_gap(self) -> None:
-        self._warn_of_sampler(self._sampler_gap.differences())
-        figures = self.accelerator.gather(self._sampler_gap.figures().unsqueeze(0))
-        self._sampler_gap = SamplerGap()
-        for name, value in joined(figures).items():
-            self._metrics["train"][f"sampling/{name}"].append(value)
-
     def _packed_logps(self, model: Any, rows: PaddedRows, batch_size: int | None) -> Packed | None:
+        if self.speed.packer is None:
+            return None
         forward = super()._get_per_token_logps_and_entropies
         base = base_model(self.accelerator.unwrap_model(model))
         max_tokens = None if batch_size is None else batch_size * rows.input_ids.shape[1]
         with self.accelerator.autocast():
-            return self.logps(
+            return self.speed.packer.logps(
                 model, base, rows, lambda ids, mask, length: forward(base, ids, mask, length)[0], max_tokens=max_tokens
             )
 
@@ -493,7 +268,7 @@ class TRLSeam(Hooks, GRPOTrainer):
         """The policy's forward on one micro-batch, with TRL's names translated; and the entropies (B, T)."""
         logps, entropies, _ = self._get_per_token_logps_and_entropies(
             model,
-            *_whole(inputs),
+            *whole_rows(inputs),
             compute_entropy=True,
             **{name: inputs[name] for name in MULTIMODAL if name in inputs},
         )
@@ -503,7 +278,7 @@ class TRLSeam(Hooks, GRPOTrainer):
             logps=logps,
             old_logps=logps.detach() if old_logps is None else old_logps,
             advantages=advantages.unsqueeze(1) if advantages.dim() == 1 else advantages,
-            mask=_trained(inputs),
+            mask=trained_tokens(inputs),
             ref_logps=inputs.get("ref_per_token_logps"),
             importance_sampling_ratio=inputs.get(SAMPLER_RATIO),
         )
@@ -514,58 +289,36 @@ class TRLSeam(Hooks, GRPOTrainer):
         weights = mask if values.shape == mask.shape else torch.ones_like(values)
         sums = torch.stack([(values * weights).sum(), weights.sum()]).float()
         total, count = self.accelerator.reduce(sums, reduction="sum").tolist()
-        self._metrics["train" if self.model.training else "eval"][name].append(total / max(count, 1.0))
-
-    def _log_advantage_metrics(self) -> None:
-        rows = self._rewards.judged.numel()
-        logged = list(self._logs["advantages"])[-rows:]
-        if len(logged) < rows:
-            return  # an evaluation batch that is larger than TRL's log
-        advantages = torch.tensor(logged, dtype=torch.float64).view_as(self._rewards.judged)
-        values = {
-            f"advantages/{name}": value for name, value in self.advantage_metrics(self._rewards, advantages).items()
-        }
-        logged = self._metrics["train" if self.model.training else "eval"]
-        share_with_absent_tasks(logged, values)
-        for name, value in values.items():
-            logged[name].append(value)
+        metrics_of(self)[name].append(total / max(count, 1.0))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            mark_unfinished(folder)
-            if state := self.running_state():
-                (folder / STATE_FILE).write_text(json.dumps(state))
+            begin_checkpoint(folder, self.running_state())
         super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        self.check_checkpoint(resume_from_checkpoint)
+        refuse_unfinished(resume_from_checkpoint)
+        check_adapter_folder(resume_from_checkpoint, self.model)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self.restore_adapters({})
+        self._adapters_as_trained({})
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        self.restore_adapters({})
+        self._adapters_as_trained({})
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            path = Path(checkpoint) / STATE_FILE
-            self.load_running_state(json.loads(path.read_text()) if path.exists() else {})
+            self.load_running_state(saved_state(checkpoint))
 
-    def _replace_advantages(self, output: dict[str, Any], advantages: Tensor) -> None:
-        """Put all processes' advantages, (P, G) or (P, G, T), in the place of TRL's: this rank's rows for the loss, as
-        wide as its completions are padded, and one number for each completion of all ranks in the log.
+    def _adapters_as_trained(self, exact: dict[str, Tensor]) -> None:
+        """Bring the adapters to `adapter_dtype`: TRL has cast them at construction, PEFT when it loaded a checkpoint.
+
+        Args:
+            exact: trainable weights by name as they were before TRL rounded them; empty for adapters that TRL created
+                and after a checkpoint.
         """
-        local_rows = output["advantages"].shape[0]
-        first = self.accelerator.process_index * local_rows
-        local = advantages.flatten(0, 1)[first : first + local_rows]
-        if local.dim() == 2:
-            # Other ranks' longest completion may be longer or shorter: a negative padding cuts.
-            local = F.pad(local, (0, output["completion_ids"].shape[1] - local.shape[1]))
-        logged = self._logs["advantages"]
-        in_log = self._rewards.per_completion(advantages).flatten().to(output["advantages"]).tolist()
-        for _ in range(min(len(in_log), len(logged))):
-            logged.pop()
-        logged.extend(in_log)
-        output["advantages"] = local.to(output["advantages"])
+        keep_gradients_on_the_cpu(self.model)
+        if self.has_own_fields and (dtype := chosen_dtype(self.plus.adapter_dtype, self.model)):
+            restore_adapters(self.model, dtype, exact)

@@ -10,8 +10,6 @@ import copy
 import hashlib
 import json
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from typing import Any
 
@@ -26,19 +24,15 @@ from grpo_plus.config.run import (
     check_router_loss,
     check_task_column,
 )
-from grpo_plus.config.speed import AUTO_CHUNKS
 from grpo_plus.losses import AdaptiveBeta, LossInputs, PolicyLoss, policy_loss
-from grpo_plus.models.adapters import adapter_parameters, adapter_values, bits_of, has_adapters
-from grpo_plus.qlora.checks import check_adapter_folder, check_run
+from grpo_plus.models.adapters import has_adapters
 from grpo_plus.qlora.frozen import FrozenAdapterCallback
-from grpo_plus.qlora.precision import chosen_dtype, keep_gradients_on_the_cpu, restore_adapters
 from grpo_plus.qlora.settings import log_setting_check
-from grpo_plus.trainer.checkpoints import last_finished, why_unfinished
-from grpo_plus.trainer.generation import Chunks, as_trained, rows_that_fit
-from grpo_plus.trainer.speed import SpeedUps
+from grpo_plus.trainer.checkpoints import last_finished
+from grpo_plus.trainer.seam import TRLSeam
 
 
-class GRPOPlusTrainer(SpeedUps):
+class GRPOPlusTrainer(TRLSeam):
     """TRL's GRPOTrainer with pluggable advantages and losses. Takes its arguments, and a GRPOPlusConfig as `args`.
 
     With a GRPOPlusConfig whose own fields are unset it trains what GRPOTrainer trains, to rounding and faster; with a
@@ -49,13 +43,11 @@ class GRPOPlusTrainer(SpeedUps):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        check_refillable(self.max_refills, self.train_dataset)
+        check_refillable(self.plus.max_refills, self.train_dataset)
         if self.aux_loss_enabled:
             check_router_loss(self.loss_type, self.router_aux_loss_coef)
-        if self.plus is None:
-            if type(self).policy_loss is GRPOPlusTrainer.policy_loss:
-                check_plain_loss(self.loss_type)
-            return
+        if not self.has_own_fields and type(self).policy_loss is GRPOPlusTrainer.policy_loss:
+            check_plain_loss(self.loss_type)
         for dataset in (self.train_dataset, self.eval_dataset):
             for part in dataset.values() if isinstance(dataset, dict) else [dataset]:
                 check_task_column(self.plus.task_column, part)
@@ -63,8 +55,7 @@ class GRPOPlusTrainer(SpeedUps):
         if type(self).estimate_advantages is GRPOPlusTrainer.estimate_advantages:
             names, weights = self.reward_func_names, self.reward_weights.tolist()
             check_estimator(self.plus, names, weights, num_generations=self.num_generations)
-        _ = self.chunks  # may refuse
-        if has_adapters(self.model):
+        if self.has_own_fields and has_adapters(self.model):
             self.add_callback(FrozenAdapterCallback())
             if self.accelerator.is_main_process:
                 log_setting_check(self.model, self.plus)
@@ -73,69 +64,18 @@ class GRPOPlusTrainer(SpeedUps):
         """Train. `resume_from_checkpoint=True` goes on from the newest checkpoint that was saved to its end."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = str(last_finished(self.args.output_dir))
-        return super().train(resume_from_checkpoint, *args, **kwargs)
-
-    @property
-    def _estimator_name(self) -> str | None:
-        return self.plus.advantage_estimator if self.plus is not None else None
+        with self.speed.around_training(self.model):
+            return super().train(resume_from_checkpoint, *args, **kwargs)
 
     @cached_property
     def estimator_state(self) -> State:
         """What a stateful estimator remembers; saved with every checkpoint."""
         return {}
 
-    def check_run(self, model: Any, args: Any, quantization_config: Any, peft_config: Any) -> None:
-        """Refuse what cannot work with a quantized base."""
-        check_run(model, args, quantization_config, peft_config)
-
-    def check_checkpoint(self, folder: str) -> None:
-        """Refuse a checkpoint that is not complete, and the adapter of another base."""
-        if reason := why_unfinished(folder):
-            raise ValueError(f"resume_from_checkpoint={str(folder)!r} {reason}. Choose an older checkpoint.")
-        check_adapter_folder(folder, self.model)
-
-    def restore_adapters(self, exact: dict[str, Tensor]) -> None:
-        """Bring the adapters to `adapter_dtype`, where they learn at small learning rates."""
-        keep_gradients_on_the_cpu(self.model)
-        dtype = chosen_dtype(self.plus.adapter_dtype, self.model) if self.plus is not None else None
-        if dtype is not None:
-            restore_adapters(self.model, dtype, exact)
-
     def estimate_advantages(self, rewards: Rewards) -> Tensor | None:
         """Advantages (P, G), or (P, G, T) per token, of all processes' rewards; None keeps TRL's own."""
         # Evaluation must leave no trace in the state that training goes on with.
         return self._estimate(rewards, self.estimator_state if self.model.training else self._copied_state())
-
-    @property
-    def max_refills(self) -> int:
-        """The configuration's `max_refills`."""
-        return self.plus.max_refills if self.plus is not None else 0
-
-    @contextmanager
-    def generating(self) -> Iterator[None]:
-        """Let a quantized policy sample as it is trained, and keep the adapters."""
-        casts = self.plus is not None and self.plus.use_transformers_continuous_batching
-        exact = adapter_values(self.model) if casts else {}
-        quantized = self.plus is not None and bits_of(self.model)
-        try:
-            with as_trained(self.model, self.accelerator.autocast) if quantized else nullcontext():
-                yield
-        finally:
-            for name, weight in adapter_parameters(self.model) if exact else ():
-                weight.data = exact[name]  # TRL casts the whole model to half precision there
-
-    @cached_property
-    def chunks(self) -> Chunks | None:
-        """How many rows to generate for at a time: `generation_chunk_size`."""
-        size = self.plus.generation_chunk_size if self.plus is not None else None
-        if size != AUTO_CHUNKS:
-            return None if size is None else Chunks(int(size))
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError(
-                "generation_chunk_size='auto' lets every process generate in parts of its own, but FSDP or DeepSpeed "
-                "spreads the weights, so that all must generate together. Set a number of rows."
-            )
-        return Chunks(None, lambda prompt_length: rows_that_fit(self.model, self.plus, prompt_length))
 
     def dead_groups(self, rewards: Rewards) -> Tensor:
         """The groups whose advantages are all 0; those of equal rewards where TRL's own hold rounding instead of 0."""
@@ -147,7 +87,7 @@ class GRPOPlusTrainer(SpeedUps):
         return copy.deepcopy(self.estimator_state)
 
     def _estimate(self, rewards: Rewards, state: State) -> Tensor | None:
-        if self.plus is None or self.plus.advantage_estimator is None:
+        if self.plus.advantage_estimator is None:
             return None
         first = not state
         advantages = estimate(
@@ -163,8 +103,9 @@ class GRPOPlusTrainer(SpeedUps):
 
     def advantage_metrics(self, rewards: Rewards, advantages: Tensor) -> dict[str, float]:
         """Which rewards and tasks drive the update, and how much of the batch takes part in it."""
-        estimator = None if self._estimator_name is None else ESTIMATORS[self._estimator_name]
-        modifiers: Any = self.plus.advantage_modifiers if self.plus is not None else {}
+        name = self.plus.advantage_estimator
+        estimator = None if name is None else ESTIMATORS[name]
+        modifiers: Any = self.plus.advantage_modifiers  # a dictionary after the configuration's checks
         rewards = apply_to_rewards(rewards, modifiers)
         trls = estimator is None and type(self).estimate_advantages is GRPOPlusTrainer.estimate_advantages
         trl_normalizes_each = trls and self.args.multi_objective_aggregation == "normalize_then_sum"
@@ -179,7 +120,7 @@ class GRPOPlusTrainer(SpeedUps):
 
     def task_of(self, example: dict[str, Any]) -> str | None:
         """The row's value in `task_column`."""
-        column = self.plus.task_column if self.plus is not None else None
+        column = self.plus.task_column
         if column is None:
             return None
         if column not in example:
@@ -188,7 +129,7 @@ class GRPOPlusTrainer(SpeedUps):
 
     def prompt_key(self, prompt: Any) -> str | None:
         """A digest of the prompt, for the estimators that remember prompts."""
-        name = self._estimator_name
+        name = self.plus.advantage_estimator
         if name is None or not ESTIMATORS[name].needs_prompts:
             return None
         return hashlib.sha256(json.dumps(prompt, sort_keys=True, default=_content).encode()).hexdigest()[:16]
@@ -197,16 +138,16 @@ class GRPOPlusTrainer(SpeedUps):
         """What the estimator remembers, and where beta has moved to."""
         state: dict[str, Any] = {}
         if self.estimator_state:
-            state = {"estimator": self._estimator_name, "estimator_state": self.estimator_state}
-        if self.plus is not None and self.plus.kl_target is not None:
+            state = {"estimator": self.plus.advantage_estimator, "estimator_state": self.estimator_state}
+        if self.plus.kl_target is not None:
             state["beta"] = self.beta
         return state
 
     def load_running_state(self, state: dict[str, Any]) -> None:
         """Take both up again, where the run still has a use for them."""
-        if self.plus is not None and self.plus.kl_target is not None:
+        if self.plus.kl_target is not None:
             self.beta = state.get("beta", self.beta)
-        name, saved = self._estimator_name, state.get("estimator")
+        name, saved = self.plus.advantage_estimator, state.get("estimator")
         if "estimator_state" in state and saved == name:
             self.estimator_state.update(state["estimator_state"])
         elif name is not None and ESTIMATORS[name].stateful:
@@ -218,13 +159,13 @@ class GRPOPlusTrainer(SpeedUps):
 
     def next_beta(self, kl: float, completions: int) -> float:
         """Beta, moved towards `kl_target` where one is set."""
-        if self.plus is None or self.plus.kl_target is None:
+        if self.plus.kl_target is None:
             return self.beta
         return AdaptiveBeta(self.beta, self.plus.kl_target, self.plus.kl_horizon).update(kl, completions).beta
 
     def policy_loss(self, inputs: LossInputs, *, num_items: Tensor, accumulation_steps: int) -> PolicyLoss:
         """Loss of one micro-batch under `loss_type`, plus beta times the KL to the reference."""
-        config = self.args
+        config: Any = self.plus
         return policy_loss(
             config.loss_type,
             inputs,

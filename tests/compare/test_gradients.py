@@ -6,7 +6,7 @@ import torch
 from grpo_plus import GRPOPlusConfig
 from grpo_plus.advantages import estimate
 from grpo_plus.compare.gradients import Gradients, measure_start, signal_to_noise
-from grpo_plus.trainer.seam import logps_of, sampled_batches
+from grpo_plus.trainer.probe import logps_of, sampled_batches
 from tests.compare.small import small_task
 
 

@@ -5,7 +5,7 @@ import torch
 from trl import GRPOConfig
 
 from grpo_plus.losses import TRL_LOSSES
-from grpo_plus.trainer.seam import GENERATES, PREPARES
+from grpo_plus.trainer.names import GENERATES, PREPARES
 from tests.training import make_trainer
 
 

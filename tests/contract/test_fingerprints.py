@@ -10,7 +10,7 @@ import pytest
 from packaging.version import Version
 from trl import GRPOTrainer
 
-from grpo_plus.trainer import contract, seam
+from grpo_plus.trainer import contract, names, seam
 
 
 def test_the_installed_trl_is_the_tested_one():
@@ -21,10 +21,10 @@ def test_the_installed_trl_is_the_tested_one():
 def test_each_minor_of_the_supported_window_was_recorded():
     minors = {Version(known).release[:2] for known in contract.known_fingerprints()}
     assert minors == {(1, 15), (1, 16)}
-    assert all(seam.TESTED_TRL.contains(known) for known in contract.known_fingerprints())
+    assert all(names.TESTED_TRL.contains(known) for known in contract.known_fingerprints())
 
 
-@pytest.mark.parametrize("name", [name for name in vars(seam.TRLSeam) if name in seam.RELIED_ON])
+@pytest.mark.parametrize("name", [name for name in vars(seam.TRLSeam) if name in names.RELIED_ON])
 def test_an_override_takes_what_trls_method_takes(name):
     ours, theirs = getattr(seam.TRLSeam, name), getattr(GRPOTrainer, name)
     assert ours is not theirs
@@ -33,7 +33,7 @@ def test_an_override_takes_what_trls_method_takes(name):
     named = list(mine)[: len(mine) - len(rest)]
     assert named == list(trls)[: len(named)]
     # What an override passes on as it is, TRL's own calls must name.
-    assert len(named) == len(trls) or (rest and tuple(trls)[len(named) :] == seam.MULTIMODAL)
+    assert len(named) == len(trls) or (rest and tuple(trls)[len(named) :] == names.MULTIMODAL)
 
 
 def plain(self, inputs):
@@ -97,8 +97,8 @@ def test_an_unknown_version_is_compared_with_the_newest_older_one(installed, ref
 
 
 def test_a_version_outside_the_window_is_warned_about():
-    assert seam.untested_version("1.16.2") is None
-    message = seam.untested_version("1.17.0")
+    assert names.untested_version("1.16.2") is None
+    message = names.untested_version("1.17.0")
     assert message is not None
     assert "tested with trl <1.17,>=1.15, found 1.17.0" in message
 

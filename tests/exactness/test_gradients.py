@@ -118,11 +118,11 @@ def test_a_step_is_trls(tmp_path, loss, packing, config, adapter):
     assert_same_step(stock, ours, micro_batch())
     for name, values in stock._metrics["train"].items():
         # Skipped rows count with the others' mean entropy, and with a ratio of 1 in VESPO's weight.
-        imputed = ours.skips and name in ("entropy", "vespo/phi_seq_mean")
+        imputed = ours.speed.skips and name in ("entropy", "vespo/phi_seq_mean")
         tolerance = {"entropy": 0.05, "vespo/phi_seq_mean": 10.0}[name] if imputed else 1e-5
         assert ours._metrics["train"][name] == pytest.approx(values, rel=tolerance, nan_ok=True), name
     live = ours._metrics["train"].get("packing/live_fraction")
-    assert live == ([5 / 8] if ours.skips else [1.0])
+    assert live == ([5 / 8] if ours.speed.skips else [1.0])
 
 
 @pytest.mark.parametrize("per_token", [False, True], ids=["per-row", "per-token"])

@@ -88,7 +88,7 @@ def test_a_run_is_trls(tmp_path, monkeypatch, loss, config, ours, adapter):
     config = {"loss_type": loss, "adapter": adapter} | config
     trls = {"stock": True} if LOSSES[loss].origin == "trl" else OFF
     made = trainer(tmp_path / "ours", **config, **ours)
-    assert made.drops_old_policy_pass
+    assert made.speed.drops_old_policy_pass
     assert_same_run(made, trainer(tmp_path / "theirs", **config, **trls))
 
 
@@ -155,7 +155,7 @@ def test_refilled_groups_bring_what_their_ratio_needs(tmp_path, monkeypatch):
 )
 def test_the_pass_stays_where_the_policy_changes(tmp_path, monkeypatch, config, reason):
     install_engine(monkeypatch)
-    assert not trainer(tmp_path, **config).drops_old_policy_pass
+    assert not trainer(tmp_path, **config).speed.drops_old_policy_pass
     with pytest.raises(ValueError, match=f"skip_old_policy_pass=True is not possible: .*{reason}"):
         trainer(tmp_path, skip_old_policy_pass=True, **config)
 
@@ -164,7 +164,7 @@ def test_the_pass_stays_where_the_policy_changes(tmp_path, monkeypatch, config, 
 def test_the_pass_stays_under_dropout_and_where_it_is_switched_off(tmp_path, monkeypatch):
     install_engine(monkeypatch)
     dropout = LoraConfig(r=4, lora_dropout=0.3, target_modules="all-linear", task_type="CAUSAL_LM")
-    assert not trainer(tmp_path, adapter=dropout).drops_old_policy_pass
+    assert not trainer(tmp_path, adapter=dropout).speed.drops_old_policy_pass
     with pytest.raises(ValueError, match=r"skip_old_policy_pass=True is not possible: dropout 0.3 in"):
         trainer(tmp_path, adapter=dropout, skip_old_policy_pass=True)
     made = trainer(tmp_path, **OFF)

@@ -57,7 +57,7 @@ def test_adapters_follow_trls_through_scoring_checkpoints_and_a_resume(tmp_path)
     stock = make_trainer(tmp_path / "stock", **config)
     stock.train()
     ours = make_trainer(tmp_path / "ours", **classes, **config)
-    assert ours.fuses_lora
+    assert ours.speed.fuses_lora
     start = weights_of(ours)
     ours.train()
     assert not any("forward" in vars(module) for module in ours.model.modules() if hasattr(module, "lora_A"))

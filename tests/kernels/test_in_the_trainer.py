@@ -24,7 +24,7 @@ def test_a_step_on_tritons_head_is_a_step_on_trls(tmp_path):
             max_steps=1,
         )
         made.train()
-        assert ("single-pass head" in made.packer.describe()) == (backend == "triton")
+        assert ("single-pass head" in made.speed.packer.describe()) == (backend == "triton")
         trained.append(weights_of(made))
     assert any(weight.any() for name, weight in trained[0].items() if "lora_B" in name)
     for name, weight in trained[0].items():

@@ -14,6 +14,7 @@ from grpo_plus.demo.tiny import tiny_model, tiny_tokenizer
 from grpo_plus.planner import plan
 from grpo_plus.planner.loaded import shape_and_run
 from grpo_plus.trainer.generation import Chunks, rows_that_fit
+from grpo_plus.trainer.speed import speed_of
 from tests.qlora.models import load_nf4, lora, make_qlora_trainer, trained_weights
 
 GREEDY = {"generation_kwargs": {"do_sample": False}, "max_steps": 1, "bf16": True}
@@ -160,7 +161,6 @@ def test_auto_takes_the_rows_that_the_planner_finds_room_for(tmp_path, base, mon
 
 def test_auto_is_refused_where_the_processes_must_generate_together(tmp_path, base):
     trainer = make_qlora_trainer(tmp_path, base, generation_chunk_size="auto")
-    del trainer.chunks
     trainer.is_fsdp_enabled = True
     with pytest.raises(ValueError, match="generation_chunk_size='auto' lets every process.*Set a number of rows"):
-        _ = trainer.chunks
+        speed_of(trainer, trainer.plus)

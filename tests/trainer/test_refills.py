@@ -31,10 +31,16 @@ class Recorder(GRPOPlusTrainer):
         self.batches = [*getattr(self, "batches", []), (output, logps, ref_logps)]
         return output
 
-    def _join_outputs(self, old, new, rows):
-        self.filled_up = getattr(self, "filled_up", set())
-        self.filled_up |= {n for n in ("prompt_ids", "completion_ids") if old[n].shape[1] != new[n].shape[1]}
-        return super()._join_outputs(old, new, rows)
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.filled_up = set()
+        join = self._refills.join_outputs
+
+        def recorded(old, new, rows):
+            self.filled_up |= {n for n in ("prompt_ids", "completion_ids") if old[n].shape[1] != new[n].shape[1]}
+            return join(old, new, rows)
+
+        self._refills.join_outputs = recorded
 
 
 def refilling(output_dir, judge, **arguments):
@@ -271,7 +277,7 @@ def test_batches_that_hold_anything_but_text_are_refused_by_name(tmp_path):
     trainer = refilling(tmp_path, Judge(), trainer_class=GRPOPlusTrainer)
     batch = {"advantages": torch.zeros(4), "pixel_values": torch.zeros(9, 3)}
     with pytest.raises(ValueError, match="max_refills=2 cannot join batches that hold pixel_values"):
-        trainer._join_outputs(batch, batch, torch.arange(4))
+        trainer._refills.join_outputs(batch, batch, torch.arange(4))
 
 
 @pytest.mark.parametrize(

@@ -76,21 +76,21 @@ def test_adapters_that_are_more_than_lora_stay_pefts_with_one_warning(tmp_path):
     with pytest.warns(
         UserWarning, match="lora_backend: PEFT's own forward in all layers. DoraLinearVariant is no plain"
     ):
-        assert not trainer(tmp_path, dora).fuses_lora
+        assert not trainer(tmp_path, dora).speed.fuses_lora
     with pytest.raises(ValueError, match="lora_backend='torch' is not possible: DoraLinearVariant"):
         trainer(tmp_path, dora, lora_backend="torch")
     with pytest.raises(ValueError, match="lora_backend='torch' is not possible: the model has no adapters"):
         trainer(tmp_path, lora_backend="torch")
-    assert not trainer(tmp_path, LORA, lora_backend="peft").fuses_lora
-    assert trainer(tmp_path, LORA, lora_backend="torch").fuses_lora
+    assert not trainer(tmp_path, LORA, lora_backend="peft").speed.fuses_lora
+    assert trainer(tmp_path, LORA, lora_backend="torch").speed.fuses_lora
 
 
 def test_activated_adapters_and_compiled_models_stay_padded(tmp_path):
     activated = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", alora_invocation_tokens=[5, 6])
     with pytest.warns(UserWarning, match="LORA adapters of this kind look for tokens in the padded rows"):
-        assert trainer(tmp_path, activated).packer is None
+        assert trainer(tmp_path, activated).speed.packer is None
     with pytest.warns(UserWarning, match="torch_compile would compile every length"):
-        assert trainer(tmp_path, torch_compile=True).packer is None
+        assert trainer(tmp_path, torch_compile=True).speed.packer is None
 
 
 def test_a_head_that_was_asked_for_is_not_dropped_with_the_packing(tmp_path):
@@ -114,8 +114,8 @@ def test_a_router_loss_keeps_trls_micro_batches(tmp_path):
     model = Qwen3MoeForCausalLM(Qwen3MoeConfig(vocab_size=len(tokenizer), num_key_value_heads=1, **shape, **experts))
     made = make_trainer(tmp_path, trainer_class=GRPOPlusTrainer, config_class=GRPOPlusConfig, model=model)
     assert made.aux_loss_enabled
-    assert made.packer is not None
-    assert not made.keeps_prompts_together()
+    assert made.speed.packer is not None
+    assert not made.speed.keeps_prompts_together
 
 
 def test_prompt_learning_stays_padded_with_one_warning(tmp_path):
@@ -161,7 +161,7 @@ def test_a_reference_model_of_its_own_is_packed_too(tmp_path):
 def test_the_model_leaves_the_training_with_its_own_attention(tmp_path):
     made = trainer(tmp_path, max_steps=1)
     made.train()
-    assert "segment attention" in made.packer.describe()
+    assert "segment attention" in made.speed.packer.describe()
     assert made.model.config._attn_implementation == "sdpa"
     made.evaluate(made.train_dataset.select(range(2)))  # takes it up again
     made.save_model()
@@ -170,7 +170,7 @@ def test_the_model_leaves_the_training_with_its_own_attention(tmp_path):
 
 def test_continuous_batching_keeps_the_attention_that_it_knows(tmp_path):
     made = trainer(tmp_path, use_transformers_continuous_batching=True)
-    assert "continuous batching" in made.packer.no_segments
+    assert "continuous batching" in made.speed.packer.no_segments
 
 
 def test_the_log_shows_what_was_saved(tmp_path):

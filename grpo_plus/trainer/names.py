@@ -1,0 +1,140 @@
+"""What we call by TRL's private names, and the versions of TRL in which those names were read.
+
+When TRL moves, this file, `seam.py` and `trl_fingerprints.json` change, and nothing else should have to.
+"""
+
+import inspect
+import warnings
+from collections import deque
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from packaging.specifiers import SpecifierSet
+from torch import Tensor
+from trl import GRPOTrainer
+
+from grpo_plus.trainer.refill_rows import Padding
+
+TESTED_TRL = SpecifierSet(">=1.15,<1.17")
+
+# Fingerprinted for each tested version. The first ten are overridden. Of the others the seam assumes what they do:
+# `log` writes the advantages out, `_log_completion_extra` keeps the columns of a reward function.
+RELIED_ON = (
+    "_calculate_rewards",
+    "_generate_and_score_completions",
+    "_compute_loss",
+    "_save_checkpoint",
+    "_load_optimizer_and_scheduler",
+    "_load_from_checkpoint",
+    "_load_best_model",
+    "_get_per_token_logps_and_entropies",
+    "_prepare_inputs",
+    "_generate_single_turn",
+    "log",
+    "_log_completion_extra",
+)
+
+# What comes before the loss, for StepProfile to time: the second calls the first once and scores what it returns.
+GENERATES, PREPARES = "_generate", "_generate_and_score_completions"
+
+SAMPLER_RATIO = "importance_sampling_ratio"
+
+# Columns of TRL's completions table that a reward function may fill through `log_extra` with lists, one per completion.
+STEP_COLUMNS = ("step_rewards", "step_ends")
+
+# Images and what belongs to them, under the names that TRL's dictionaries and its forward share.
+MULTIMODAL = tuple(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)[8:]
+
+# What a row of text is made of.
+ROWS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "tool_mask")
+
+# How TRL fills up the rows of its dictionaries: token ids with the pad token, a masked log-probability is 0, a masked
+# ratio 1. None: one number per row.
+PADDING = {
+    "prompt_ids": Padding("left", 0),
+    "prompt_mask": Padding("left", 0),
+    "completion_ids": Padding("right", 0),
+    "completion_mask": Padding("right", 0),
+    "tool_mask": Padding("right", 1),
+    "old_per_token_logps": Padding("right", 0),
+    "sampling_per_token_logps": Padding("right", 0),
+    "ref_per_token_logps": Padding("right", 0),
+    SAMPLER_RATIO: Padding("right", 1),
+    "advantages": None,
+}
+
+
+def untested_version(installed: str) -> str | None:
+    """A warning for a TRL outside the window that the suite runs on; None inside the window."""
+    if TESTED_TRL.contains(installed, prereleases=True):
+        return None
+    return (
+        f"grpo_plus was tested with trl {TESTED_TRL}, found {installed}. `grpo-plus doctor` says whether anything "
+        "that it relies on has changed."
+    )
+
+
+if message := untested_version(version("trl")):
+    warnings.warn(message, stacklevel=2)
+
+
+def metrics_of(trainer: GRPOTrainer) -> dict[str, list[float]]:
+    """What TRL averages for its next log: of the training, or of the evaluation that runs."""
+    return trainer._metrics["train" if trainer.model.training else "eval"]
+
+
+def log_value(trainer: GRPOTrainer, name: str, value: float, *, latest: bool = False) -> None:
+    """Log a number of the training with TRL's: the mean since the last log, or the latest."""
+    if latest:
+        trainer._metrics["train"][name] = []
+    trainer._metrics["train"][name].append(value)
+
+
+def logged_columns(trainer: GRPOTrainer) -> dict[tuple[str, ...], deque]:
+    """The columns of TRL's table of completions, each as long as one generation batch."""
+    columns: dict[tuple[str, ...], deque] = {}
+    for name, column in trainer._logs.items():
+        columns |= {(name, k): v for k, v in column.items()} if isinstance(column, dict) else {(name,): column}
+    return columns
+
+
+def pad_token_id(trainer: GRPOTrainer) -> int:
+    """What TRL fills up token ids with."""
+    return trainer._tokenizer.pad_token_id
+
+
+def gathered_labels(labels: list[str | None]) -> list[str] | None:
+    """The rows' labels of all processes, in the order of the reward table; None where they have none."""
+    if None in labels:
+        return None
+    return gather_object(labels)
+
+
+def gathered_steps(trainer: GRPOTrainer, rows: int) -> tuple[list, list] | None:
+    """What the reward functions of all processes passed to `log_extra` as step rewards and ends; None for none."""
+    columns = [trainer._pending_extra_logs.get(name) for name in STEP_COLUMNS]
+    present = None not in columns
+    for name, column in zip(STEP_COLUMNS, columns, strict=True):
+        if present and len(column) != rows:
+            raise ValueError(
+                f"log_extra({name!r}, ...) got {len(column)} lists for {rows} completions. Give one for each "
+                "completion, from one reward function, and an empty one where there are no steps."
+            )
+    # Every process takes part, whether its own completions have steps or not: a gather waits for all.
+    pairs = gather_object(list(zip(*columns, strict=True)) if present else [None] * rows)
+    if not any(pairs):
+        return None
+    return [pair and pair[0] for pair in pairs], [pair and pair[1] for pair in pairs]
+
+
+def whole_rows(inputs: dict[str, Any]) -> tuple[Tensor, Tensor, int]:
+    """Ids and attention mask (B, L) of prompts with their completions, and how many of the tokens are completion's."""
+    ids, mask = (torch.cat([inputs[f"prompt_{name}"], inputs[f"completion_{name}"]], dim=1) for name in ("ids", "mask"))
+    return ids, mask, inputs["completion_ids"].shape[1]
+
+
+def trained_tokens(inputs: dict[str, Any]) -> Tensor:
+    """(B, T), 1 at the tokens that the policy sampled and the loss counts: neither padding nor a tool's."""
+    return inputs["completion_mask"] * inputs.get("tool_mask", 1)

@@ -1,0 +1,131 @@
+"""Dynamic sampling: further generation batches, whose live groups take the place of dead ones.
+
+Yu et al., "DAPO" (https://huggingface.co/papers/2503.14476), section 3.2, with a bound on the batches.
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from accelerate.utils import gather, pad_across_processes
+from torch import Tensor
+
+from grpo_plus.advantages import Rewards
+from grpo_plus.trainer.names import PADDING, log_value, logged_columns, pad_token_id, trained_tokens
+from grpo_plus.trainer.refill_rows import (
+    draw_prompts,
+    fill,
+    join_column,
+    join_rewards,
+    join_rows,
+    rows_of,
+    rows_of_process,
+)
+
+if TYPE_CHECKING:
+    from grpo_plus.trainer.seam import TRLSeam
+
+Output = dict[str, Any]
+Generate = Callable[[list[dict[str, Any]]], tuple[Output, Rewards]]
+
+
+class Refills:
+    """Fills generation batches up with live groups, up to `max_refills` further batches for each.
+
+    Args:
+        trainer: whose dataset the prompts are drawn from, and whose `dead_groups` decides.
+    """
+
+    def __init__(self, trainer: "TRLSeam", max_refills: int) -> None:
+        self.max_refills = max_refills
+        self._trainer = trainer
+        self._last_draw = (-1, 0)  # the optimizer step, and which of its generation batches
+        self._warned = False
+
+    def fill_up(self, inputs: list[dict[str, Any]], generate: Generate) -> tuple[Output, Rewards]:
+        """TRL's generation batch for `inputs`, with live groups in the place of dead ones, and its rewards.
+
+        Args:
+            generate: makes one generation batch, and says what its completions earned.
+        """
+        columns = tuple(inputs[0])
+        output, rewards = generate(inputs)
+        dead = self._trainer.dead_groups(rewards)
+        refills = 0
+        for indices in self._drawn_prompts(len(dead)):
+            if not dead.any():
+                break
+            logged = {name: list(column) for name, column in logged_columns(self._trainer).items()}
+            new, new_rewards = generate(self._rows(indices, len(output["advantages"]), columns))
+            groups = fill(dead, ~self._trainer.dead_groups(new_rewards))
+            rewards = join_rewards(rewards, new_rewards, groups)
+            taken = rows_of(groups, self._trainer.num_generations)
+            self._join_log(logged, taken)
+            output = self.join_outputs(output, new, taken)
+            dead = self._trainer.dead_groups(rewards)
+            refills += 1
+        self._log(dead, refills)
+        return output, rewards
+
+    def _drawn_prompts(self, prompts: int) -> Iterator[list[int]]:
+        # A step may take several generation batches; counted from its start, a resumed run counts alike.
+        trainer = self._trainer
+        step, batch = self._last_draw
+        self._last_draw = trainer.state.global_step, batch + 1 if step == trainer.state.global_step else 0
+        seed = "{} {} {}".format(trainer.args.seed, *self._last_draw)
+        return draw_prompts(seed, len(trainer.train_dataset), prompts, self.max_refills)
+
+    def _rows(self, indices: list[int], local_rows: int, columns: tuple[str, ...]) -> list[dict[str, Any]]:
+        """This process's rows of the prompts at `indices`, each as often as it is completed."""
+        trainer = self._trainer
+        first = trainer.accelerator.process_index * local_rows
+        rows = [trainer.train_dataset[indices[i // trainer.num_generations]] for i in range(first, first + local_rows)]
+        # The columns that the dataloader left: others would reach the reward functions in a refill only.
+        return [{name: value for name, value in row.items() if name in columns} for row in rows]
+
+    def _join_log(self, logged: dict[tuple[str, ...], list], taken: Tensor) -> None:
+        """Leave in TRL's table of completions the rows that are trained on."""
+        for name, column in logged_columns(self._trainer).items():
+            if column:  # no images where there are none
+                column.extend(join_column(logged.get(name, []), column, taken))
+
+    def join_outputs(self, old: Output, new: Output, rows: Tensor) -> Output:
+        """One dictionary of TRL's with this process's part of `rows`, indices into all old rows and then all new ones.
+
+        TRL fills up to the longest row of each process, and a new row can go to another process than its own.
+        """
+        accelerator = self._trainer.accelerator
+        names = (old.keys() | new.keys()) - {"num_items_in_batch"}
+        if unknown := sorted(name for name in names if name not in PADDING or name not in old or name not in new):
+            raise ValueError(
+                f"max_refills={self.max_refills} cannot join batches that hold {', '.join(unknown)}: only rows of text "
+                "can change places, and every batch must hold the same. Set max_refills=0."
+            )
+        taken = rows_of_process(rows, accelerator.process_index, old["advantages"].shape[0])
+        joined = {}
+        for name in sorted(names):
+            padding, values = PADDING[name], new[name]
+            if padding is not None:
+                if name.endswith("_ids"):
+                    padding = replace(padding, value=pad_token_id(self._trainer))
+                side = padding.side == "left"
+                values = pad_across_processes(values, dim=1, pad_index=padding.value, pad_first=side)
+            joined[name] = join_rows(old[name], gather(values), taken, padding)
+        return joined | {"num_items_in_batch": accelerator.gather(trained_tokens(joined).sum()).sum()}
+
+    def _log(self, dead: Tensor, refills: int) -> None:
+        groups, trained = len(dead), int((~dead).sum())
+        if trained < groups and not self._warned and self._trainer.accelerator.is_main_process:
+            warnings.warn(
+                f"{groups - trained} of {groups} groups are dead after max_refills={self.max_refills} refills, and the "
+                "run goes on with them. sampling/dead_groups logs their share. Raise max_refills, or choose prompts "
+                "that are neither always nor never solved.",
+                stacklevel=2,
+            )
+            self._warned = True
+        # TRL averages without NaN: a batch in which nothing trains has no ratio.
+        ratio = (1 + refills) * groups / trained if trained else math.nan
+        for name, value in {"refills": refills, "dead_groups": 1 - trained / groups, "generated_ratio": ratio}.items():
+            log_value(self._trainer, f"sampling/{name}", value)

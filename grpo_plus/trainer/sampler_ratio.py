@@ -1,0 +1,88 @@
+"""The ratio to the engine that samples, formed in the update, and whether that engine still holds the policy.
+
+With vLLM TRL forwards the whole generation batch once more, to find how much likelier the policy makes each token than
+the engine did. Where the update's own forward computes the same log-probabilities, the ratio is formed from them.
+"""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from trl import GRPOTrainer
+
+from grpo_plus.losses.sampler import SamplerGap, joined, sampler_differences, sampler_ratio, suspicion
+from grpo_plus.trainer.names import SAMPLER_RATIO, log_value, trained_tokens
+
+
+class SamplerRatio:
+    """Weighs the completions of one run by the ratio to what sampled them.
+
+    Args:
+        in_update: whether the ratio is formed in the update, in the place of TRL's own forward before it.
+    """
+
+    def __init__(self, trainer: GRPOTrainer, *, in_update: bool) -> None:
+        self._trainer = trainer
+        self._in_update = in_update
+        self._gap = SamplerGap()
+        self._warned = False
+
+    @contextmanager
+    def left_to_the_update(self) -> Iterator[None]:
+        """TRL scores without its correction where the update makes up for it."""
+        trainer = self._trainer
+        correction = trainer.vllm_importance_sampling_correction
+        if trainer.model.training and self._in_update:
+            trainer.vllm_importance_sampling_correction = False
+        try:
+            yield
+        finally:
+            trainer.vllm_importance_sampling_correction = correction
+
+    def compare(self, output: dict[str, Any]) -> None:
+        """Warn where what sampled, vLLM or a rollout function, holds another policy than the one that was scored."""
+        logps, sampler_logps = output.get("old_per_token_logps"), output.get("sampling_per_token_logps")
+        if logps is not None and sampler_logps is not None and not self._warned:
+            self._warn(sampler_differences(logps, sampler_logps, trained_tokens(output).bool()))
+
+    def form(self, inputs: dict[str, Any] | None, logps: Tensor, live: tuple[int, ...] | None, *, last: bool) -> None:
+        """Put the ratio into `inputs`, for the loss to read, where TRL's own forward was left out.
+
+        Args:
+            inputs: the micro-batch; None outside of a loss.
+            logps: (B, T) of the policy, without gradient.
+            live: the rows that were forwarded; None: all.
+            last: whether this is the last micro-batch of the generation batch.
+        """
+        trainer = self._trainer
+        if inputs is None or SAMPLER_RATIO in inputs or not (trainer.model.training and self._in_update):
+            return
+        rows = torch.tensor(live or range(len(logps)), device=logps.device)
+        scored = logps[rows], inputs["sampling_per_token_logps"][rows], trained_tokens(inputs)[rows].bool()
+        ratio = sampler_ratio(
+            *scored,
+            mode=trainer.vllm_importance_sampling_mode,
+            low=trainer.vllm_importance_sampling_clip_min,
+            high=trainer.vllm_importance_sampling_clip_max,
+        )
+        # A skipped row's ratio is 1: of its log-probs nothing is known, and infinity times an advantage of 0 is NaN.
+        inputs[SAMPLER_RATIO] = ratio.new_ones(len(logps), ratio.shape[1]).index_copy(0, rows, ratio)
+        self._gap.add(*scored, ratio)
+        if last:
+            self._log()
+
+    def _log(self) -> None:
+        self._warn(self._gap.differences())
+        figures = self._trainer.accelerator.gather(self._gap.figures().unsqueeze(0))
+        self._gap = SamplerGap()
+        for name, value in joined(figures).items():
+            log_value(self._trainer, f"sampling/{name}", value)
+
+    def _warn(self, differences: Tensor) -> None:
+        """One warning in a run."""
+        if not self._warned and (message := suspicion(differences, self._trainer.state.global_step)):
+            warnings.warn(message, stacklevel=2)
+            self._warned = True
