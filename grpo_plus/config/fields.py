@@ -14,57 +14,60 @@ from grpo_plus.version import __version__
 
 @dataclass
 class GRPOPlusConfig(GRPOConfig):
-    """GRPOConfig plus the choice of the advantage estimator. Left at its defaults it trains what GRPOConfig trains.
+    """TRL's GRPOConfig with fields for advantages, losses and speed.
+
+    Left at its defaults it trains what GRPOConfig trains.
 
     Args:
         advantage_estimator: a name that `grpo-plus ls advantages` prints, a name registered with
             `grpo_plus.advantages.register`, or a dotted path to a function. None leaves TRL's `scale_rewards` and
-            `multi_objective_aggregation` in charge; a name excludes other than default values for those two.
-        advantage_kwargs: the estimator's hyper-parameters, such as {"ddof": 0}; as JSON on the command line.
-        advantage_modifiers: what else happens to the rewards and advantages, in order: name -> keywords, such as
-            {"filter_zero_std": {"by": "correctness"}, "clip": {"max": 5.0}}; see `grpo_plus.advantages.modifiers`.
+            `multi_objective_aggregation` in charge. A name excludes other values than the defaults for these two.
+        advantage_kwargs: the estimator's hyper-parameters, such as {"ddof": 0}. On the command line: JSON.
+        advantage_modifiers: what else happens to the rewards and advantages, in order. Each is a name with its
+            keywords: {"filter_zero_std": {"by": "correctness"}, "clip": {"max": 5.0}}. The names stand in
+            `grpo_plus.advantages.modifiers`.
 
-        max_refills: dynamic sampling: up to how many further generation batches may replace groups that teach nothing,
-            their advantages being 0 throughout. 0: off. Each is a whole batch of prompts drawn from `train_dataset` by
-            seed and step; live groups beyond the need are lost, and groups still dead after the last one stay.
-            Estimators, their memory, `advantages/` and the table of completions see the final batch; TRL's own figures
-            in the log are of all that was generated, and `sampling/` says what it cost. With `filter_zero_std` by the
-            correctness these are the groups of DAPO (https://huggingface.co/papers/2503.14476, section 3.2), which has
-            no bound.
-        task_column: the dataset column that names each prompt's task: `ema_task` and `popart` keep one scale per task,
-            and the log shows each task's share of the advantages. None: the whole run is one task.
-        loss_kwargs: hyper-parameters of a `loss_type` that TRL lacks; as JSON on the command line. TRL's losses have
-            fields of TRL's own (`epsilon`, `delta`, ...), which such a loss does not read.
-        loss_reduction: how such a loss is summed, in the words of `grpo_plus.losses.reduce`; None: as its authors do.
-        kl_estimator: "k1", "k2" or "k3", of the KL to the reference under such a loss.
-        kl_target: where set, `beta` is only the start and moves after each optimizer step to bring the logged KL per
-            token near this value (Ziegler et al.'s controller); under any loss.
-        kl_horizon: completions after which a KL off by 20 % or more has changed beta by about a fifth; one step changes
-            it by a fifth at most.
+        max_refills: dynamic sampling. Up to so many further generation batches replace groups whose advantages are all
+            0, which teach nothing. 0: off. A refill draws a whole batch of prompts from `train_dataset`, by seed and
+            step. Live groups that are not needed are lost, and groups that are dead after the last refill stay. With
+            `filter_zero_std` by the correctness these are the groups of DAPO
+            (https://huggingface.co/papers/2503.14476, section 3.2), which has no bound. Estimators, their memory,
+            `advantages/` and the table of completions see the final batch. TRL's own figures in the log describe
+            everything that was generated, and `sampling/` says what the refills cost.
+        task_column: the dataset column that names each prompt's task. `ema_task` and `popart` then keep one scale per
+            task, and the log shows each task's share of the advantages. None: the whole run is one task.
+        loss_kwargs: hyper-parameters of a `loss_type` that TRL lacks. On the command line: JSON. Such a loss does not
+            read TRL's fields (`epsilon`, `delta`, ...).
+        loss_reduction: how a loss that TRL lacks is summed, in the words of `grpo_plus.losses.reduce`. None: as its
+            authors do.
+        kl_estimator: "k1", "k2" or "k3", of the KL to the reference under a loss that TRL lacks.
+        kl_target: the KL per token that `beta` is steered towards, under any loss. `beta` then is only the start and
+            moves after each optimizer step (Ziegler et al.'s controller). None: `beta` stays.
+        kl_horizon: completions after which a KL that is off by 20 % or more has changed `beta` by about a fifth. One
+            step changes `beta` by a fifth at most.
 
-        packing: how rows go through the model. "shared_prompt": without padding, each prompt once for all of its
-            completions; "padding_free": without padding; "none": as TRL does; "auto": the first of these that a check
-            on the run's first rows finds exact. An explicit form that is not exact on the model is an error.
+        packing: how rows go through the model. "shared_prompt": without padding, and each prompt once for all of its
+            completions. "padding_free": without padding. "none": as TRL does. "auto": the first of these that a check
+            on the run's first rows finds exact. A form that is named and is not exact on the model is an error.
         skip_zero_advantage: whether completions whose advantages are 0 stay out of the training forward. None: where
-            they have no gradient. In the log, their entropy counts as the mean of the others' and their ratio as 1,
-            which only vespo/phi_seq_mean shows.
-        skip_old_policy_pass: whether, with vLLM, the update's own log-probabilities take the place of TRL's forward of
-            the whole generation batch before it. None: where the policy is the same, which an update has not changed.
-            The log's sampling/ then describes the completions that are forwarded.
-        logprob_backend: what computes log-probabilities in packed rows. "trl": TRL's fused head; "torch": a frozen head
-            in a single pass, two matrix products in place of three; "triton": the same on a GPU, with all between the
-            products in one kernel; "auto": "torch" on a CPU, where it is measured, wherever the head is frozen and no
-            entropy is trained.
-        lora_backend: what computes linear layers with LoRA during training. "peft": PEFT; "torch": one step of autograd
-            without PEFT's buffers of the size of the input and the output, for plain adapters without dropout on layers
-            that are 4-bit or not quantized; "auto": "torch" wherever the layers allow.
-        generation_chunk_size: rows that a process generates for at a time, for a smaller cache; "auto": as many as the
-            free memory of a CUDA device holds by the planner's count, and fewer where that runs out (elsewhere all);
-            None: its whole generation batch, as TRL. Greedy completions are the same; sampled ones other draws of one
-            distribution.
-        adapter_dtype: of adapters and Adam's state. "float32"; "bfloat16", in which steps of a small learning rate
-            round to nothing, is what TRL does above a base that bitsandbytes quantized; None: float32 above such a
-            base, else as PEFT made them.
+            they have no gradient. In the log their entropy counts as the mean of the others, and their ratio as 1.
+        skip_old_policy_pass: whether, with vLLM, the update's own log-probabilities take the place of a forward that
+            TRL makes for them beforehand. None: where both come from the same policy, because no update lies between.
+            The log's `sampling/` then describes the completions that are forwarded.
+        logprob_backend: what computes log-probabilities in packed rows. "trl": TRL's fused head. "torch": a frozen head
+            in a single pass, two matrix products in place of three. "triton": the same on a GPU, with one kernel for
+            all between the products. "auto": "torch" on a CPU wherever the head is frozen and no entropy is trained,
+            else "trl".
+        lora_backend: what computes linear layers with LoRA during training. "peft": PEFT. "torch": one step of autograd
+            without PEFT's copies of the input and output. It takes plain adapters without dropout, on layers that are
+            in 4 bits or not quantized. "auto": "torch" wherever the layers allow.
+        generation_chunk_size: rows that a process generates for at a time, for a smaller cache. None: its whole
+            generation batch, as TRL. "auto": as many as the free memory of a CUDA device holds by the planner's count,
+            and half as many where the memory runs out all the same; on other devices all. Greedy completions stay the
+            same. Sampled completions are other draws of the same distribution.
+        adapter_dtype: of the adapters and of Adam's state, "float32" or "bfloat16". None: float32 above a base that
+            bitsandbytes quantized, else as PEFT made them. TRL takes bfloat16 above such a base, where a step of a
+            small learning rate rounds to nothing.
 
     Raises:
         ValueError: an unknown estimator, loss or keyword, a keyword's value out of range, or a setting of TRL's that

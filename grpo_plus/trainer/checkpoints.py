@@ -1,9 +1,9 @@
-"""Which checkpoint a run can go on from: a process that was killed while it saved leaves one that looks like any other.
+"""Which checkpoint a run can resume from: a process that is killed while it saves leaves a folder that looks complete.
 
-transformers writes trainer_state.json last. `GRPOPlusTrainer` takes an old one out of a folder before it writes there,
-and its own file before transformers' begin, so that a folder with a readable trainer_state.json is complete but for the
-random states of other processes, for which the first one does not wait: killed between the two, a run goes on with
-other draws there, and transformers says so. Older checkpoints are deleted only after that.
+transformers writes trainer_state.json last. `GRPOPlusTrainer` removes an old trainer_state.json from a folder before it
+saves there, and writes its own file before transformers begins. A folder with a readable trainer_state.json is
+therefore complete, but for the random states of other processes: the first process does not wait for them. A run that
+is killed in between resumes with other random draws on these processes, and transformers says so.
 """
 
 import json

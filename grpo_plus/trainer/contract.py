@@ -1,4 +1,4 @@
-"""Whether the installed TRL still is what the seam was written against: parameters and code of the methods behind it.
+"""Whether the installed TRL is still the one that the seam was written against: its methods' parameters and code.
 
 `trl_fingerprints.json` holds both for every tested version; `grpo-plus doctor` compares on the user's machine.
 """

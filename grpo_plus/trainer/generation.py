@@ -36,11 +36,10 @@ def generating(trainer: GRPOTrainer) -> Iterator[None]:
 
 @contextmanager
 def _as_trained(model: nn.Module, autocast: Callable[[], AbstractContextManager]) -> Iterator[None]:
-    """Sample without dropout, and compute in the dtype of the update.
+    """Sample without dropout, and in the dtype of the update.
 
-    TRL generates in training mode, where dropout samples from another policy at every token. PEFT's `generate` calls
-    the base model beneath the autocast that wraps the forward of a training step, so that adapters in float32 would be
-    computed in float32 there and in half precision in the update.
+    TRL generates in training mode, where dropout samples every token from another policy. PEFT's `generate` calls the
+    base model outside of autocast: adapters in float32 would sample in float32 and train in half precision.
     """
     with without_dropout(model), autocast():
         yield
@@ -50,16 +49,18 @@ def _as_trained(model: nn.Module, autocast: Callable[[], AbstractContextManager]
 class Chunks:
     """How many rows to generate for at a time.
 
-    size: a number of rows; None: as many as `fitting` says, and half as many from then on where torch runs out of
-        memory all the same.
-    fitting: prompt length in tokens -> rows that the free memory holds, or None where that is not known.
+    Attributes:
+        size: a number of rows. None: as many as `fitting` says, and half as many from then on where torch runs out of
+            memory all the same.
+        fitting: gives the rows that the free memory holds for prompts of a length in tokens, None where that is not
+            known.
     """
 
     size: int | None
     fitting: Callable[[int], int | None] = lambda prompt_length: None
 
     def generate(self, complete: Callable[[Rows], Rows], prompt_ids: Rows) -> Rows:
-        """The completions of all prompts, in order; `complete` gives those of a part of them."""
+        """The completions of all prompts, in order. `complete` makes the completions of a part of the prompts."""
         adapts = self.size is None
         fitting = self.fitting(max(map(len, prompt_ids), default=0)) if adapts else None
         size = min(size for size in (self.size, fitting, len(prompt_ids)) if size is not None)
@@ -90,7 +91,7 @@ class Chunks:
 
 
 def rows_that_fit(model: Any, args: Any, prompt_length: int) -> int | None:
-    """Rows whose cache and logits the free memory of a CUDA device holds, 1 or more, as the planner counts them.
+    """Rows whose cache and logits fit into the free memory of a CUDA device by the planner's count: 1 or more.
 
     None on other devices, and for an architecture that the planner does not know.
     """

@@ -1,4 +1,4 @@
-"""What a trainer decides in a step, as methods to override. The defaults leave every decision to TRL."""
+"""The decisions that a user may override, as methods of one class. The defaults leave every decision to TRL."""
 
 from typing import Any
 
@@ -16,33 +16,36 @@ class Hooks:
     loss_type: str
 
     def load_running_state(self, state: dict[str, Any]) -> None:
-        """Take up what `running_state` returned before the checkpoint, {} where it left nothing there.
+        """Take up the state that `running_state` returned before the checkpoint.
 
-        Override both for an estimator of yours that remembers something between batches.
+        Override both methods for an estimator of yours that remembers something between batches.
+
+        Args:
+            state: {} where the checkpoint holds none.
         """
 
     def task_of(self, example: dict[str, Any]) -> str | None:
-        """Task of a row of the dataset, for estimators and metrics that keep tasks apart; None where there are none.
+        """Task of a row of the dataset, for estimators and metrics that keep tasks apart. None: there are no tasks.
 
         Override it where a task is more than the value of one column.
         """
         return None
 
     def prompt_key(self, prompt: Any) -> str | None:
-        """What tells prompts apart across batches; None where nobody asks.
+        """Key of a prompt, by which a later batch recognizes the prompt. None: nobody asks.
 
         Override it where equal prompts are not written alike, or hold something else than text and images.
         """
         return None
 
     def dead_groups(self, rewards: Rewards) -> Tensor:
-        """The groups that teach nothing and give up their place under `max_refills`.
+        """The groups that teach nothing, which `max_refills` replaces.
 
-        Override it together with `estimate_advantages`, or to replace groups by another measure.
+        Override it together with `estimate_advantages`, or to replace groups by another measure. It is called several
+        times for a batch, and its answer must not depend on how often.
 
         Args:
-            rewards: of all processes, alike on each of them; asked for every batch generated, and for what becomes of
-                it. The answer must not depend on how often one asks.
+            rewards: of all processes; every process sees the same.
 
         Returns:
             (P,) bool, here the groups of equal rewards.
@@ -55,12 +58,12 @@ class Hooks:
         Override it for advantages that need more than the rewards; for others register an estimator.
 
         Args:
-            rewards: of all processes, alike on each of them.
+            rewards: of all processes; every process sees the same.
 
         Returns:
-            (P, G) advantages; (P, G, T) for one per token, T at least the longest of `rewards.lengths`; or None to
-            keep the ones that TRL computed. They are checked: another shape or a value that is not finite is an
-            error. The completions table shows one number per completion: of advantages per token, their mean.
+            (P, G) advantages, or (P, G, T) for one per token, with T at least the longest of `rewards.lengths`. None
+            keeps the advantages that TRL computed. Another shape, or a value that is not finite, is an error. The
+            completions table shows one number per completion: the mean over its tokens.
         """
         return None
 
@@ -70,15 +73,15 @@ class Hooks:
         Override it to log a figure of your own.
 
         Args:
-            advantages: (P, G) of all processes, as they reach the loss; of advantages per token, their mean.
+            advantages: (P, G) of all processes, as they reach the loss. Advantages per token come as their mean.
         """
         return {}
 
     def policy_loss(self, inputs: LossInputs, *, num_items: Tensor, accumulation_steps: int) -> PolicyLoss:
         """Loss of one micro-batch, for a `loss_type` that TRL does not know.
 
-        It is the whole loss: TRL adds no entropy bonus, and neither its entropy quantile nor its off-policy mask acts.
-        Override it for a loss that needs more than `LossInputs`; for others register a loss.
+        The result is the whole loss: TRL adds no entropy bonus, entropy quantile or off-policy mask to it. Override it
+        for a loss that needs more than `LossInputs`; for others register a loss.
 
         Args:
             num_items: tokens that share the optimizer step, per process.
@@ -98,7 +101,7 @@ class Hooks:
         return self.beta
 
     def running_state(self) -> dict[str, Any]:
-        """What must survive a checkpoint, as JSON; empty where nothing must.
+        """State that must survive a checkpoint, as a dictionary for JSON. {}: there is none.
 
         Override it together with `load_running_state`.
         """

@@ -1,4 +1,4 @@
-"""Where the time of a step goes, and how much memory it takes: a callback for any GRPO trainer, TRL's or ours."""
+"""Seconds and peak memory of each phase of a step: a callback for any GRPO trainer, TRL's or ours."""
 
 import functools
 import sys
@@ -17,22 +17,26 @@ from grpo_plus.trainer.names import GENERATES, PREPARES, log_value
 
 
 class StepProfile(TrainerCallback):
-    """Logs, under `profile/`, how many seconds of an optimizer step each phase takes, and the peak memory.
+    """Logs the seconds of each phase of an optimizer step, and the peak memory, under `profile/`.
 
         trainer.add_callback(StepProfile(trainer))
 
-    `generate_s` is the completions, by whatever engine, with tool calls and decoding. `score_s` is what else the
-    update needs: rewards, old and reference log-probabilities, advantages. `update_s` is the rest of the step, forward
-    to optimizer. They sum to the step, without loading its prompts, evaluating or saving. Each is the mean over the
-    optimizer steps since the last log; a step that trains on completions of an earlier one generates for 0 s.
+    Seconds, each the mean over the optimizer steps since the last log. Together they are the step, without loading its
+    prompts, evaluating or saving:
 
-    `peak_memory_gb` (10⁹ bytes) is the most that was allocated on the CUDA device, or on other machines the largest
-    resident size of the process, since the process began. `generate_peak_gb`, `score_peak_gb`, `update_peak_gb`
-    (forward and backward) and `optimizer_peak_gb` are the largest of each phase since training began, on a CUDA device
-    and on Linux: the phases of `grpo-plus plan`. To tell them apart, the peaks that torch or Linux keep for the process
-    are reset at each phase.
+    - `generate_s`: completions, by whatever engine, with tool calls and decoding. 0 for a step that trains on the
+      completions of an earlier step.
+    - `score_s`: rewards, old and reference log-probabilities, advantages.
+    - `update_s`: the rest of the step, forward to optimizer.
 
-    While training runs, two methods of this one trainer are wrapped. Each process measures itself; the main one logs.
+    Memory in 10⁹ bytes, allocated on the CUDA device or, on other machines, resident of the process:
+
+    - `peak_memory_gb`: the most since the process began.
+    - `generate_peak_gb`, `score_peak_gb`, `update_peak_gb` (forward and backward), `optimizer_peak_gb`: the most of
+      each phase since training began, on a CUDA device and on Linux. These are the phases of `grpo-plus plan`. At each
+      phase the peaks that torch or Linux keep for the process are reset.
+
+    While training runs, two methods of this one trainer are wrapped. Each process measures itself, the main one logs.
     """
 
     def __init__(self, trainer: Trainer) -> None:

@@ -1,7 +1,7 @@
-"""Dynamic sampling: which groups of a generation batch teach nothing, and how live ones of another take their place.
+"""Dynamic sampling as arithmetic on rows: dead groups of a batch, and the live groups that take their place.
 
-Batches are seen as TRL lays them out: P groups in order, each a block of G rows, the rows dealt to the processes in
-order. Yu et al., "DAPO" (https://huggingface.co/papers/2503.14476), section 3.2.
+TRL lays out a batch as P groups in order, each a block of G rows, and deals the rows to the processes in order.
+Yu et al., "DAPO" (https://huggingface.co/papers/2503.14476), section 3.2.
 """
 
 import random
@@ -27,14 +27,14 @@ class Padding:
 
 
 def without_spread(rewards: Rewards) -> Tensor:
-    """(P,) the groups whose weighted sums differ by no more than rounding, or that nobody judged."""
+    """(P,) bool: groups whose weighted sums differ by no more than rounding, and groups that nobody judged."""
     return ~has_spread(rewards.total()).squeeze(-1)
 
 
 def draw_prompts(seed: str, size: int, prompts: int, refills: int) -> Iterator[list[int]]:
-    """Indices into a dataset of `size` rows, `prompts` of them for each refill; no row twice before all had a turn.
+    """Indices into a dataset of `size` rows, `prompts` for each refill. No row comes twice before every row had a turn.
 
-    A generator of its own: the run's data order does not move, and the same seed draws the same rows everywhere.
+    The random generator is its own: the run's data order does not move, and a seed draws the same rows everywhere.
     """
     order = random.Random(seed).sample(range(size), min(size, prompts * refills))
     indices = cycle(order)
@@ -43,10 +43,17 @@ def draw_prompts(seed: str, size: int, prompts: int, refills: int) -> Iterator[l
 
 
 def fill(dead: Tensor, live: Tensor) -> Tensor:
-    """Which group each slot holds next: (P,) own groups that are dead, (P,) new ones that are live -> (P,) indices.
+    """The group that each slot holds next.
 
-    Slot i keeps group i, or takes new group j, written P + j. Dead slots are filled in order with the live groups in
-    order, which are the first P live groups generated, as in DAPO's buffer.
+    Slot i keeps group i, or takes the new group j, written P + j. Dead slots take the live new groups in order, as in
+    DAPO's buffer.
+
+    Args:
+        dead: (P,) bool, of the groups that are there.
+        live: (P,) bool, of the new groups.
+
+    Returns:
+        (P,) indices into the old groups followed by the new groups.
     """
     groups = torch.arange(len(dead))
     slots, new = dead.nonzero().flatten(), live.nonzero().flatten()
@@ -61,7 +68,7 @@ def rows_of(groups: Tensor, num_generations: int) -> Tensor:
 
 
 def rows_of_process(rows: Tensor, process: int, local: int) -> Tensor:
-    """What one process takes of `rows`: (local,) indices into its own `local` rows followed by everyone's new ones."""
+    """One process's part of `rows`: (local,) indices into its own `local` rows followed by all new rows."""
     first = process * local
     mine = rows[first : first + local]
     # A row that stays, stays where it is: only new rows come from other processes.
@@ -82,7 +89,7 @@ def join_rewards(old: Rewards, new: Rewards, groups: Tensor) -> Rewards:
 
 
 def join_rows(old: Tensor, new: Tensor, rows: Tensor, padding: Padding | None) -> Tensor:
-    """The `rows` of `old` followed by `new`, filled up to one length; `padding` is None where a row is one number."""
+    """Pick `rows` out of `old` followed by `new`, filled up to one length. `padding` is None where a row is one number."""
     if padding is not None:
         length = max(old.shape[-1], new.shape[-1])
         old, new = _filled_up(old, length, padding), _filled_up(new, length, padding)
@@ -90,7 +97,7 @@ def join_rows(old: Tensor, new: Tensor, rows: Tensor, padding: Padding | None) -
 
 
 def join_column(old: Sequence[Any], new: Sequence[Any], rows: Tensor) -> list[Any]:
-    """The same for a column of a table; None where a batch has no entry for a row."""
+    """Pick `rows` out of a column of a table. None stands where a batch has no entry for a row."""
     both = [*_complete(old, len(rows)), *_complete(new, len(rows))]
     return [both[row] for row in rows.tolist()]
 

@@ -43,7 +43,7 @@ class SamplerRatio:
             trainer.vllm_importance_sampling_correction = correction
 
     def compare(self, output: dict[str, Any]) -> None:
-        """Warn where what sampled, vLLM or a rollout function, holds another policy than the one that was scored."""
+        """Warn where the sampler, vLLM or a rollout function, holds another policy than the trainer."""
         logps, sampler_logps = output.get("old_per_token_logps"), output.get("sampling_per_token_logps")
         if logps is not None and sampler_logps is not None and not self._warned:
             self._warn(sampler_differences(logps, sampler_logps, trained_tokens(output).bool()))

@@ -43,7 +43,7 @@ from grpo_plus.trainer.speed import speed_of
 
 
 class TRLSeam(Hooks, GRPOTrainer):
-    """GRPOTrainer that asks the hooks: translates TRL's private data for them, and their answers for TRL.
+    """GRPOTrainer that asks the hooks: translates TRL's private data for the hooks, and their answers for TRL.
 
     Attributes:
         plus: the configuration with our fields; under a plain GRPOConfig a view in which all of them are off.
@@ -137,11 +137,14 @@ class TRLSeam(Hooks, GRPOTrainer):
         return torch.tensor(logged, dtype=torch.float64).view_as(judged) if len(logged) == judged.numel() else None
 
     def _replace_advantages(self, output: dict[str, Any], advantages: Tensor) -> Tensor:
-        """Put all processes' advantages, (P, G) or (P, G, T), in the place of TRL's: this rank's rows for the loss, as
-        wide as its completions are padded, and one number for each completion of all ranks in the log.
+        """Replace TRL's advantages: for the loss by this process's rows, in the log by one number per completion.
+
+        Args:
+            output: TRL's dictionary of this process's rows.
+            advantages: (P, G) or (P, G, T) of all processes.
 
         Returns:
-            (P, G) those numbers, float64 on the CPU.
+            (P, G) the numbers in the log, float64 on the CPU.
         """
         local_rows = output["advantages"].shape[0]
         first = self.accelerator.process_index * local_rows
@@ -185,7 +188,7 @@ class TRLSeam(Hooks, GRPOTrainer):
         return [True] * len(inputs["advantages"]) if alive is None else alive.tolist()
 
     def _live_rows(self) -> tuple[tuple[int, ...] | None, Tensor | None]:
-        """Rows to forward, and the log-probs of the others, at which their ratio is 1; None where all are forwarded."""
+        """The rows to forward, and the log-probs at which the other rows have a ratio of 1. None, None: forward all."""
         inputs = self._micro_batch
         alive = self._alive(inputs) if inputs is not None else []
         if inputs is None or all(alive):
@@ -239,8 +242,8 @@ class TRLSeam(Hooks, GRPOTrainer):
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         trls = self.loss_type in TRL_LOSSES
-        # TRL's loss calls our forward without the micro-batch, so this is how it learns which rows to skip, and where
-        # it puts the ratio to the sampler before the loss reads it.
+        # TRL's loss calls our forward without the micro-batch. Here our forward finds which rows to skip, and leaves
+        # the ratio to the sampler for the loss.
         self._micro_batch = inputs = dict(inputs)
         try:
             loss = super()._compute_loss(model, inputs) if trls else self._compute_our_loss(model, inputs)
@@ -313,11 +316,11 @@ class TRLSeam(Hooks, GRPOTrainer):
             self.load_running_state(saved_state(checkpoint))
 
     def _adapters_as_trained(self, exact: dict[str, Tensor]) -> None:
-        """Bring the adapters to `adapter_dtype`: TRL has cast them at construction, PEFT when it loaded a checkpoint.
+        """Bring the adapters to `adapter_dtype`. TRL casts them at construction, and PEFT when it loads a checkpoint.
 
         Args:
-            exact: trainable weights by name as they were before TRL rounded them; empty for adapters that TRL created
-                and after a checkpoint.
+            exact: trainable weights by name, as they were before TRL rounded them. Empty for adapters that TRL
+                created, and after a checkpoint.
         """
         keep_gradients_on_the_cpu(self.model)
         if self.has_own_fields and (dtype := chosen_dtype(self.plus.adapter_dtype, self.model)):

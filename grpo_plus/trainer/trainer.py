@@ -1,9 +1,12 @@
 """GRPOPlusTrainer: TRL's GRPOTrainer with the advantages and the loss you choose.
 
-One step: TRL generates the completions and calls the reward functions, and does so again where `max_refills` allows it
-for the groups that `dead_groups` names; `estimate_advantages` turns the rewards of all processes into advantages, and
-`advantage_metrics` says what they are like; TRL computes its loss with them, or `policy_loss` one that TRL lacks; TRL
-logs and steps.
+The story of a step:
+
+1. TRL generates the completions and calls the reward functions. Where `max_refills` allows it, it does so again in
+   place of the groups that `dead_groups` names.
+2. `estimate_advantages` turns the rewards of all processes into advantages. `advantage_metrics` describes them.
+3. TRL computes its loss with the advantages. `policy_loss` computes a loss that TRL lacks.
+4. TRL steps, and logs.
 """
 
 import copy
@@ -33,12 +36,13 @@ from grpo_plus.trainer.seam import TRLSeam
 
 
 class GRPOPlusTrainer(TRLSeam):
-    """TRL's GRPOTrainer with pluggable advantages and losses. Takes its arguments, and a GRPOPlusConfig as `args`.
+    """TRL's GRPOTrainer with pluggable advantages and losses. Takes the same arguments, and a GRPOPlusConfig as `args`.
 
-    With a GRPOPlusConfig whose own fields are unset it trains what GRPOTrainer trains, to rounding and faster; with a
-    plain GRPOConfig, or with the switches of docs/speed.md off, to the last bit; only the adapters of a quantized base
-    are float32 under a GRPOPlusConfig (`adapter_dtype`). Override `estimate_advantages` for advantages that need more
-    than the rewards.
+    With a GRPOPlusConfig whose own fields are unset, it trains what GRPOTrainer trains: equal to rounding, and faster.
+    With a plain GRPOConfig, or with the switches of docs/speed.md off, it is equal to the last bit. The one exception
+    is a quantized base: a GRPOPlusConfig keeps its adapters in float32 (`adapter_dtype`).
+
+    Override a method of `grpo_plus.trainer.hooks.Hooks` for a decision that the configuration cannot express.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -61,7 +65,7 @@ class GRPOPlusTrainer(TRLSeam):
                 log_setting_check(self.model, self.plus)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train. `resume_from_checkpoint=True` goes on from the newest checkpoint that was saved to its end."""
+        """Train. `resume_from_checkpoint=True` resumes from the newest complete checkpoint."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = str(last_finished(self.args.output_dir))
         with self.speed.around_training(self.model):
@@ -78,7 +82,7 @@ class GRPOPlusTrainer(TRLSeam):
         return self._estimate(rewards, self.estimator_state if self.model.training else self._copied_state())
 
     def dead_groups(self, rewards: Rewards) -> Tensor:
-        """The groups whose advantages are all 0; those of equal rewards where TRL's own hold rounding instead of 0."""
+        """(P,) the groups whose advantages are all 0. Under TRL's own advantages: the groups of equal rewards."""
         # Only the batch that is trained on may move the state.
         advantages = self._estimate(rewards, self._copied_state())
         return super().dead_groups(rewards) if advantages is None else (advantages == 0).flatten(1).all(-1)
