@@ -31,8 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, rest: list[str]) -> int:
     """Replay, write the report, and print what it says in short."""
     from grpo_plus.advantages import ESTIMATORS
-    from grpo_plus.compare import Rollouts, replay, write_replay
-    from grpo_plus.compare.replay_report import in_short
+    from grpo_plus.replay import Rollouts, replay, write_replay
+    from grpo_plus.replay.report import in_short
 
     sys.path.insert(0, os.getcwd())  # dotted paths name the user's own modules
     weights = words(args.reward_weights)

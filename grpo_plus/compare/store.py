@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from grpo_plus.compare.files import write_files
+from grpo_plus.report.files import write_files
 
 RESULT, LOG, ERROR, LOCK = "result.json", "log.jsonl", "error.txt", "lock"
 ABSENT = "nothing"

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 
 from grpo_plus.compare.comparison import ArmResult, Comparison
-from grpo_plus.compare.curves import curves, intervals
-from grpo_plus.compare.figures import bars, heatmap, histograms
-from grpo_plus.compare.files import write_report
 from grpo_plus.compare.intervals import FEWEST_SEEDS, LEVEL, RESAMPLES, Difference, Interval
-from grpo_plus.compare.report import Block, Figure, Quote, Section, Table, Text
 from grpo_plus.compare.training_rows import Logs, curve, logs_of, quantities, rows, window
 from grpo_plus.compare.verdict import Verdict, arms_of, checked_baseline, in_short, versions_of
+from grpo_plus.report.curves import curves, intervals
+from grpo_plus.report.figures import bars, heatmap, histograms
+from grpo_plus.report.files import write_report
+from grpo_plus.report.page import Block, Figure, Quote, Section, Table, Text
 
 OPEN = 12  # differences that are shown without being asked for
 METHOD = (

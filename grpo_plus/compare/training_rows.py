@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from grpo_plus.compare.comparison import Comparison
-from grpo_plus.compare.curves import Curve
 from grpo_plus.compare.intervals import band
 from grpo_plus.compare.verdict import Verdict, arms_of
+from grpo_plus.report.curves import Curve
 
 REWARDS = "rewards/"
 # What else of TRL's log is drawn, by its key.

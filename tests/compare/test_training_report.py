@@ -5,7 +5,6 @@ import pandas as pd
 import pytest
 import torch
 
-from grpo_plus.compare import curves
 from grpo_plus.compare.comparison import ArmResult, Comparison, StartSignal
 from grpo_plus.compare.plan import Variant, plan
 from grpo_plus.compare.training_report import write_comparison
@@ -199,10 +198,3 @@ def test_nothing_finished_is_a_report_too(tmp_path):
     page = write_comparison(comparison, tmp_path)[0].read_text(encoding="utf-8")
     assert "there is nothing to compare" in page
     assert "2 arms failed: <code>a, seed 0</code>, <code>b, seed 0</code>" in page
-
-
-def test_intervals_without_bounds_are_points():
-    nan = float("nan")
-    drawn = curves.intervals({"a": (0.5, nan, nan), "b": (0.2, 0.1, 0.3)}, label="x", line=0.0)
-    with_bounds = curves.intervals({"a": (0.5, 0.4, 0.6), "b": (0.2, 0.1, 0.3)}, label="x", line=0.0)
-    assert with_bounds.count("<path") == drawn.count("<path") + 1

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from grpo_plus.compare.rollouts import Rollouts
-from grpo_plus.compare.statistics import Statistics
+from grpo_plus.replay.rollouts import Rollouts
+from grpo_plus.replay.statistics import Statistics
 
 # The row of the advantages that the run itself trained on.
 LOGGED = "logged"

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from grpo_plus.compare.svg import INK, SERIES, SOFT, WIDTH, name_rows, new_figure, settings, short, to_svg
+from grpo_plus.report.svg import INK, SERIES, SOFT, WIDTH, name_rows, new_figure, settings, short, to_svg
 
 
 def heatmap(names: Sequence[str], values: np.ndarray, *, label: str, low: float, high: float) -> str:

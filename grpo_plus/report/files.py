@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from grpo_plus.compare.report import Section, to_html, to_markdown
+from grpo_plus.report.page import Section, to_html, to_markdown
 
 
 def write_report(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from grpo_plus.compare.svg import INK, SERIES, SOFT, new_figure, settings, short, to_svg
+from grpo_plus.report.svg import INK, SERIES, SOFT, new_figure, settings, short, to_svg
 
 DASHES = ("-", "--", ":", "-.")
 

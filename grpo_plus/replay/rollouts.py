@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 from grpo_plus.advantages.rewards import Rewards
 from grpo_plus.advantages.steps import Steps
-from grpo_plus.compare.columns import cut_groups, group_size, label_size, labelled_groups, numbers, plain_text
 from grpo_plus.registry import suggestion
+from grpo_plus.replay.columns import cut_groups, group_size, label_size, labelled_groups, numbers, plain_text
 
 NAME = re.compile(r"completions_(\d+)\.parquet")
 LENGTH, STEP_COLUMNS = "completion_length", ("step_rewards", "step_ends")

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from grpo_plus.advantages import ESTIMATORS
-from grpo_plus.compare.figures import bars, heatmap, histograms, side_by_side, stacked
-from grpo_plus.compare.files import write_report
-from grpo_plus.compare.report import Block, Figure, Heading, Quote, Section, Table, Text, shown
-from grpo_plus.compare.result import FACTOR, LOGGED, SAME, Group, Replay
+from grpo_plus.replay.result import FACTOR, LOGGED, SAME, Group, Replay
+from grpo_plus.report.figures import bars, heatmap, histograms, side_by_side, stacked
+from grpo_plus.report.files import write_report
+from grpo_plus.report.page import Block, Figure, Heading, Quote, Section, Table, Text, shown
 
 PACKAGES = ("grpo_plus", "torch", "numpy", "pyarrow", "matplotlib")
 WIDE = 4  # columns of numbers that fit a narrow screen
