@@ -49,8 +49,8 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
 
     from rich.console import Console
 
+    from grpo_plus.compare.report import write_comparison
     from grpo_plus.compare.train import compare
-    from grpo_plus.compare.training_report import write_comparison
     from grpo_plus.compare.verdict import check_baseline, in_short
     from grpo_plus.demo.run import one_thread
 

@@ -1,6 +1,6 @@
 """Which advantages learn better here? Every variant trained over several seeds from the same start.
 
-    from grpo_plus.compare.training_report import write_comparison
+    from grpo_plus.compare.report import write_comparison
     from grpo_plus.compare.task import Task
     from grpo_plus.compare.train import Variant, compare
 
@@ -12,6 +12,6 @@ results as values. `write_comparison` writes the report. Import from the modules
 because what trains loads TRL.
 
 To add a number that is measured on every arm, add a field to `ArmResult` (`comparison.py`), fill it in `arm.py`, and
-write it as a row in `training_rows.py`, which makes `results.csv`. To add a statistic of what was measured, compute it
-in `training_rows.py`. A section of `training_report.py` shows either.
+write it as a row in `rows.py`, which makes `results.csv`. To add a statistic of what was measured, compute it in
+`rows.py`. A section of `report.py` shows either.
 """

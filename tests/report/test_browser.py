@@ -4,9 +4,9 @@ import shutil
 
 import pytest
 
-from grpo_plus.compare.training_report import write_comparison
+from grpo_plus.compare.report import write_comparison
 from grpo_plus.replay import Rollouts, replay, write_replay
-from tests.compare.test_training_report import hostile_comparison
+from tests.compare.test_report import hostile_comparison
 from tests.replay.logs import hostile_log, write_rewards
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (the extra dev has it)")

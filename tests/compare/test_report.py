@@ -7,8 +7,8 @@ import torch
 
 from grpo_plus.compare.comparison import ArmResult, Comparison, StartSignal
 from grpo_plus.compare.plan import Variant, plan
-from grpo_plus.compare.training_report import write_comparison
-from grpo_plus.compare.training_rows import curve
+from grpo_plus.compare.report import write_comparison
+from grpo_plus.compare.rows import curve
 from grpo_plus.compare.verdict import Verdict, in_short
 
 HOSTILE = "</pre><script>alert(1)</script><img src=x onerror=alert(2)> \x00 <i>$r$"

@@ -10,7 +10,7 @@ import numpy as np
 
 from grpo_plus.compare.comparison import ArmResult, Comparison
 from grpo_plus.compare.intervals import FEWEST_SEEDS, LEVEL, RESAMPLES, Difference, Interval
-from grpo_plus.compare.training_rows import Logs, curve, logs_of, quantities, rows, window
+from grpo_plus.compare.rows import Logs, curve, logs_of, quantities, rows, window
 from grpo_plus.compare.verdict import Verdict, arms_of, checked_baseline, in_short, versions_of
 from grpo_plus.report.curves import curves, intervals
 from grpo_plus.report.figures import bars, heatmap, histograms
