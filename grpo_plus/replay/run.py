@@ -119,6 +119,8 @@ class _Run:
     sampled: list[RolloutBatch] = field(default_factory=list)
     samples: list[Tensor] = field(default_factory=list)
     shown: list[tuple[float, int, Group]] = field(default_factory=list)
+    # No two entries of the heap share a number, so groups are never compared. Among equals the first one is kept.
+    order: Iterator[int] = field(default_factory=lambda: itertools.count(step=-1))
     steps: list[int] = field(default_factory=list)
     without_log: bool = False
 
@@ -237,14 +239,18 @@ class _Run:
         for index, batch in enumerate(chunk):
             numbers = [number for step, number in self.wanted if step == batch.step and number < len(batch.rows)]
             for number in numbers if self.wanted else [int(apart[index].argmax())]:
-                score = apart[index, number].item()
-                limit = len(self.wanted) or self.examples
-                # Every entry of the heap differs in the second place, so that groups are never compared.
-                order = -(self.statistics.batches * 4096 + index * 64 + len(self.shown))
-                if len(self.shown) < limit:
-                    heapq.heappush(self.shown, (score, order, _group(batch, number, advantages[:, index], score)))
-                elif score > self.shown[0][0]:
-                    heapq.heapreplace(self.shown, (score, order, _group(batch, number, advantages[:, index], score)))
+                self._keep(batch, number, advantages[:, index], apart[index, number].item())
+
+    def _keep(self, batch: RolloutBatch, number: int, advantages: Tensor, score: float) -> None:
+        """Put a group on the heap; where the heap is full, in place of the one with the least disagreement."""
+        full = len(self.shown) >= (len(self.wanted) or self.examples)
+        if full and score <= self.shown[0][0]:
+            return
+        entry = (score, next(self.order), _group(batch, number, advantages, score))
+        if full:
+            heapq.heapreplace(self.shown, entry)
+        else:
+            heapq.heappush(self.shown, entry)
 
     def _chosen(self) -> list[Group]:
         groups = [group for _, _, group in sorted(self.shown, reverse=True)]

@@ -9,7 +9,7 @@ from grpo_plus.advantages import ESTIMATORS, Rewards, estimate
 from grpo_plus.replay import Rollouts, replay
 from grpo_plus.replay.result import LOGGED
 from tests.close import assert_close
-from tests.replay.logs import write_rewards
+from tests.replay.logs import table, write, write_rewards
 from tests.training import make_trainer
 
 GROUPS = [1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0]  # one, two and four of four right
@@ -244,3 +244,16 @@ def test_the_groups_shown_are_those_of_most_disagreement(tmp_path):
     # In units of the batch's root mean square, group by group: dr_grpo .02, .19, 1.72; grpo 1, 1, 1.
     assert [(group.step, group.group) for group in result.groups] == [(2, 0)]
     assert result.groups[0].disagreement == pytest.approx(0.49, abs=0.01)
+
+
+def test_groups_that_disagree_alike_are_shown_in_the_order_of_the_log(tmp_path):
+    """In 1,025 batches of one prompt, two chunks of them, all are dead but the 65th and the last."""
+    batches, size = 1025, 8
+    rewards = [0.0] * batches * size
+    for batch in (64, 1024):
+        rewards[batch * size : batch * size + 2] = [1.0, 0.5]
+    steps = [step for step in range(1, batches + 1) for _ in range(size)]
+    write(tmp_path, batches, table({"r": rewards}, prompt=["p"] * len(steps)) | {"step": steps})
+    result = replay(Rollouts(tmp_path, num_generations=size), ["dr_grpo", "grpo", "best_minus_second"])
+    assert [group.step for group in result.groups] == [65, 1025, 1, 2]
+    assert result.groups[0].disagreement == result.groups[1].disagreement > 0
