@@ -82,10 +82,10 @@ def result_table(comparison: "Comparison") -> "Table":
     from rich.markup import escape
     from rich.table import Table
 
-    from grpo_plus.compare.verdict import Verdict, arms_of
+    from grpo_plus.compare.verdict import ScoreVerdict, arms_of
 
     score = comparison.score_names[0]
-    verdict = Verdict(comparison, score)
+    verdict = ScoreVerdict(comparison, score)
     table = Table(
         title=f"Held-out {escape(score)}: {verdict.start:.3f} at the start", title_justify="left", title_style=""
     )

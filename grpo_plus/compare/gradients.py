@@ -22,7 +22,7 @@ GROUPS, BATCHES = 64, 8  # groups aimed at, and the generation batches spent on 
 NUMBERS = 2**31  # the most that are remembered: per estimator the sum of the gradients, and that of a group
 
 
-class Gradients:
+class GradientSum:
     """Group gradients of one estimator, added up as they come.
 
     sum: (D,) of the gradients. squares: the sum of their squared norms.
@@ -41,7 +41,7 @@ class Gradients:
             self.squares += gradient.double().square().sum().item()
 
 
-def signal_to_noise(gradients: Gradients) -> float:
+def signal_to_noise(gradients: GradientSum) -> float:
     """The share of a single group's gradient that is common to all groups, as a ratio of squared norms.
 
         SNR = (|m|² - V/N) / V,   m = mean of g_n,   V = sum_n |g_n - m|² / (N - 1)
@@ -68,11 +68,11 @@ def measure_start(trainer: GRPOPlusTrainer, configs: Mapping[str, GRPOPlusConfig
     """
     weights = [weight for weight in trainer.model.parameters() if weight.requires_grad]
     size = sum(weight.numel() for weight in weights)
-    estimators = {label: _Estimator(config) for label, config in configs.items()}
+    estimators = {label: _StartEstimator(config) for label, config in configs.items()}
     distinct = {estimator.key: estimator for estimator in estimators.values()}
     needed = 2 * len(distinct) * size
     skipped = f"{needed:.1e} numbers would have to be kept, over the limit of {NUMBERS:.1e}" if needed > NUMBERS else ""
-    totals = {key: Gradients(0 if skipped else size) for key in distinct}
+    totals = {key: GradientSum(0 if skipped else size) for key in distinct}
     groups = 0
     for rewards, rows in sampled_batches(trainer, _batches(trainer)):
         for estimator in distinct.values():
@@ -102,7 +102,7 @@ def _batches(trainer: GRPOPlusTrainer) -> int:
     return min(BATCHES, -(-GROUPS // max(groups, 1)))
 
 
-class _Estimator:
+class _StartEstimator:
     """A configuration's estimator at the start: what it made of the batches so far."""
 
     def __init__(self, config: GRPOPlusConfig) -> None:
@@ -133,8 +133,8 @@ def _add_gradients(
     trainer: GRPOPlusTrainer,
     weights: list[Tensor],
     rows: Mapping[str, Tensor],
-    estimators: Mapping[str, _Estimator],
-    totals: Mapping[str, Gradients],
+    estimators: Mapping[str, _StartEstimator],
+    totals: Mapping[str, GradientSum],
 ) -> None:
     size = trainer.num_generations
     groups = len(rows["completion_mask"]) // size

@@ -10,14 +10,14 @@ import numpy as np
 
 from grpo_plus.compare.comparison import ArmResult, Comparison
 from grpo_plus.compare.intervals import FEWEST_SEEDS, LEVEL, RESAMPLES, Difference, Interval
-from grpo_plus.compare.rows import Logs, curve, logs_of, quantities, rows, window
-from grpo_plus.compare.verdict import Verdict, arms_of, checked_baseline, in_short, versions_of
+from grpo_plus.compare.rows import ArmLogs, curve, logs_of, quantities, rows, window
+from grpo_plus.compare.verdict import ScoreVerdict, arms_of, checked_baseline, in_short, versions_of
 from grpo_plus.report.curves import curves, intervals
 from grpo_plus.report.figures import bars, heatmap, histograms
 from grpo_plus.report.files import write_report
 from grpo_plus.report.page import Block, Figure, Quote, Section, Table, Text
 
-OPEN = 12  # differences that are shown without being asked for
+OPEN_DIFFERENCES = 12  # differences that are shown without being asked for
 METHOD = (
     f"Intervals are at {LEVEL:.0%}, from {RESAMPLES:,} paired bootstrap resamples of seeds and held-out items; those "
     "of differences hold together (Student's t for the number of seeds, Bonferroni over the comparisons of a score), "
@@ -33,7 +33,7 @@ def write_comparison(comparison: Comparison, folder: str | Path, *, baseline: st
         baseline: the label of the variant that the others are compared with; None: all pairs.
     """
     chosen = checked_baseline(comparison, baseline)
-    verdicts = [Verdict(comparison, name, chosen) for name in comparison.score_names]
+    verdicts = [ScoreVerdict(comparison, name, chosen) for name in comparison.score_names]
     logs = logs_of(comparison)
     sections = _sections(comparison, verdicts, logs, baseline)
     lead = (
@@ -44,7 +44,9 @@ def write_comparison(comparison: Comparison, folder: str | Path, *, baseline: st
     return write_report(folder, title, lead, sections, rows(comparison, verdicts, logs))
 
 
-def _sections(comparison: Comparison, verdicts: list[Verdict], logs: Logs, baseline: str | None) -> list[Section]:
+def _sections(
+    comparison: Comparison, verdicts: list[ScoreVerdict], logs: ArmLogs, baseline: str | None
+) -> list[Section]:
     failed = [Section("Arms that failed", _failures(comparison))] if comparison.failures else []
     return [
         Section("In short", [Text("", tuple(in_short(comparison, baseline=baseline)))]),
@@ -58,7 +60,7 @@ def _sections(comparison: Comparison, verdicts: list[Verdict], logs: Logs, basel
     ]
 
 
-def _scores(verdict: Verdict) -> list[Block]:
+def _scores(verdict: ScoreVerdict) -> list[Block]:
     """One score: what each variant reached, and how they differ. The first is drawn and open, the others fold."""
     first = verdict.score == verdict.comparison.score_names[0]
     scores = verdict.comparison.scores(verdict.score)
@@ -80,14 +82,14 @@ def _scores(verdict: Verdict) -> list[Block]:
             f"Differences in `{verdict.score}`, paired by seed",
             ("pair", "difference", "shown?"),
             apart,
-            folded=not first or len(apart) > OPEN,
+            folded=not first or len(apart) > OPEN_DIFFERENCES,
         ),
         Table(f"Held-out `{verdict.score}` by seed", ("variant", "seed", "mean"), by_seed, folded=True),
     ]
     return [*(_drawn_scores(verdict) if first and verdict.means else []), *tables]
 
 
-def _drawn_scores(verdict: Verdict) -> list[Block]:
+def _drawn_scores(verdict: ScoreVerdict) -> list[Block]:
     drawn: list[Block] = [
         Figure(
             f"Held-out `{verdict.score}` after training, the mean over seeds.",
@@ -114,9 +116,9 @@ def _drawn_scores(verdict: Verdict) -> list[Block]:
     return drawn
 
 
-def _drawn_differences(verdict: Verdict) -> tuple[list[Difference], str]:
+def _drawn_differences(verdict: ScoreVerdict) -> tuple[list[Difference], str]:
     """All of them, or where they are many, those to the highest mean: the bounds hold together, so one may choose."""
-    if len(verdict.differences) <= OPEN:
+    if len(verdict.differences) <= OPEN_DIFFERENCES:
         return verdict.differences, ""
     best = max(verdict.means, key=lambda name: verdict.means[name].estimate)
     kept = [difference for difference in verdict.differences if best in (difference.first, difference.second)]
@@ -144,7 +146,7 @@ def _word(interval: Interval) -> str:
     return "yes" if interval.excludes_zero else "no: includes 0"
 
 
-def _curves(logs: Logs) -> list[Block]:
+def _curves(logs: ArmLogs) -> list[Block]:
     width = window(logs)
     seeds = max((len(arms) for arms in logs.values()), default=0)
     text = "Means over the seeds of what the sampled completions earned in training"

@@ -57,7 +57,7 @@ def agree(path: Path, wanted: Mapping[str, Any], what: str) -> None:
     if not path.exists():
         write_json(path.parent, {path.name: wanted})
         return
-    there, here = _flat(read_json(path)), _flat(wanted)
+    there, here = _flattened(read_json(path)), _flattened(wanted)
     differing = [
         f"{name}: {there.get(name, ABSENT)} there, {here.get(name, ABSENT)} here"
         for name in sorted({*there, *here})
@@ -116,12 +116,12 @@ def as_json(value: Any) -> Any:
     return json.loads(json.dumps(value, default=str))
 
 
-def _flat(values: Mapping[str, Any]) -> dict[str, str]:
+def _flattened(values: Mapping[str, Any]) -> dict[str, str]:
     """The values as texts, those of an inner table one by one."""
     flat: dict[str, str] = {}
     for name, value in values.items():
         if isinstance(value, dict):
-            flat |= {f"{name}.{inner}": text for inner, text in _flat(value).items()}
+            flat |= {f"{name}.{inner}": text for inner, text in _flattened(value).items()}
         else:
             flat[name] = str(value)
     return flat

@@ -35,7 +35,7 @@ class Reaction:
 
 
 @dataclass(frozen=True)
-class Group:
+class ShownGroup:
     """The completions of one prompt, side by side.
 
     Attributes:
@@ -78,7 +78,7 @@ class Replay:
     difference: dict[str, float]
     reactions: list[Reaction]
     sample: Tensor
-    groups: list[Group]
+    groups: list[ShownGroup]
     steps: tuple[int, int]
 
     @property

@@ -20,7 +20,7 @@ from torch import Tensor
 from grpo_plus.advantages import ESTIMATORS, Estimator, State, check_keywords, checked, estimate
 from grpo_plus.advantages.reductions import has_spread
 from grpo_plus.advantages.rewards import Rewards
-from grpo_plus.replay.result import FACTOR, LOGGED, Group, Named, Reaction, Replay
+from grpo_plus.replay.result import FACTOR, LOGGED, Named, Reaction, Replay, ShownGroup
 from grpo_plus.replay.rollouts import RolloutBatch, Rollouts
 from grpo_plus.replay.statistics import Statistics, cosine
 
@@ -50,10 +50,10 @@ def replay(
             a group is not in it.
     """
     chosen = _choose(estimators, rollouts)
-    run = _Run(rollouts, chosen, groups, examples)
+    log_pass = _Pass(rollouts, chosen, groups, examples)
     for chunk in _chunks(rollouts.batches(progress=progress)):
-        run.add(chunk)
-    return run.finish()
+        log_pass.add(chunk)
+    return log_pass.finish()
 
 
 def _choose(estimators: Sequence[str] | Mapping[str, Mapping[str, Any]] | None, rollouts: Rollouts) -> Named:
@@ -108,7 +108,7 @@ def _chained(parts: list[tuple[str, ...]]) -> tuple[str, ...]:
 
 
 @dataclass(eq=False)
-class _Run:
+class _Pass:
     """One pass over a log: what is remembered between chunks."""
 
     rollouts: Rollouts
@@ -118,7 +118,7 @@ class _Run:
     refused: dict[str, str] = field(default_factory=dict)
     sampled: list[RolloutBatch] = field(default_factory=list)
     samples: list[Tensor] = field(default_factory=list)
-    shown: list[tuple[float, int, Group]] = field(default_factory=list)
+    shown: list[tuple[float, int, ShownGroup]] = field(default_factory=list)
     # No two entries of the heap share a number, so groups are never compared. Among equals the first one is kept.
     order: Iterator[int] = field(default_factory=lambda: itertools.count(step=-1))
     steps: list[int] = field(default_factory=list)
@@ -252,7 +252,7 @@ class _Run:
         else:
             heapq.heappush(self.shown, entry)
 
-    def _chosen(self) -> list[Group]:
+    def _chosen(self) -> list[ShownGroup]:
         groups = [group for _, _, group in sorted(self.shown, reverse=True)]
         return sorted(groups, key=lambda g: self.wanted.index((g.step, g.group))) if self.wanted else groups
 
@@ -265,7 +265,7 @@ class _Run:
                     f"{self.steps[-1]}, and the groups of a batch count from 0."
                 )
 
-    def _texts(self, group: Group, kept: list[int]) -> Group:
+    def _texts(self, group: ShownGroup, kept: list[int]) -> ShownGroup:
         texts = self.rollouts.texts(group.path, group.rows)
         return replace(
             group,
@@ -302,7 +302,9 @@ class _Run:
         return torch.cat(parts)
 
 
-def _group(batch: RolloutBatch, number: int, advantages: Tensor, score: float) -> Group:
+def _group(batch: RolloutBatch, number: int, advantages: Tensor, score: float) -> ShownGroup:
     rows: np.ndarray = batch.rows[number]
     values = batch.rewards.values[number]
-    return Group(batch.path, batch.step, number, tuple(rows.tolist()), values, advantages[:, number].clone(), score)
+    return ShownGroup(
+        batch.path, batch.step, number, tuple(rows.tolist()), values, advantages[:, number].clone(), score
+    )

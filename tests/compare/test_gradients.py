@@ -5,13 +5,13 @@ import torch
 
 from grpo_plus import GRPOPlusConfig
 from grpo_plus.advantages import estimate
-from grpo_plus.compare.gradients import Gradients, measure_start, signal_to_noise
+from grpo_plus.compare.gradients import GradientSum, measure_start, signal_to_noise
 from grpo_plus.trainer.seam import logps_of, sampled_batches
 from tests.compare.small import small_task
 
 
 def gradients_of(rows):
-    gradients = Gradients(rows.shape[1])
+    gradients = GradientSum(rows.shape[1])
     for row in rows:
         gradients.add(row)
     return gradients
@@ -29,7 +29,7 @@ def test_a_group_without_a_gradient_counts():
     gradients = gradients_of(torch.tensor([[2.0]]))
     gradients.add(None)
     assert signal_to_noise(gradients) == 0.0
-    nothing = Gradients(1)
+    nothing = GradientSum(1)
     nothing.add(None)
     assert math.isnan(signal_to_noise(nothing))
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from grpo_plus.compare.comparison import ArmResult, Comparison, StartSignal
-from grpo_plus.compare.plan import Variant, plan
+from grpo_plus.compare.plan import Variant, planned_arms
 from grpo_plus.compare.report import write_comparison
 from grpo_plus.compare.rows import curve
-from grpo_plus.compare.verdict import Verdict, in_short
+from grpo_plus.compare.verdict import ScoreVerdict, in_short
 
 HOSTILE = "</pre><script>alert(1)</script><img src=x onerror=alert(2)> \x00 <i>$r$"
 VERSIONS = {"grpo_plus": "1", "trl": "2"}
@@ -19,7 +19,7 @@ def comparison_of(folder, scores, *, failures=None, variants=None, steps=12):
     """A finished comparison with these held-out scores: by label, one list of items per seed; None: no result."""
     variants = variants or [Variant("grpo", label=label) for label in scores]
     seeds = range(len(next(iter(scores.values()))))
-    arms = plan(variants, list(seeds))
+    arms = planned_arms(variants, list(seeds))
     results = {}
     for arm in arms:
         items = scores[arm.variant.label][arm.seed]
@@ -136,7 +136,10 @@ def test_a_score_that_no_item_has_in_every_arm_is_said_to_be_missing(tmp_path):
 
 def test_a_baseline_is_compared_with_each_other_and_a_wrong_one_is_refused(tmp_path):
     comparison = comparison_of(tmp_path, {"a": noisy(0.2, 3), "b": noisy(0.3, 3), "c": noisy(0.4, 3)})
-    assert [(d.first, d.second) for d in Verdict(comparison, "accuracy", "b").differences] == [("a", "b"), ("c", "b")]
+    assert [(d.first, d.second) for d in ScoreVerdict(comparison, "accuracy", "b").differences] == [
+        ("a", "b"),
+        ("c", "b"),
+    ]
     with pytest.raises(ValueError, match="There is no variant 'd'"):
         in_short(comparison, baseline="d")
 
@@ -159,7 +162,7 @@ def test_the_files_hold_the_same_numbers(tmp_path):
     assert [path.name for path in paths] == ["report.html", "summary.md", "results.csv", "results.parquet"]
     parquet = pd.read_parquet(paths[3])
     assert len(pd.read_csv(paths[2])) == len(parquet)
-    [difference] = Verdict(comparison, "accuracy").differences
+    [difference] = ScoreVerdict(comparison, "accuracy").differences
     stored = parquet[(parquet["name"] == "accuracy") & parquet["statistic"].str.startswith("difference")].set_index(
         "statistic"
     )
