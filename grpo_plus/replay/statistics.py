@@ -176,13 +176,6 @@ def average_ranks(values: Tensor) -> Tensor:
     return (below + up_to - values.shape[-1]).double() / 2
 
 
-def spearman(first: Tensor, second: Tensor) -> float:
-    """Spearman's rank correlation of two (n,); NaN where one of them is constant."""
-    ranks = average_ranks(torch.stack([first, second]))
-    scale = ranks.norm(dim=-1).prod()
-    return (ranks.prod(0).sum() / scale).item() if scale > 0 else float("nan")
-
-
 def cosine(first: Tensor, second: Tensor) -> float:
     """Cosine of the angle between two (n,); NaN where one of them is 0."""
     scale = first.norm() * second.norm()

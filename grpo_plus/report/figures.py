@@ -70,11 +70,12 @@ def stacked(shares: Mapping[str, Mapping[str, float]], *, label: str) -> str:
         return to_svg(figure, f"Divided bars: {label}, by {', '.join(parts)}. The table below has the figures.")
 
 
-def histograms(samples: Mapping[str, np.ndarray], *, columns: int = 3) -> str:
+def histograms(samples: Mapping[str, np.ndarray]) -> str:
     """A small histogram per name, each on its own axis in units of its root mean square."""
     with settings():
         from matplotlib.figure import Figure
 
+        columns = 3
         rows = -(-len(samples) // columns)
         figure = Figure(figsize=(WIDTH, 0.62 * rows + 0.3), layout="constrained")
         grid = figure.subplots(rows, columns, sharex=True, squeeze=False)
