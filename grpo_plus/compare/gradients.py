@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from grpo_plus.advantages import Rewards, estimate
+from grpo_plus.advantages.reductions import cosine
 from grpo_plus.compare.comparison import StartSignal
 from grpo_plus.config import GRPOPlusConfig
 from grpo_plus.trainer import GRPOPlusTrainer
@@ -88,7 +89,10 @@ def measure_start(trainer: GRPOPlusTrainer, configs: Mapping[str, GRPOPlusConfig
         advantages={label: estimator.advantages for label, estimator in live.items()},
         snr={label: _number(signal_to_noise(totals[estimator.key])) for label, estimator in measured.items()},
         cosine={
-            first: {second: _cosine(totals[one.key].sum, totals[other.key].sum) for second, other in measured.items()}
+            first: {
+                second: _number(cosine(totals[one.key].sum, totals[other.key].sum))
+                for second, other in measured.items()
+            }
             for first, one in measured.items()
         },
         groups=groups,
@@ -182,10 +186,6 @@ def _flat(gradient: Tensor | None, weight: Tensor) -> Tensor:
     return torch.zeros(weight.numel()) if gradient is None else gradient.detach().float().cpu().flatten()
 
 
-def _cosine(one: Tensor, other: Tensor) -> float | None:
-    scale = one.double().norm() * other.double().norm()
-    return (one.double() @ other.double() / scale).item() if scale > 0 else None
-
-
 def _number(value: float) -> float | None:
+    """The value for a file of ours: JSON has no NaN."""
     return None if math.isnan(value) else value

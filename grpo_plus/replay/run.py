@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from grpo_plus.advantages import ESTIMATORS, Estimator, State, check_keywords, checked, estimate
-from grpo_plus.advantages.reductions import has_spread
+from grpo_plus.advantages.reductions import cosine, has_spread
 from grpo_plus.advantages.rewards import Rewards
 from grpo_plus.replay.result import FACTOR, LOGGED, Named, Reaction, Replay, ShownGroup
 from grpo_plus.replay.rollouts import RolloutBatch, Rollouts
-from grpo_plus.replay.statistics import Statistics, cosine
+from grpo_plus.replay.statistics import Statistics
 
 CHUNK = 8192  # completions that are worked on together: what a call costs is shared by many small batches
 SAMPLED = 64  # batches, evenly spaced, for histograms and for reactions

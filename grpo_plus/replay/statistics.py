@@ -174,9 +174,3 @@ def average_ranks(values: Tensor) -> Tensor:
     below = torch.searchsorted(ordered, rounded)
     up_to = torch.searchsorted(ordered, rounded, right=True)
     return (below + up_to - values.shape[-1]).double() / 2
-
-
-def cosine(first: Tensor, second: Tensor) -> float:
-    """Cosine of the angle between two (n,); NaN where one of them is 0."""
-    scale = first.norm() * second.norm()
-    return (first @ second / scale).item() if scale > 0 else float("nan")

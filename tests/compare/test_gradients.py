@@ -145,3 +145,16 @@ def test_gradients_that_are_too_large_to_keep_are_skipped_with_the_reason(tmp_pa
     assert "over the limit of 1.0e+03" in found.skipped
     assert found.snr == {}
     assert len(found.advantages["rloo"]) == 64
+
+
+def nothing(rewards):
+    return torch.zeros_like(rewards.total())
+
+
+def test_an_estimator_without_a_gradient_has_no_cosine(tmp_path):
+    task = small_task()
+    names = ("rloo", f"{__name__}.nothing")
+    configs = {name: task.config(advantage_estimator=name, output_dir=str(tmp_path)) for name in names}
+    found = measure_start(task.trainer(task.start(), configs["rloo"]), configs)
+    assert found.cosine["rloo"] == {"rloo": pytest.approx(1.0), names[1]: None}
+    assert found.snr[names[1]] is None
