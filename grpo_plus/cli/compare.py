@@ -113,7 +113,7 @@ def _variants(args: argparse.Namespace) -> "list[Variant]":
 
 
 def _demo_task(args: argparse.Namespace) -> "Task":
-    from grpo_plus.demo.comparison import sorting_task
+    from grpo_plus.cli.demo_task import sorting_task
 
     given = {"max_steps": args.max_steps, "num_held_out": args.num_held_out}
     return sorting_task(**{name: value for name, value in given.items() if value is not None})
