@@ -12,12 +12,13 @@ Each of a comparison's processes holds a lock on the arm that it trains; the sys
 
 import functools
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from grpo_plus.report.files import write_files
 
@@ -33,17 +34,12 @@ class OtherComparisonError(ValueError):
 def claim(folder: Path) -> Iterator[bool]:
     """Hold `folder` for this process; False where another one holds it."""
     folder.mkdir(parents=True, exist_ok=True)
-    if os.name == "nt":  # no such locks there: one process at a time
-        yield True
+    try:
+        lock = FileLock(folder / LOCK).acquire(blocking=False)
+    except Timeout:
+        yield False
         return
-    import fcntl
-
-    with open(folder / LOCK, "a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
+    with lock:
         yield True
 
 
