@@ -1,8 +1,8 @@
 """Every estimator over the completions of one run: what each would have made of the same rewards.
 
-One pass over the log, in the order of the steps, so that estimators with memory see what they would have seen. It says
-how estimators differ in the update they ask for. It does not say what a policy trained with another one would have
-generated next.
+The log is read once, in the order of the steps, so that estimators with memory see what they would have seen. A replay
+says how estimators differ in the update that they ask for. It does not say what a policy would have generated next
+under another estimator.
 """
 
 import heapq

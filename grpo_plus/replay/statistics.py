@@ -1,4 +1,4 @@
-"""Sums over the batches of a run, for E estimators at once. Fixed in size: the run may be as long as it likes.
+"""Sums over the batches of a run, for E estimators at once. The sums do not grow with the run.
 
 Shape letters as everywhere, and E estimators, C batches of one chunk, B = P*G completions of a batch.
 """

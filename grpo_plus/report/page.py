@@ -1,9 +1,9 @@
 """A report as data, and its two forms: one HTML file that needs nothing else, and Markdown.
 
-A report is a list of sections; a section has text, tables, figures and texts of the model's. Whoever has something to
-report, a replay or a training comparison, makes the list; nothing here knows about estimators.
+A report is a list of sections. A section is a list of blocks: headings, paragraphs, tables, figures, and quotes of what
+a model wrote. The HTML is `page.html.jinja`, filled.
 
-The HTML holds no script, and its policy forbids any: what a model wrote is shown as text, whatever it is.
+The HTML holds no script, and its policy forbids scripts. Whatever a model wrote is shown as text.
 """
 
 import functools
@@ -100,12 +100,12 @@ def printable(text: str) -> str:
 
 
 def to_html(title: str, lead: str, sections: Sequence[Section]) -> str:
-    """The whole page."""
+    """The report as one HTML page."""
     return _template().render(title=title, lead=lead, sections=sections)
 
 
 def to_markdown(title: str, lead: str, sections: Sequence[Section]) -> str:
-    """The same without figures and without what a model wrote."""
+    """The report as Markdown, without figures and without what a model wrote."""
     parts = [f"# {title}", lead]
     for section in sections:
         blocks = [text for block in section.blocks if (text := _markdown(block))]

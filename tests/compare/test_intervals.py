@@ -9,7 +9,7 @@ from grpo_plus.compare.intervals import band, differences, means, pairs, t_quant
 
 
 def of_seeds(*values, items=1):
-    """(S, N) scores that are the same for every item."""
+    """(S, I) scores that are the same for every item."""
     return torch.tensor(values).double().unsqueeze(1).repeat(1, items)
 
 
