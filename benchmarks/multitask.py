@@ -49,9 +49,9 @@ from benchmarks.multitask_task import NUM_DIGITS, REWARDS, SCENARIOS, TASKS, dat
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
 from grpo_plus.compare.comparison import Comparison
 from grpo_plus.compare.plan import Variant
+from grpo_plus.compare.report import write_comparison
 from grpo_plus.compare.task import Scores, Task
 from grpo_plus.compare.train import compare
-from grpo_plus.compare.training_report import write_comparison
 from grpo_plus.demo.progress import HeldOutAccuracy
 from grpo_plus.demo.task import complete
 from grpo_plus.demo.tiny import tiny_model, tiny_tokenizer

@@ -136,7 +136,7 @@ def paired(arms: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def by_estimator(arms: Iterable[dict[str, Any]], outcome: str) -> dict[str, Tensor]:
-    """Estimator -> (S, N): for the accuracy 1 where a prompt is answered right, for others one mean per seed."""
+    """Estimator -> (S, I): for the accuracy 1 where a prompt is answered right, for others one mean per seed."""
     rows: dict[str, list[list[float]]] = {}
     for arm in arms:
         bits = f"{int(arm['right'], 16):0{arm['items']}b}"

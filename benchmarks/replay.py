@@ -33,7 +33,7 @@ SECONDS, BYTES = 60, 2**30
 
 REPLAY = """
 import json, resource, sys
-from grpo_plus.compare import Rollouts, replay
+from grpo_plus.replay import Rollouts, replay
 result = replay(Rollouts(sys.argv[1]))
 used = resource.getrusage(resource.RUSAGE_SELF)
 assert result.same[:1] == ["grpo"], (result.same, result.difference)

@@ -14,9 +14,9 @@ import warnings
 from typing import Any
 
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
+from grpo_plus.compare.report import write_comparison
 from grpo_plus.compare.task import Task
 from grpo_plus.compare.train import Variant, compare
-from grpo_plus.compare.training_report import write_comparison
 from grpo_plus.compare.verdict import in_short
 from grpo_plus.demo import task
 from grpo_plus.demo.run import SETTINGS, warmed_up_model

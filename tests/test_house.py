@@ -42,7 +42,7 @@ OUTSIDE = {
     "version": set(),
     "kernels": {"torch", "triton"},
     "models": {"torch", "transformers", "peft"},
-    "report": {"jinja2", "matplotlib"},
+    "report": {"jinja2", "matplotlib", "numpy", "pyarrow"},
     "advantages": {"torch"},
     "losses": {"torch"},
     "planner": {"torch", "huggingface_hub"},

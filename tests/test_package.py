@@ -25,7 +25,8 @@ def dist(tmp_path_factory) -> Path:
 def test_the_wheel_holds_the_package_and_its_data(dist):
     (wheel,) = dist.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert {"grpo_plus/py.typed", "grpo_plus/trainer/trl_fingerprints.json", "grpo_plus/advantages/group.py"} <= names
+    data = {"grpo_plus/py.typed", "grpo_plus/trainer/trl_fingerprints.json", "grpo_plus/report/page.html.jinja"}
+    assert data | {"grpo_plus/advantages/group.py"} <= names
     assert not any(name.startswith(("tests/", "examples/")) for name in names)
 
 

@@ -2,7 +2,8 @@
 
 NaN marks a completion that no reward function judged. It takes part in no mean and no spread, and stays NaN.
 Statistics run over the last axis and keep it, so that they broadcast against what they were computed from. `weights`,
-of the values' shape, say how often an entry counts: a completion's tokens, for statistics over tokens.
+of the values' shape, say how often an entry counts: a completion's tokens, for statistics over tokens. `cosine` alone
+compares two whole vectors.
 """
 
 import torch
@@ -88,3 +89,10 @@ def check_eps(eps: float) -> None:
 def zscore(values: Tensor, *, ddof: int = 1, eps: float, weights: Tensor | None = None) -> Tensor:
     """Centre and scale: (x − mean) / (std + eps), exactly 0 where there is no spread: (..., n) -> (..., n)."""
     return divide(centre(values, weights), std(values, ddof=ddof, weights=weights), eps=eps)
+
+
+def cosine(first: Tensor, second: Tensor) -> float:
+    """Cosine of the angle between two vectors (n,), in float64; NaN where one of them is 0."""
+    first, second = first.double(), second.double()
+    scale = first.norm() * second.norm()
+    return (first @ second / scale).item() if scale > 0 else float("nan")

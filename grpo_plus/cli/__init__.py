@@ -2,6 +2,9 @@
 
 A verb imports its tools inside `run`, so that `grpo-plus --help` answers without loading torch. To add a verb, write
 `cli/<verb>.py` and put its name into `VERBS`.
+
+The other files are no verbs. `arguments.py` turns TRL's flags into model, data and rewards. `own_task.py` makes a task
+for `grpo-plus compare` of these, and `demo_task.py` of the demo. `words.py` reads lists and tables.
 """
 
 import argparse

@@ -49,8 +49,8 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
 
     from rich.console import Console
 
+    from grpo_plus.compare.report import write_comparison
     from grpo_plus.compare.train import compare
-    from grpo_plus.compare.training_report import write_comparison
     from grpo_plus.compare.verdict import check_baseline, in_short
     from grpo_plus.demo.run import one_thread
 
@@ -82,10 +82,10 @@ def result_table(comparison: "Comparison") -> "Table":
     from rich.markup import escape
     from rich.table import Table
 
-    from grpo_plus.compare.verdict import Verdict, arms_of
+    from grpo_plus.compare.verdict import ScoreVerdict, arms_of
 
     score = comparison.score_names[0]
-    verdict = Verdict(comparison, score)
+    verdict = ScoreVerdict(comparison, score)
     table = Table(
         title=f"Held-out {escape(score)}: {verdict.start:.3f} at the start", title_justify="left", title_style=""
     )
@@ -113,7 +113,7 @@ def _variants(args: argparse.Namespace) -> "list[Variant]":
 
 
 def _demo_task(args: argparse.Namespace) -> "Task":
-    from grpo_plus.demo.comparison import sorting_task
+    from grpo_plus.cli.demo_task import sorting_task
 
     given = {"max_steps": args.max_steps, "num_held_out": args.num_held_out}
     return sorting_task(**{name: value for name, value in given.items() if value is not None})

@@ -7,7 +7,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedModel
 
-from grpo_plus.cli.train import load, loading, parse, reward_functions, split
+from grpo_plus.cli.arguments import load, loading, parse, reward_functions, split
 from grpo_plus.compare.held_out import HeldOutTrainer
 from grpo_plus.compare.task import Scores, Task
 from grpo_plus.config import GRPOPlusConfig

@@ -31,8 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, rest: list[str]) -> int:
     """Replay, write the report, and print what it says in short."""
     from grpo_plus.advantages import ESTIMATORS
-    from grpo_plus.compare import Rollouts, replay, write_replay
-    from grpo_plus.compare.replay_report import in_short
+    from grpo_plus.replay import Rollouts, replay, write_replay
+    from grpo_plus.replay.report import summary_lines
 
     sys.path.insert(0, os.getcwd())  # dotted paths name the user's own modules
     weights = words(args.reward_weights)
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
     estimators = keywords_by_estimator(args.advantage_kwargs, words(args.estimators) or list(ESTIMATORS))
     result = replay(rollouts, estimators, groups=[_group(word) for word in words(args.groups) or []], progress=True)
     written = write_replay(result, args.output)
-    for line in in_short(result):
+    for line in summary_lines(result):
         print(f"- {line}")
     print(f"Written: {', '.join(map(str, written))}")
     return 0

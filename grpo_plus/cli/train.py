@@ -2,13 +2,9 @@
 
 import argparse
 import logging
-import os
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from grpo_plus.registry import import_function, suggestion
+from grpo_plus.cli.arguments import load, loading, parse, reward_functions, split
 
 if TYPE_CHECKING:
     from trl import DatasetMixtureConfig, ModelConfig
@@ -17,21 +13,6 @@ if TYPE_CHECKING:
     from grpo_plus.config import GRPOPlusConfig
 
 HELP = "Train a model: every flag of `trl grpo`, --config FILE.yaml, and ours (train --help lists them all)."
-
-REWARD_NAMES = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward", "get_soft_overlong_punishment")
-
-
-@dataclass
-class RecipeArguments:
-    """Sets of flags under one name."""
-
-    qlora: bool = field(
-        default=False,
-        metadata={
-            "help": "QLoRA: a base in nf4 with double quantization, bf16 computation, LoRA without dropout on all "
-            "linear layers, 8-bit Adam. Other values of the same flags win."
-        },
-    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,33 +29,6 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
     # After the trainer is gone: a DDP model that outlives its process group waits for it forever under gloo.
     PartialState().destroy_process_group()
     return 0
-
-
-def parse(verb: str, rest: list[str], config_class: type["GRPOPlusConfig"], **defaults: Any) -> tuple[Any, ...]:
-    """The script's, the model's, the mixture's and the training's arguments, read by TRL and checked.
-
-    Args:
-        defaults: of flags, for this verb; what the user gives wins.
-    """
-    from trl import DatasetMixtureConfig, ModelConfig, TrlParser
-    from trl.scripts.grpo import GRPOScriptArguments
-
-    from grpo_plus.qlora.recipe import qlora_flags
-
-    sys.path.insert(0, os.getcwd())  # dotted paths name the user's own modules, as in `trl grpo`
-    arguments = _with_config_file(rest)
-    inputs: list[Any] = [RecipeArguments, GRPOScriptArguments, ModelConfig, DatasetMixtureConfig]
-    parser = TrlParser([*inputs, config_class], prog=f"grpo-plus {verb}")
-    if not {"-h", "--help"} & set(arguments):
-        _check_width(arguments)
-        # GRPOPlusConfig comes later: its own complaint (no GPU, say) would hide the more basic one.
-        early = TrlParser(inputs, add_help=False).parse_args_and_config(arguments, return_remaining_strings=True)
-        _check(verb, *early[:4])
-        # As defaults, so that every flag on the command line or in the file still has the last word.
-        parser.set_defaults_with_config(**defaults, **(qlora_flags() if early[0].qlora else {}))
-    _, *parsed, unknown = parser.parse_args_and_config(arguments, return_remaining_strings=True)
-    _refuse(verb, unknown)
-    return tuple(parsed)
 
 
 def train(
@@ -108,136 +62,9 @@ def _checkpoint(given: Any) -> Any:
     return {"true": True, "false": None}.get(str(given).lower(), given)
 
 
-def loading(model: "ModelConfig", config: "GRPOPlusConfig") -> dict[str, Any]:
-    """The trainer's arguments that say which model it loads, and how; the rest of it goes into `config`."""
-    from trl import get_peft_config, get_quantization_config
-
-    given: dict[str, Any] = {
-        "revision": model.model_revision,
-        "trust_remote_code": config.trust_remote_code,
-        "attn_implementation": model.attn_implementation,
-        "dtype": model.dtype,
-    }
-    config.model_init_kwargs = given | dict(config.model_init_kwargs or {})
-    return {
-        "model": str(model.model_name_or_path),
-        "quantization_config": get_quantization_config(model),
-        "peft_config": get_peft_config(model),
-    }
-
-
 def _show_information() -> None:
     """Print what grpo_plus logs about its choices, such as the form that rows take through the model."""
     logger = logging.getLogger("grpo_plus")
     logger.setLevel(logging.INFO)
     if not logger.handlers:
         logger.addHandler(logging.StreamHandler())
-
-
-def _with_config_file(arguments: list[str]) -> list[str]:
-    """`arguments` with --config=FILE as two words, which is how TRL's parser looks for it."""
-    words = [word for argument in arguments for word in _split_config(argument)]
-    for word, following in zip(words, [*words[1:], "--"], strict=False):
-        if word == "--config" and following.startswith("--"):
-            raise ValueError("--config needs a file: --config run.yaml.")
-    return words
-
-
-def _split_config(argument: str) -> list[str]:
-    return argument.split("=", 1) if argument.startswith("--config=") else [argument]
-
-
-def _refuse(verb: str, unknown: list[str]) -> None:
-    """Say what to do about words that nobody takes; those of `accelerate launch` have their place before the module."""
-    if not unknown:
-        return
-    words = " ".join(unknown)
-    if unknown[0].endswith((".yaml", ".yml")):
-        raise ValueError(f"{verb} does not take {words}. Write --config {unknown[0]}.")
-    raise ValueError(
-        f"Neither TRL nor grpo_plus takes {words}. If that is for the launcher, run "
-        f"`accelerate launch {words} -m grpo_plus {verb} ...`."
-    )
-
-
-@dataclass
-class Width:
-    """The flags of which only one can be: TRL's own complaint names neither."""
-
-    load_in_4bit: bool = False
-    load_in_8bit: bool = False
-    qlora: bool = False
-
-
-def _check_width(arguments: list[str]) -> None:
-    from trl import TrlParser
-
-    from grpo_plus.qlora.checks import require_one_width
-
-    width = TrlParser([Width], add_help=False).parse_args_and_config(arguments, return_remaining_strings=True)[0]
-    if width.qlora and width.load_in_8bit:
-        raise ValueError("--qlora loads the base in 4 bits, but load_in_8bit=True. Drop one of the two.")
-    require_one_width(width.load_in_4bit, width.load_in_8bit)
-
-
-def _check(
-    verb: str,
-    recipe: RecipeArguments,
-    script: "GRPOScriptArguments",
-    model: "ModelConfig",
-    mixture: "DatasetMixtureConfig",
-) -> None:
-    """Refuse what cannot train before anything is loaded."""
-    from grpo_plus.qlora.checks import require_bitsandbytes
-
-    if recipe.qlora or model.load_in_4bit or model.load_in_8bit:
-        require_bitsandbytes("A quantized base (--qlora, --load_in_4bit, --load_in_8bit)")
-    if model.model_name_or_path is None:
-        raise ValueError(
-            f"{verb} needs --model_name_or_path: a hub name or a local folder. To see GRPO at work without a model, "
-            "run `grpo-plus demo`."
-        )
-    if not (script.dataset_name or mixture.datasets):
-        raise ValueError(f"{verb} needs --dataset_name, or `datasets:` in the --config file.")
-    if not (script.reward_funcs or script.reward_model_name_or_path):
-        raise ValueError(
-            f"{verb} needs --reward_funcs ({', '.join(REWARD_NAMES)}, or a dotted path to a function of yours) or "
-            "--reward_model_name_or_path."
-        )
-
-
-def load(script: "GRPOScriptArguments", mixture: "DatasetMixtureConfig") -> Any:
-    """The dataset that the arguments name, with its splits."""
-    from datasets import load_dataset
-    from trl import get_dataset
-
-    if mixture.datasets:
-        return get_dataset(mixture)
-    return load_dataset(script.dataset_name, name=script.dataset_config, streaming=script.dataset_streaming)
-
-
-def split(dataset: Any, name: str, flag: str) -> Any:
-    """One split of the dataset; `flag` is what chooses it."""
-    if name not in dataset:
-        raise ValueError(f"The dataset has no split {name!r}.{suggestion(name, dataset)} Choose one with {flag}.")
-    return dataset[name]
-
-
-def reward_functions(script: "GRPOScriptArguments") -> list[str | Callable[..., Any]]:
-    """The functions that the arguments name, and the path of the reward model in front of them."""
-    names = script.reward_funcs or []
-    functions: list[str | Callable[..., Any]] = [_reward_function(name) for name in names]
-    if script.reward_model_name_or_path:
-        functions.insert(0, script.reward_model_name_or_path)
-    return functions
-
-
-def _reward_function(name: str) -> Callable[..., Any]:
-    """One of TRL's functions by its name, or the user's by a dotted path."""
-    from trl import rewards
-
-    if name == "get_soft_overlong_punishment":
-        return rewards.get_soft_overlong_punishment(max_completion_len=1280, soft_punish_cache=256)
-    if name in REWARD_NAMES:
-        return getattr(rewards, name)
-    return import_function("reward function", name, REWARD_NAMES)

@@ -1,32 +1,17 @@
-"""Which advantages for these rewards? Answered from the log of a run that exists already, or by training.
+"""Which advantages learn better here? Every variant trained over several seeds from the same start.
 
-| file | what lives there |
-|---|---|
-| `rollouts.py` | `Rollouts`: the completions that a TRL run logged, batch by batch; `columns.py` reads their columns |
-| `replay.py` | `replay`: every estimator over them, in one pass; `statistics.py` adds up, `result.py` holds it |
-| `replay_report.py` | what a replay says, and `write_replay` |
-| `task.py`, `plan.py` | what a comparison of trainings is about: a `Task`, and `Variant`s on seeds |
-| `train.py` | `compare`: trains them; `arm.py` one of them; `start.py` puts the weights back; `store.py` the folders |
-| `gradients.py` | each estimator's first gradient at the start, signal and noise |
-| `held_out.py` | scores of held-out prompts from a run's own reward functions |
-| `comparison.py` | what was found, as values; `intervals.py` how sure it is, `verdict.py` in words |
-| `training_report.py` | what a comparison says, and `write_comparison`; `training_rows.py` its numbers |
-| `report.py`, `files.py` | sections of text, tables and figures -> one HTML file and Markdown; written whole |
-| `figures.py`, `curves.py` | drawings; `svg.py` what they share |
+    from grpo_plus.compare.report import write_comparison
+    from grpo_plus.compare.task import Task
+    from grpo_plus.compare.train import Variant, compare
 
-    from grpo_plus.compare import Rollouts, replay, write_replay
+    variants = ["grpo", "gdpo", Variant("dr_grpo", "dr_grpo")]
+    write_comparison(compare(task, variants, seeds=range(5), folder="comparison"), "comparison")
 
-    write_replay(replay(Rollouts("runs/mine"), ["grpo", "dr_grpo", "my_package.mine"]), "report")
+A `Task` says what is trained. `compare` trains what its folder does not hold yet, and returns a `Comparison`: the
+results as values. `write_comparison` writes the report. Import from the modules: this package imports none of them,
+because what trains loads TRL.
 
-What trains loads TRL, and is imported from its module: `from grpo_plus.compare.train import compare`.
-
-To add a statistic to a replay, accumulate it in `statistics.py`, add its rows to `Replay.rows`, and a section in
-`replay_report.py`; to add one to a comparison, `training_rows.py` and `training_report.py`.
+To add a number that is measured on every arm, add a field to `ArmResult` (`comparison.py`), fill it in `arm.py`, and
+write it as a row in `rows.py`, which makes `results.csv`. To add a statistic of what was measured, compute it in
+`rows.py`. A section of `report.py` shows either.
 """
-
-from grpo_plus.compare.replay import replay
-from grpo_plus.compare.replay_report import write_replay
-from grpo_plus.compare.result import Replay
-from grpo_plus.compare.rollouts import Finding, RolloutBatch, Rollouts
-
-__all__ = ["Finding", "Replay", "RolloutBatch", "Rollouts", "replay", "write_replay"]

@@ -107,7 +107,7 @@ class Comparison:
         return list(self.start)
 
     def scores(self, name: str) -> dict[str, Tensor]:
-        """(S, N) held-out scores of each finished variant, by label, on the paired seeds.
+        """(S, I) held-out scores of each finished variant, by label, on the paired seeds.
 
         Items that are NaN in any arm, where nothing judged them, are left out.
 
@@ -129,7 +129,7 @@ class Comparison:
         return bool(self.finished and self.paired_seeds)
 
     def _stacked(self, name: str) -> Tensor:
-        """(V, S, N) scores of the finished variants."""
+        """(variants, S, I) scores of the finished variants."""
         found = [
             [self.results[Arm(variant, seed)].scores[name] for seed in self.paired_seeds] for variant in self.finished
         ]
@@ -143,7 +143,7 @@ class Comparison:
 
 
 def _unscored(stacked: Tensor) -> Tensor:
-    """(N,) booleans: items that are NaN in any arm."""
+    """(I,) booleans: items that are NaN in any arm."""
     return stacked.isnan().flatten(0, 1).any(0)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from grpo_plus.advantages import Rewards, estimate
+from grpo_plus.advantages.reductions import cosine
 from grpo_plus.compare.comparison import StartSignal
 from grpo_plus.config import GRPOPlusConfig
 from grpo_plus.trainer import GRPOPlusTrainer
@@ -22,7 +23,7 @@ GROUPS, BATCHES = 64, 8  # groups aimed at, and the generation batches spent on 
 NUMBERS = 2**31  # the most that are remembered: per estimator the sum of the gradients, and that of a group
 
 
-class Gradients:
+class GradientSum:
     """Group gradients of one estimator, added up as they come.
 
     sum: (D,) of the gradients. squares: the sum of their squared norms.
@@ -41,7 +42,7 @@ class Gradients:
             self.squares += gradient.double().square().sum().item()
 
 
-def signal_to_noise(gradients: Gradients) -> float:
+def signal_to_noise(gradients: GradientSum) -> float:
     """The share of a single group's gradient that is common to all groups, as a ratio of squared norms.
 
         SNR = (|m|² - V/N) / V,   m = mean of g_n,   V = sum_n |g_n - m|² / (N - 1)
@@ -68,11 +69,11 @@ def measure_start(trainer: GRPOPlusTrainer, configs: Mapping[str, GRPOPlusConfig
     """
     weights = [weight for weight in trainer.model.parameters() if weight.requires_grad]
     size = sum(weight.numel() for weight in weights)
-    estimators = {label: _Estimator(config) for label, config in configs.items()}
+    estimators = {label: _StartEstimator(config) for label, config in configs.items()}
     distinct = {estimator.key: estimator for estimator in estimators.values()}
     needed = 2 * len(distinct) * size
     skipped = f"{needed:.1e} numbers would have to be kept, over the limit of {NUMBERS:.1e}" if needed > NUMBERS else ""
-    totals = {key: Gradients(0 if skipped else size) for key in distinct}
+    totals = {key: GradientSum(0 if skipped else size) for key in distinct}
     groups = 0
     for rewards, rows in sampled_batches(trainer, _batches(trainer)):
         for estimator in distinct.values():
@@ -88,7 +89,10 @@ def measure_start(trainer: GRPOPlusTrainer, configs: Mapping[str, GRPOPlusConfig
         advantages={label: estimator.advantages for label, estimator in live.items()},
         snr={label: _number(signal_to_noise(totals[estimator.key])) for label, estimator in measured.items()},
         cosine={
-            first: {second: _cosine(totals[one.key].sum, totals[other.key].sum) for second, other in measured.items()}
+            first: {
+                second: _number(cosine(totals[one.key].sum, totals[other.key].sum))
+                for second, other in measured.items()
+            }
             for first, one in measured.items()
         },
         groups=groups,
@@ -102,7 +106,7 @@ def _batches(trainer: GRPOPlusTrainer) -> int:
     return min(BATCHES, -(-GROUPS // max(groups, 1)))
 
 
-class _Estimator:
+class _StartEstimator:
     """A configuration's estimator at the start: what it made of the batches so far."""
 
     def __init__(self, config: GRPOPlusConfig) -> None:
@@ -133,8 +137,8 @@ def _add_gradients(
     trainer: GRPOPlusTrainer,
     weights: list[Tensor],
     rows: Mapping[str, Tensor],
-    estimators: Mapping[str, _Estimator],
-    totals: Mapping[str, Gradients],
+    estimators: Mapping[str, _StartEstimator],
+    totals: Mapping[str, GradientSum],
 ) -> None:
     size = trainer.num_generations
     groups = len(rows["completion_mask"]) // size
@@ -182,10 +186,6 @@ def _flat(gradient: Tensor | None, weight: Tensor) -> Tensor:
     return torch.zeros(weight.numel()) if gradient is None else gradient.detach().float().cpu().flatten()
 
 
-def _cosine(one: Tensor, other: Tensor) -> float | None:
-    scale = one.double().norm() * other.double().norm()
-    return (one.double() @ other.double() / scale).item() if scale > 0 else None
-
-
 def _number(value: float) -> float | None:
+    """The value for a file of ours: JSON has no NaN."""
     return None if math.isnan(value) else value

@@ -52,74 +52,69 @@ def pairs(names: Sequence[str], baseline: str | None = None) -> list[tuple[str, 
     return [(name, baseline) for name in names if name != baseline]
 
 
-def differences(
-    scores: Mapping[str, Tensor],
-    compared: Sequence[tuple[str, str]],
-    *,
-    level: float = LEVEL,
-    resamples: int = RESAMPLES,
-) -> list[Difference]:
+def differences(scores: Mapping[str, Tensor], compared: Sequence[tuple[str, str]]) -> list[Difference]:
     """Paired differences of mean scores, with simultaneous intervals.
 
-    For each of C pairs, d = mean over S seeds and N items of (first - second). Seeds and items are resampled with
+    For each of the pairs, d = mean over S seeds and I items of (first - second). Seeds and items are resampled with
     replacement, independently of each other and alike for all pairs; `spread` is the standard deviation of the
     resampled d. The bounds are
 
-        d ± t * spread * sqrt(S / (S - 1)),    P(|T| > t) = (1 - level) / C
+        d ± t * spread * sqrt(S / (S - 1)),    P(|T| > t) = (1 - LEVEL) / pairs
 
-    for Student's T with S - 1 degrees of freedom: resamples of few seeds vary too little, and S runs tell little about
-    the size of their own error. That error is another one in each pair. Bonferroni's share of 1 / C lets all intervals
-    hold together with the probability `level`, and is hardly wider than need be: by 2 or 3 % for all pairs of 4 to 8
-    variants. A single pair has the t interval where seeds alone matter. Crossed resampling errs on the wide side (Owen,
-    "The pigeonhole bootstrap", https://arxiv.org/abs/0712.1111).
+    for Student's T with S - 1 degrees of freedom. Resamples of few seeds vary too little, so the spread is multiplied
+    by sqrt(S / (S - 1)). S runs tell little about the size of their own error, and the error differs from pair to pair,
+    so the bounds use t. Bonferroni's share of 1 / pairs lets all intervals hold together with the probability LEVEL.
+    For all pairs of 4 to 8 variants the share makes the intervals 2 or 3 % wider than need be. A single pair has the t
+    interval where seeds alone matter. Crossed resampling errs on the wide side (Owen, "The pigeonhole bootstrap",
+    https://arxiv.org/abs/0712.1111).
 
     The draws are seeded: the same scores give the same bounds.
 
     Args:
-        scores: (S, N) by name: seeds in the same order, and items too.
+        scores: (S, I) by name: seeds in the same order, and items too.
 
     Returns:
         One difference per pair; without bounds where there are fewer than 3 seeds, or no items.
     """
     if not compared:
         return []
-    stacked = torch.stack([scores[first] - scores[second] for first, second in compared]).double()  # (C, S, N)
+    stacked = torch.stack([scores[first] - scores[second] for first, second in compared]).double()  # (pairs, S, I)
     estimates = stacked.mean((1, 2))
-    low, high = _bounds(stacked, estimates, level, resamples)
+    low, high = _bounds(stacked, estimates)
     found = zip(compared, estimates.tolist(), low.tolist(), high.tolist(), strict=True)
     return [Difference(*pair, Interval(*values)) for pair, *values in found]
 
 
-def means(scores: Mapping[str, Tensor], *, level: float = LEVEL, resamples: int = RESAMPLES) -> dict[str, Interval]:
+def means(scores: Mapping[str, Tensor]) -> dict[str, Interval]:
     """The mean score of each name with an interval of its own, as `differences` computes it for a single pair."""
     found = {}
     for name, values in scores.items():
         stacked = values.double().unsqueeze(0)
         estimate = stacked.mean((1, 2))
-        low, high = _bounds(stacked, estimate, level, resamples)
+        low, high = _bounds(stacked, estimate)
         found[name] = Interval(estimate.item(), low.item(), high.item())
     return found
 
 
-def _bounds(values: Tensor, estimates: Tensor, level: float, resamples: int) -> tuple[Tensor, Tensor]:
-    """Simultaneous bounds (C,) of the means of (C, S, N) values."""
+def _bounds(values: Tensor, estimates: Tensor) -> tuple[Tensor, Tensor]:
+    """Simultaneous bounds (pairs,) of the means of (pairs, S, I) values."""
     seeds, items = values.shape[1:]
     if seeds < FEWEST_SEEDS or items == 0:
         nothing = torch.full_like(estimates, math.nan)
         return nothing, nothing
     generator = torch.Generator().manual_seed(0)
-    by_seed = _counts(resamples, seeds, generator)
-    by_item = _counts(resamples, items, generator)
-    by_run = values @ by_item.T  # (C, S, B): small beside all items of all resamples
-    deviations = (by_run * by_seed.T).sum(1).T - estimates  # (B, C)
+    by_seed = _counts(RESAMPLES, seeds, generator)
+    by_item = _counts(RESAMPLES, items, generator)
+    by_run = values @ by_item.T  # (pairs, S, R): small beside all items of all resamples
+    deviations = (by_run * by_seed.T).sum(1).T - estimates  # (R, pairs)
     spread = deviations.square().mean(0).sqrt()
-    critical = t_quantile(seeds - 1, 1 - (1 - level) / len(values))
+    critical = t_quantile(seeds - 1, 1 - (1 - LEVEL) / len(values))
     margin = critical * spread * math.sqrt(seeds / (seeds - 1))
     return estimates - margin, estimates + margin
 
 
 def _counts(resamples: int, size: int, generator: torch.Generator) -> Tensor:
-    """(B, size) the weight of each element in each resample; rows sum to 1."""
+    """(R, size) the weight of each element in each resample; rows sum to 1."""
     drawn = torch.randint(size, (resamples, size), generator=generator)
     counts = torch.zeros(resamples, size, dtype=torch.float64)
     return counts.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64)) / size
@@ -137,11 +132,11 @@ def t_quantile(degrees: int, level: float = LEVEL) -> float:
     return math.sqrt(degrees) * math.tan(angles[found + 1].item())
 
 
-def band(curves: Tensor, *, level: float = LEVEL) -> tuple[Tensor, Tensor]:
-    """Pointwise t interval of the mean over seeds: (S, T) -> bounds (T,), NaN for fewer than 3 seeds."""
+def band(curves: Tensor) -> tuple[Tensor, Tensor]:
+    """Pointwise t interval of the mean over seeds: (S, steps) -> bounds (steps,), NaN for fewer than 3 seeds."""
     seeds = curves.shape[0]
     mean = curves.mean(0)
     if seeds < FEWEST_SEEDS:
         return torch.full_like(mean, math.nan), torch.full_like(mean, math.nan)
-    margin = t_quantile(seeds - 1, level) * curves.std(0) / math.sqrt(seeds)
+    margin = t_quantile(seeds - 1) * curves.std(0) / math.sqrt(seeds)
     return mean - margin, mean + margin

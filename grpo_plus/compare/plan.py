@@ -73,7 +73,7 @@ class Arm:
         return {**self.variant.overrides, SEED: self.seed}
 
 
-def plan(variants: Sequence[Variant | str], seeds: Sequence[int]) -> list[Arm]:
+def planned_arms(variants: Sequence[Variant | str], seeds: Sequence[int]) -> list[Arm]:
     """Every variant on every seed, seed by seed, so that a comparison that is cut short has whole pairs.
 
     Args:

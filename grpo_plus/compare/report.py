@@ -1,234 +1,267 @@
-"""A report as data, and its two forms: one HTML file that needs nothing else, and Markdown.
+"""What a comparison of trainings says, as a report: report.html, results.csv, results.parquet and summary.md."""
 
-A report is a list of sections; a section has text, tables, figures and texts of the model's. Whoever has something to
-report, a replay or a training comparison, makes the list; nothing here knows about estimators.
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import fmean
+from typing import Any
 
-The HTML holds no script, and its policy forbids any: what a model wrote is shown as text, whatever it is.
-"""
+import numpy as np
 
-import html
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from grpo_plus.compare.comparison import ArmResult, Comparison
+from grpo_plus.compare.intervals import FEWEST_SEEDS, LEVEL, RESAMPLES, Difference, Interval
+from grpo_plus.compare.rows import ArmLogs, curve, logs_of, quantities, rows, window
+from grpo_plus.compare.verdict import ScoreVerdict, arms_of, checked_baseline, in_short, versions_of
+from grpo_plus.report.curves import curves, intervals
+from grpo_plus.report.figures import bars, heatmap, histograms
+from grpo_plus.report.files import write_report
+from grpo_plus.report.page import Block, Figure, Quote, Section, Table, Text
 
-STYLE = """
-:root { color-scheme: light dark; --page: #fff; --ink: #1b1f24; --soft: #57606a; --line: #d0d7de; --box: #f6f8fa;
-  --link: #0550ae; --s1: #0a5ea8; --s2: #c2570c; --s3: #1a7f5a; --s4: #9b3aa0; --s5: #7a6000; --s6: #b3264b;
-  --s7: #3f6f8f; --s8: #6e7781; }
-@media (prefers-color-scheme: dark) { :root { --page: #0f1318; --ink: #e6edf3; --soft: #9da7b3; --line: #3a434d;
-  --box: #171d24; --link: #79b8ff; --s1: #6cb6ff; --s2: #f69d50; --s3: #57c99a; --s4: #dc9be0; --s5: #d9bd4a;
-  --s6: #ff8fa6; --s7: #9cc5dd; --s8: #a5afba; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.55 system-ui, sans-serif;
-  overflow-wrap: anywhere; }
-main, header, nav { max-width: 76rem; margin: 0 auto; padding: 0 1rem; }
-header { padding-top: 1.5rem; }
-h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .3rem; }
-h2 { font-size: 1.25rem; margin: 2.6rem 0 .4rem; padding-top: .6rem; border-top: 1px solid var(--line); }
-h3 { font-size: 1.05rem; margin: 1.8rem 0 .3rem; }
-h4 { font-size: .9rem; margin: .9rem 0 .2rem; }
-p, ul { max-width: 48rem; margin: .5rem 0; }
-nav ul { display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; padding: 0; list-style: none; max-width: none; }
-a { color: var(--link); }
-a:focus-visible, summary:focus-visible { outline: 3px solid var(--link); outline-offset: 2px; }
-.skip { position: absolute; left: -99rem; }
-.skip:focus { left: 1rem; top: .5rem; background: var(--page); padding: .3rem .6rem; }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap: 1rem 2rem; }
-figure { margin: .8rem 0; min-width: 0; }
-figure svg { display: block; width: 100%; height: auto; max-width: 40rem; }
-figcaption { color: var(--soft); font-size: .9rem; max-width: 40rem; }
-table { border-collapse: collapse; font-size: .9rem; margin: .6rem 0; max-width: 100%; }
-caption { text-align: left; color: var(--soft); padding-bottom: .2rem; }
-th, td { text-align: left; vertical-align: top; padding: .2rem .7rem .2rem 0; border-bottom: 1px solid var(--line); }
-td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; min-width: 3.2rem; }
-td.n { overflow-wrap: normal; }
-tbody th { min-width: 4.6rem; }
-details { margin: .5rem 0; }
-summary { cursor: pointer; }
-pre { white-space: pre-wrap; background: var(--box); border: 1px solid var(--line); border-radius: 4px; margin: .3rem 0;
-  padding: .5rem .7rem; font: 13px/1.45 ui-monospace, monospace; max-height: 24rem; overflow: auto; }
-@media (max-width: 40rem) { table { font-size: .8rem; } th, td { padding-right: .4rem; } }
-@media print { nav { display: none; } }
-"""
-
-POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+OPEN_DIFFERENCES = 12  # differences that are shown without being asked for
+METHOD = (
+    f"Intervals are at {LEVEL:.0%}, from {RESAMPLES:,} paired bootstrap resamples of seeds and held-out items; those "
+    "of differences hold together (Student's t for the number of seeds, Bonferroni over the comparisons of a score), "
+    "so any of them may be picked out. Those of single means hold one by one, and overlap says nothing about a "
+    "difference. Bounds may lie beyond the best or worst possible score."
+)
 
 
-@dataclass(frozen=True)
-class Text:
-    """A paragraph, or with `items` a list below it. Words between backticks are names."""
+def write_comparison(comparison: Comparison, folder: str | Path, *, baseline: str | None = None) -> list[Path]:
+    """Write the report and its data into `folder`, each file whole or not at all; returns their paths.
 
-    text: str
-    items: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Heading:
-    """A heading inside a section."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class Table:
-    """A header and its rows. Cells that are numbers stand to the right; `folded` tables open on demand."""
-
-    caption: str
-    header: tuple[str, ...]
-    rows: Sequence[Sequence[str | float | None]]
-    folded: bool = False
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A drawing as SVG, with what it shows in words for whoever cannot see it."""
-
-    caption: str
-    svg: str
-
-
-@dataclass(frozen=True)
-class Quote:
-    """Text that a model or a data set wrote; `folded` ones open on demand."""
-
-    title: str
-    text: str
-    folded: bool = False
-
-
-Block = Heading | Text | Table | Figure | Quote
-
-
-@dataclass(frozen=True)
-class Section:
-    """A heading and what is under it."""
-
-    title: str
-    blocks: Sequence[Block]
-
-
-def shown(value: str | float | None) -> str:
-    """A cell as text: three significant digits, "n/a" for what does not exist."""
-    if isinstance(value, str):
-        return value
-    if value is None or value != value:
-        return "n/a"
-    # With the zeros at the end: 0.660 below 0.661, not 0.66.
-    return f"{value:,}" if isinstance(value, int) else f"{value:#.3g}".removesuffix(".")
-
-
-def printable(text: str) -> str:
-    """The text without the control characters that neither HTML nor SVG may hold."""
-    return re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]", "�", text)
-
-
-def to_html(title: str, lead: str, sections: Sequence[Section]) -> str:
-    """The whole page."""
-    contents = "".join(f'<li><a href="#{_anchor(s.title)}">{_escape(s.title)}</a></li>' for s in sections)
-    body = "\n".join(_section(section) for section in sections)
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{POLICY}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{_escape(title)}</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<a class="skip" href="#report">Skip to the report</a>
-<header><h1>{_escape(title)}</h1><p>{_inline(lead)}</p></header>
-<nav aria-label="Sections"><ul>{contents}</ul></nav>
-<main id="report">
-{body}
-</main>
-</body>
-</html>
-"""
-
-
-def to_markdown(title: str, lead: str, sections: Sequence[Section]) -> str:
-    """The same without figures and without what a model wrote."""
-    parts = [f"# {title}", lead]
-    for section in sections:
-        blocks = [text for block in section.blocks if (text := _markdown(block))]
-        parts += [f"## {section.title}", *blocks] if blocks else []
-    return "\n\n".join(parts) + "\n"
-
-
-def _section(section: Section) -> str:
-    parts: list[str] = []
-    figures: list[str] = []
-    for block in [*section.blocks, None]:
-        if isinstance(block, Figure):
-            figures.append(_figure(block))
-            continue
-        if figures:
-            parts.append(f'<div class="figures">{"".join(figures)}</div>')
-            figures = []
-        if block is not None:
-            parts.append(_block(block))
-    anchor = _anchor(section.title)
-    return (
-        f'<section aria-labelledby="{anchor}"><h2 id="{anchor}">{_escape(section.title)}</h2>{"".join(parts)}</section>'
+    Args:
+        baseline: the label of the variant that the others are compared with; None: all pairs.
+    """
+    chosen = checked_baseline(comparison, baseline)
+    verdicts = [ScoreVerdict(comparison, name, chosen) for name in comparison.score_names]
+    logs = logs_of(comparison)
+    sections = _sections(comparison, verdicts, logs, baseline)
+    lead = (
+        "Every variant trained over several seeds from the same start, on the same prompts in the same order. It says "
+        "what happened in this setting, with these hyper-parameters, and how sure one can be of it."
     )
+    title = f"Comparison: {comparison.shared['task']}"
+    return write_report(folder, title, lead, sections, rows(comparison, verdicts, logs))
 
 
-def _block(block: Block) -> str:
-    match block:
-        case Heading(text):
-            return f"<h3>{_inline(text)}</h3>"
-        case Text(text, items):
-            points = "".join(f"<li>{_inline(item)}</li>" for item in items)
-            return (f"<p>{_inline(text)}</p>" if text else "") + (f"<ul>{points}</ul>" if points else "")
-        case Table():
-            return _table(block)
-        case Figure():
-            return _figure(block)
-        case Quote(title, text, folded):
-            # What can scroll has to be reachable by keyboard, and only that.
-            focus = ' tabindex="0"' if len(text) > 1000 or text.count("\n") > 15 else ""
-            quoted = f"<pre{focus}>{_escape(text)}</pre>"
-            if folded:
-                return f"<details><summary>{_inline(title)}</summary>{quoted}</details>"
-            return f"<h4>{_inline(title)}</h4>{quoted}"
+def _sections(
+    comparison: Comparison, verdicts: list[ScoreVerdict], logs: ArmLogs, baseline: str | None
+) -> list[Section]:
+    failed = [Section("Arms that failed", _failures(comparison))] if comparison.failures else []
+    return [
+        Section("In short", [Text("", tuple(in_short(comparison, baseline=baseline)))]),
+        *failed,
+        Section("Held-out scores", [Text(METHOD), *(block for verdict in verdicts for block in _scores(verdict))]),
+        Section("Learning curves", _curves(logs)),
+        Section("Advantages at the start", _advantages(comparison)),
+        Section("Signal and noise of the first gradient", _signal(comparison)),
+        Section("What it cost", _costs(comparison)),
+        Section("Configuration and versions", _configuration(comparison)),
+    ]
 
 
-def _figure(figure: Figure) -> str:
-    return f"<figure>{figure.svg}<figcaption>{_inline(figure.caption)}</figcaption></figure>"
+def _scores(verdict: ScoreVerdict) -> list[Block]:
+    """One score: what each variant reached, and how they differ. The first is drawn and open, the others fold."""
+    first = verdict.score == verdict.comparison.score_names[0]
+    scores = verdict.comparison.scores(verdict.score)
+    reached = [(name, *_cells(interval)) for name, interval in verdict.means.items()]
+    apart = [(_minus(d), _with_bounds(d.interval), _word(d.interval)) for d in verdict.differences]
+    by_seed = [
+        (name, seed, mean)
+        for name, values in scores.items()
+        for seed, mean in zip(verdict.comparison.paired_seeds, values.mean(1).tolist(), strict=True)
+    ]
+    left_out = verdict.comparison.left_out(verdict.score)
+    caption = f"Held-out `{verdict.score}`; the start has {verdict.start:.3f}"
+    if left_out:
+        items = left_out + next(iter(scores.values())).shape[1]
+        caption += f"; {left_out} of {items} items, which some arm has no score for, are left out in all"
+    tables: list[Block] = [
+        Table(caption, ("variant", "mean", "low", "high"), reached, folded=not first),
+        Table(
+            f"Differences in `{verdict.score}`, paired by seed",
+            ("pair", "difference", "shown?"),
+            apart,
+            folded=not first or len(apart) > OPEN_DIFFERENCES,
+        ),
+        Table(f"Held-out `{verdict.score}` by seed", ("variant", "seed", "mean"), by_seed, folded=True),
+    ]
+    return [*(_drawn_scores(verdict) if first and verdict.means else []), *tables]
 
 
-def _table(table: Table) -> str:
-    numeric = [not any(isinstance(row[c], str) for row in table.rows) for c in range(len(table.header))]
-    kind = [' class="n"' if number else "" for number in numeric]
-    head = "".join(f'<th scope="col"{k}>{_inline(name)}</th>' for name, k in zip(table.header, kind, strict=True))
+def _drawn_scores(verdict: ScoreVerdict) -> list[Block]:
+    drawn: list[Block] = [
+        Figure(
+            f"Held-out `{verdict.score}` after training, the mean over seeds.",
+            intervals(
+                {name: (i.estimate, i.low, i.high) for name, i in verdict.means.items()},
+                label=verdict.score,
+            ),
+        )
+    ]
+    if verdict.differences:
+        kept, which = _drawn_differences(verdict)
+        apart = {_minus(d): d.interval for d in kept}
+        drawn.append(
+            Figure(
+                f"Differences, paired by seed{which}. An interval that crosses the dashed line shows none.",
+                intervals(
+                    {name: (i.estimate, i.low, i.high) for name, i in apart.items()},
+                    label=f"difference in {verdict.score}",
+                    line=0.0,
+                    marked=[name for name, interval in apart.items() if interval.excludes_zero],
+                ),
+            )
+        )
+    return drawn
+
+
+def _drawn_differences(verdict: ScoreVerdict) -> tuple[list[Difference], str]:
+    """All of them, or where they are many, those to the highest mean: the bounds hold together, so one may choose."""
+    if len(verdict.differences) <= OPEN_DIFFERENCES:
+        return verdict.differences, ""
+    best = max(verdict.means, key=lambda name: verdict.means[name].estimate)
+    kept = [difference for difference in verdict.differences if best in (difference.first, difference.second)]
+    return kept, f", to `{best}`, the highest mean"
+
+
+def _cells(interval: Interval) -> tuple[float, float, float]:
+    return (round(interval.estimate, 4), round(interval.low, 4), round(interval.high, 4))
+
+
+def _minus(difference: Difference) -> str:
+    return f"{difference.first} - {difference.second}"
+
+
+def _with_bounds(interval: Interval) -> str:
+    bounds = f" [{interval.low:.3f}, {interval.high:.3f}]" if interval.exists else ""
+    return f"{interval.estimate:+.3f}{bounds}"
+
+
+def _word(interval: Interval) -> str:
+    if math.isnan(interval.estimate):
+        return "nothing was judged"
+    if not interval.exists:
+        return "too few seeds"
+    return "yes" if interval.excludes_zero else "no: includes 0"
+
+
+def _curves(logs: ArmLogs) -> list[Block]:
+    width = window(logs)
+    seeds = max((len(arms) for arms in logs.values()), default=0)
+    text = "Means over the seeds of what the sampled completions earned in training"
+    text += f", averaged over {width} logged steps" if width > 1 else ""
+    text += f"; bands are pointwise {LEVEL:.0%} t intervals over the seeds." if seeds >= FEWEST_SEEDS else "."
+    blocks: list[Block] = [Text(text)]
+    for key, title in quantities(logs).items():
+        found = {label: line for label, arms in logs.items() if (line := curve(arms, key, width)) is not None}
+        if found:
+            blocks.append(Figure(f"`{title}` in training.", curves(found, title=title)))
+    return blocks
+
+
+def _advantages(comparison: Comparison) -> list[Block]:
+    signal = comparison.signal
+    samples = {label: np.array(values) for label, values in signal.advantages.items()}
+    blocks: list[Block] = []
+    if signal.groups and samples:
+        count = len(next(iter(samples.values())))
+        caption = f"The same {count:,} completions of the start under each estimator; what is beyond ±4 is at the edge."
+        blocks.append(Figure(caption, histograms(samples)))
+        blocks.append(
+            Table(
+                "Sizes at the start",
+                ("variant", "mean |A|", "root mean square", "A = 0"),
+                [
+                    (label, np.abs(a).mean().item(), np.sqrt((a**2).mean()).item(), (a == 0).mean().item())
+                    for label, a in samples.items()
+                ],
+                folded=True,
+            )
+        )
+    if signal.refused:
+        caption = "Estimators that cannot be applied to these rewards"
+        blocks.append(Table(caption, ("variant", "reason"), list(signal.refused.items())))
+    return blocks
+
+
+def _signal(comparison: Comparison) -> list[Block]:
+    signal = comparison.signal
+    if signal.skipped:
+        return [Text(f"Not measured: {signal.skipped}.")]
+    snr = {label: float("nan") if value is None else value for label, value in signal.snr.items()}
+    text = Text(
+        f"The gradient of {signal.groups} groups, sampled once from the start, under each estimator: the squared norm "
+        "of what the groups have in common, by the variance between groups (`signal_to_noise` has the formula). Its "
+        "inverse is the number of groups in a batch whose gradient is half signal. It does not depend on the size of "
+        "the advantages, and it is about the first step only. The loss is a token mean without a KL term for all: "
+        "variants that differ in loss or other fields alone are alike here."
+    )
+    if not snr:
+        return [text]
+    needed = [
+        (label, value, 1 / value if value > 0 else None, cosine)
+        for (label, value), cosine in zip(snr.items(), _cosines_to_first(signal.cosine), strict=True)
+    ]
+    first = next(iter(snr))
+    blocks: list[Block] = [
+        text,
+        Figure("Signal to noise of one group's gradient.", bars(snr, label="signal to noise")),
+    ]
+    if len(snr) > 1:
+        names = list(snr)
+        matrix = np.array(
+            [[np.nan if (c := signal.cosine[a][b]) is None else min(c, 1.0) for b in names] for a in names]
+        )
+        low = np.floor(np.nanmin(matrix, initial=0.9) * 10) / 10
+        caption = "Cosine between the mean gradients. Bright: the same direction, whatever the length."
+        blocks.append(Figure(caption, heatmap(names, matrix, label="cosine", low=low, high=1.0)))
+    header = ("variant", "signal to noise", "groups for half signal", f"cosine to {first}")
+    return [*blocks, Table("The first gradient", header, needed)]
+
+
+def _cosines_to_first(cosine: Mapping[str, Mapping[str, float | None]]) -> list[float | None]:
+    first = next(iter(cosine))
+    return [cosine[first][label] for label in cosine]
+
+
+def _costs(comparison: Comparison) -> list[Block]:
     lines = []
-    for first, *rest in table.rows:
-        cells = "".join(f"<td{k}>{_inline(shown(cell))}</td>" for cell, k in zip(rest, kind[1:], strict=True))
-        lines.append(f'<tr><th scope="row"{kind[0]}>{_inline(shown(first))}</th>{cells}</tr>')
-    caption = "" if table.folded else f"<caption>{_inline(table.caption)}</caption>"
-    text = f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
-    return f"<details><summary>{_inline(table.caption)}</summary>{text}</details>" if table.folded else text
+    for variant in comparison.finished:
+        results = [comparison.results[arm] for arm in arms_of(comparison, variant.label)]
+        lines.append((variant.label, *_means(results)))
+    header = ("variant", "seconds", "on a core", "tokens", "peak MB")
+    text = Text(
+        "Means per arm, of the training alone: seconds that went by, seconds that its threads were on a core, tokens "
+        "that the model read and wrote, and the most memory in use (10⁶ bytes resident, or on the accelerator)."
+    )
+    return [text, Table("Costs", header, lines)]
 
 
-def _markdown(block: Block) -> str:
-    match block:
-        case Text(text, items):
-            return "\n".join([*([text] if text else []), *([""] if text and items else []), *(f"- {i}" for i in items)])
-        case Table(caption, header, rows):
-            lines = [header, ["---"] * len(header), *([shown(cell) for cell in row] for row in rows)]
-            cells = "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
-            return f"{caption}\n\n{cells}"
-    return ""
+def _means(results: list[ArmResult]) -> list[float | None]:
+    megabytes = [None if r.peak_bytes is None else r.peak_bytes / 1e6 for r in results]
+    columns = ([r.seconds for r in results], [r.cpu_seconds for r in results], [r.tokens for r in results], megabytes)
+    return [None if None in column else round(fmean(v for v in column if v is not None)) for column in columns]
 
 
-def _anchor(title: str) -> str:
-    return re.sub(r"\W+", "-", title.lower()).strip("-")
+def _failures(comparison: Comparison) -> list[Block]:
+    told = [(arm.name, text.strip().splitlines()[-1][:200]) for arm, text in comparison.failures.items()]
+    quotes = [Quote(f"Traceback of {arm.name}", text, folded=True) for arm, text in comparison.failures.items()]
+    return [Table("Not part of the figures below", ("arm", "error"), told), *quotes]
 
 
-def _escape(text: str) -> str:
-    return html.escape(printable(text))
-
-
-def _inline(text: str) -> str:
-    return re.sub(r"`([^`]+)`", r"<code>\1</code>", _escape(text))
+def _configuration(comparison: Comparison) -> list[Block]:
+    shared = comparison.shared
+    variants = [(variant.label, str(variant.overrides)) for variant in comparison.variants]
+    facts = [(name, str(value)) for name, value in shared["facts"].items()]
+    fields = [(name, str(value)) for name, value in shared["config"].items()]
+    trained: dict[str, dict[str, Any]] = {}
+    for found in versions_of(comparison):
+        for name, value in found.items():
+            trained.setdefault(name, {})[value] = None
+    return [
+        Table("What the variants set", ("variant", "fields"), variants),
+        Table("The comparison", ("", "value"), [("seeds", ", ".join(map(str, comparison.seeds))), *facts]),
+        Table("Versions that trained it", ("", "value"), [(name, ", ".join(v)) for name, v in trained.items()]),
+        Table("Every field that all arms share", ("field", "value"), fields, folded=True),
+    ]

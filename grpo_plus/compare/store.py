@@ -12,14 +12,15 @@ Each of a comparison's processes holds a lock on the arm that it trains; the sys
 
 import functools
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from grpo_plus.compare.files import write_files
+from filelock import FileLock, Timeout
+
+from grpo_plus.report.files import write_files
 
 RESULT, LOG, ERROR, LOCK = "result.json", "log.jsonl", "error.txt", "lock"
 ABSENT = "nothing"
@@ -33,17 +34,12 @@ class OtherComparisonError(ValueError):
 def claim(folder: Path) -> Iterator[bool]:
     """Hold `folder` for this process; False where another one holds it."""
     folder.mkdir(parents=True, exist_ok=True)
-    if os.name == "nt":  # no such locks there: one process at a time
-        yield True
+    try:
+        lock = FileLock(folder / LOCK).acquire(blocking=False)
+    except Timeout:
+        yield False
         return
-    import fcntl
-
-    with open(folder / LOCK, "a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
+    with lock:
         yield True
 
 
@@ -57,7 +53,7 @@ def agree(path: Path, wanted: Mapping[str, Any], what: str) -> None:
     if not path.exists():
         write_json(path.parent, {path.name: wanted})
         return
-    there, here = _flat(read_json(path)), _flat(wanted)
+    there, here = _flattened(read_json(path)), _flattened(wanted)
     differing = [
         f"{name}: {there.get(name, ABSENT)} there, {here.get(name, ABSENT)} here"
         for name in sorted({*there, *here})
@@ -116,12 +112,12 @@ def as_json(value: Any) -> Any:
     return json.loads(json.dumps(value, default=str))
 
 
-def _flat(values: Mapping[str, Any]) -> dict[str, str]:
+def _flattened(values: Mapping[str, Any]) -> dict[str, str]:
     """The values as texts, those of an inner table one by one."""
     flat: dict[str, str] = {}
     for name, value in values.items():
         if isinstance(value, dict):
-            flat |= {f"{name}.{inner}": text for inner, text in _flat(value).items()}
+            flat |= {f"{name}.{inner}": text for inner, text in _flattened(value).items()}
         else:
             flat[name] = str(value)
     return flat

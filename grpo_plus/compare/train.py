@@ -27,7 +27,7 @@ from grpo_plus.compare.arm import (
 )
 from grpo_plus.compare.comparison import ArmResult, Comparison, StartSignal, arm_folder, read_arm
 from grpo_plus.compare.gradients import measure_start
-from grpo_plus.compare.plan import SEED, Arm, Variant, plan
+from grpo_plus.compare.plan import SEED, Arm, Variant, planned_arms
 from grpo_plus.compare.start import Start
 from grpo_plus.compare.store import ERROR, RESULT, agree, as_json, check, claim, read_json, write_json
 from grpo_plus.compare.task import Scores, Task
@@ -58,14 +58,16 @@ def compare(
         ValueError: a name is unknown, a configuration is refused, or the folder holds another comparison; raised
             before any work is done.
     """
-    run = _Run(task, plan(variants, seeds), Path(folder), progress)
-    run.check()
-    run.train()
-    return run.comparison()
+    trainings = _Trainings(task, planned_arms(variants, seeds), Path(folder), progress)
+    trainings.check()
+    trainings.train()
+    return trainings.comparison()
 
 
 @dataclass(eq=False)
-class _Run:
+class _Trainings:
+    """The arms of one comparison; trains those that its folder does not hold yet."""
+
     task: Task
     arms: list[Arm]
     folder: Path

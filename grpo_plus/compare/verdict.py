@@ -14,7 +14,7 @@ LISTED = 8  # differences that are named one by one
 
 
 @dataclass(eq=False)
-class Verdict:
+class ScoreVerdict:
     """The intervals of one held-out score, and what they say.
 
     baseline: the label that all others are compared with; None: all pairs.
@@ -93,7 +93,7 @@ class Verdict:
 
 def in_short(comparison: Comparison, *, baseline: str | None = None) -> list[str]:
     """The verdict on the first score, and what stands in its way."""
-    lines = Verdict(comparison, comparison.score_names[0], checked_baseline(comparison, baseline)).lines()
+    lines = ScoreVerdict(comparison, comparison.score_names[0], checked_baseline(comparison, baseline)).lines()
     if comparison.failures:
         names = ", ".join(f"`{arm.name}`" for arm in comparison.failures)
         lines.append(

@@ -20,7 +20,7 @@ from transformers import (
     ProgressCallback,
 )
 
-from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
+from grpo_plus.config import GRPOPlusConfig
 from grpo_plus.demo import task
 from grpo_plus.demo.outputs import DemoResult, discard_summary, draw_learning_curve, write_log, write_summary
 from grpo_plus.demo.progress import HeldOutAccuracy, RewardsOnTheBar
@@ -29,6 +29,7 @@ from grpo_plus.demo.warmup import warm_up
 from grpo_plus.qlora import QLoRA, save_merged
 from grpo_plus.qlora import qlora as qlora_recipe
 from grpo_plus.qlora.precision import keep_gradients_on_the_cpu
+from grpo_plus.trainer import GRPOPlusTrainer
 
 MAX_STEPS = 120
 WARM_UP_STEPS = 160

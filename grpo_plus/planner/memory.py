@@ -143,9 +143,9 @@ def generation_bytes(shape: ModelShape, run: Run, constants: Constants) -> Bytes
     return {"KV cache": cache[total] + states, "activations": last, "logits": logits}
 
 
-def row_bytes(shape: ModelShape, run: Run, constants: Constants | None = None) -> float:
+def row_bytes(shape: ModelShape, run: Run) -> float:
     """Bytes that each row takes which is generated at the same time."""
-    constants = constants or Constants()
+    constants = Constants()
     one = generation_bytes(shape, replace(run, generation_chunk_size=1), constants)
     return sum(_spread(one, constants).values())
 

@@ -1,7 +1,7 @@
 """The settings of a run that decide how much memory it takes, under TRL's names, and sizes such as 24GB as bytes."""
 
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from grpo_plus.registry import suggestion
@@ -156,11 +156,6 @@ def flags(given: dict[str, Any]) -> str:
     return " ".join(
         f"--{name} {str(value).lower() if isinstance(value, bool) else value}" for name, value in given.items()
     )
-
-
-def known_settings() -> tuple[str, ...]:
-    """The fields of `Run`."""
-    return tuple(entry.name for entry in fields(Run))
 
 
 def parse_bytes(text: str) -> int:

@@ -89,7 +89,7 @@ def join_rewards(old: Rewards, new: Rewards, groups: Tensor) -> Rewards:
 
 
 def join_rows(old: Tensor, new: Tensor, rows: Tensor, padding: Padding | None) -> Tensor:
-    """Pick `rows` out of `old` followed by `new`, filled up to one length. `padding` is None where a row is one number."""
+    """Pick `rows` out of `old` followed by `new`, filled up to one length. `padding` None: a row is one number."""
     if padding is not None:
         length = max(old.shape[-1], new.shape[-1])
         old, new = _filled_up(old, length, padding), _filled_up(new, length, padding)

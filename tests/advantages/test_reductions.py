@@ -1,7 +1,9 @@
+import math
+
 import pytest
 import torch
 
-from grpo_plus.advantages.reductions import centre, count, has_spread, mean, others, std
+from grpo_plus.advantages.reductions import centre, cosine, count, has_spread, mean, others, std
 from tests.close import assert_close
 
 NAN = float("nan")
@@ -32,3 +34,9 @@ def test_a_weight_counts_an_entry_so_many_times():
 
 def test_others_leave_out_one_entry_each():
     assert others(torch.tensor([1.0, 2.0])).nan_to_num(nan=-1).tolist() == [[-1, 2], [1, -1]]
+
+
+def test_the_cosine_of_a_worked_example_and_of_nothing():
+    # 3 * 4 + 4 * 3 over 5 * 5
+    assert cosine(torch.tensor([3.0, 4.0]), torch.tensor([4.0, 3.0])) == pytest.approx(24 / 25, rel=1e-12)
+    assert math.isnan(cosine(torch.tensor([3.0, 4.0]), torch.zeros(2)))

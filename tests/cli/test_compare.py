@@ -5,8 +5,8 @@ import pandas as pd
 import pytest
 
 from grpo_plus import cli
+from grpo_plus.cli import demo_task
 from grpo_plus.compare.store import read_json
-from grpo_plus.demo import comparison
 from tests.cli.test_train import CPU, NAMES
 
 OWN = [*NAMES, *CPU, "--num_generations", "4", "--per_device_train_batch_size", "8", "--logging_steps", "1"]
@@ -22,8 +22,8 @@ def _fast_collections():
 
 @pytest.fixture
 def short_warm_up(monkeypatch):
-    real = comparison.warmed_up_model
-    monkeypatch.setattr(comparison, "warmed_up_model", lambda tokenizer, seed, steps: real(tokenizer, seed, 2))
+    real = demo_task.warmed_up_model
+    monkeypatch.setattr(demo_task, "warmed_up_model", lambda tokenizer, seed, steps: real(tokenizer, seed, 2))
 
 
 def test_the_demos_task_is_compared_and_the_same_command_goes_on(tmp_path, monkeypatch, capsys, short_warm_up):

@@ -2,7 +2,7 @@ import pandas as pd
 import pytest
 
 from grpo_plus import cli
-from tests.compare.logs import write_rewards
+from tests.replay.logs import write_rewards
 
 ESTIMATOR = """
 def mine(rewards, *, factor=1.0):

@@ -5,13 +5,13 @@ import torch
 
 from grpo_plus import GRPOPlusConfig
 from grpo_plus.advantages import estimate
-from grpo_plus.compare.gradients import Gradients, measure_start, signal_to_noise
+from grpo_plus.compare.gradients import GradientSum, measure_start, signal_to_noise
 from grpo_plus.trainer.probe import logps_of, sampled_batches
 from tests.compare.small import small_task
 
 
 def gradients_of(rows):
-    gradients = Gradients(rows.shape[1])
+    gradients = GradientSum(rows.shape[1])
     for row in rows:
         gradients.add(row)
     return gradients
@@ -29,7 +29,7 @@ def test_a_group_without_a_gradient_counts():
     gradients = gradients_of(torch.tensor([[2.0]]))
     gradients.add(None)
     assert signal_to_noise(gradients) == 0.0
-    nothing = Gradients(1)
+    nothing = GradientSum(1)
     nothing.add(None)
     assert math.isnan(signal_to_noise(nothing))
 
@@ -145,3 +145,16 @@ def test_gradients_that_are_too_large_to_keep_are_skipped_with_the_reason(tmp_pa
     assert "over the limit of 1.0e+03" in found.skipped
     assert found.snr == {}
     assert len(found.advantages["rloo"]) == 64
+
+
+def nothing(rewards):
+    return torch.zeros_like(rewards.total())
+
+
+def test_an_estimator_without_a_gradient_has_no_cosine(tmp_path):
+    task = small_task()
+    names = ("rloo", f"{__name__}.nothing")
+    configs = {name: task.config(advantage_estimator=name, output_dir=str(tmp_path)) for name in names}
+    found = measure_start(task.trainer(task.start(), configs["rloo"]), configs)
+    assert found.cosine["rloo"] == {"rloo": pytest.approx(1.0), names[1]: None}
+    assert found.snr[names[1]] is None

@@ -4,11 +4,12 @@ import statistics
 import pytest
 import torch
 
+from grpo_plus.compare import intervals
 from grpo_plus.compare.intervals import band, differences, means, pairs, t_quantile
 
 
 def of_seeds(*values, items=1):
-    """(S, N) scores that are the same for every item."""
+    """(S, I) scores that are the same for every item."""
     return torch.tensor(values).double().unsqueeze(1).repeat(1, items)
 
 
@@ -100,8 +101,9 @@ def test_pairs_with_and_without_a_baseline():
 
 
 @pytest.mark.parametrize(("seeds", "items", "spread"), [(3, 40, 0.1), (5, 40, 0.1), (8, 40, 0.02)])
-def test_all_intervals_of_a_comparison_without_differences_hold_together(seeds, items, spread):
+def test_all_intervals_of_a_comparison_without_differences_hold_together(seeds, items, spread, monkeypatch):
     """Four variants that are the same: in at most about one of twenty comparisons any pair may look different."""
+    monkeypatch.setattr(intervals, "RESAMPLES", 500)
     generator = torch.Generator().manual_seed(seeds)
     wrong = 0
     for _ in range(100):
@@ -113,19 +115,20 @@ def test_all_intervals_of_a_comparison_without_differences_hold_together(seeds, 
             + 0.2 * torch.randn(seeds, items, generator=generator)
             for name in "abcd"
         }
-        found = differences(scores, pairs("abcd"), resamples=500)
+        found = differences(scores, pairs("abcd"))
         wrong += any(difference.interval.excludes_zero for difference in found)
     assert wrong <= 10  # more than 10 of 100 at 5 %: a chance of 1 in 90
 
 
 @pytest.mark.parametrize("baseline", [None, "a"])
-def test_they_hold_together_where_seeds_alone_differ_too(baseline):
+def test_they_hold_together_where_seeds_alone_differ_too(baseline, monkeypatch):
     """Every pair's error is estimated on its own, so that many pairs of few seeds have a small one by chance."""
+    monkeypatch.setattr(intervals, "RESAMPLES", 500)
     generator = torch.Generator().manual_seed(0)
     wrong = 0
     for _ in range(200):
         scores = {name: torch.randn(3, 1, generator=generator) for name in "abcdefgh"}
-        found = differences(scores, pairs("abcdefgh", baseline), resamples=500)
+        found = differences(scores, pairs("abcdefgh", baseline))
         wrong += any(difference.interval.excludes_zero for difference in found)
     assert wrong <= 19  # more than 19 of 200 at 5 %: a chance of 1 in 300
 

@@ -1,8 +1,8 @@
 """Every estimator over the completions of one run: what each would have made of the same rewards.
 
-One pass over the log, in the order of the steps, so that estimators with memory see what they would have seen. It says
-how estimators differ in the update they ask for. It does not say what a policy trained with another one would have
-generated next.
+The log is read once, in the order of the steps, so that estimators with memory see what they would have seen. A replay
+says how estimators differ in the update that they ask for. It does not say what a policy would have generated next
+under another estimator.
 """
 
 import heapq
@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from grpo_plus.advantages import ESTIMATORS, Estimator, State, check_keywords, checked, estimate
-from grpo_plus.advantages.reductions import has_spread
+from grpo_plus.advantages.reductions import cosine, has_spread
 from grpo_plus.advantages.rewards import Rewards
-from grpo_plus.compare.result import FACTOR, LOGGED, Group, Named, Reaction, Replay
-from grpo_plus.compare.rollouts import RolloutBatch, Rollouts
-from grpo_plus.compare.statistics import Statistics, cosine
+from grpo_plus.replay.result import FACTOR, LOGGED, Named, Reaction, Replay, ShownGroup
+from grpo_plus.replay.rollouts import RolloutBatch, Rollouts
+from grpo_plus.replay.statistics import Statistics
 
 CHUNK = 8192  # completions that are worked on together: what a call costs is shared by many small batches
 SAMPLED = 64  # batches, evenly spaced, for histograms and for reactions
@@ -50,10 +50,10 @@ def replay(
             a group is not in it.
     """
     chosen = _choose(estimators, rollouts)
-    run = _Run(rollouts, chosen, groups, examples)
+    log_pass = _Pass(rollouts, chosen, groups, examples)
     for chunk in _chunks(rollouts.batches(progress=progress)):
-        run.add(chunk)
-    return run.finish()
+        log_pass.add(chunk)
+    return log_pass.finish()
 
 
 def _choose(estimators: Sequence[str] | Mapping[str, Mapping[str, Any]] | None, rollouts: Rollouts) -> Named:
@@ -108,7 +108,7 @@ def _chained(parts: list[tuple[str, ...]]) -> tuple[str, ...]:
 
 
 @dataclass(eq=False)
-class _Run:
+class _Pass:
     """One pass over a log: what is remembered between chunks."""
 
     rollouts: Rollouts
@@ -118,7 +118,9 @@ class _Run:
     refused: dict[str, str] = field(default_factory=dict)
     sampled: list[RolloutBatch] = field(default_factory=list)
     samples: list[Tensor] = field(default_factory=list)
-    shown: list[tuple[float, int, Group]] = field(default_factory=list)
+    shown: list[tuple[float, int, ShownGroup]] = field(default_factory=list)
+    # No two entries of the heap share a number, so groups are never compared. Among equals the first one is kept.
+    order: Iterator[int] = field(default_factory=lambda: itertools.count(step=-1))
     steps: list[int] = field(default_factory=list)
     without_log: bool = False
 
@@ -237,16 +239,20 @@ class _Run:
         for index, batch in enumerate(chunk):
             numbers = [number for step, number in self.wanted if step == batch.step and number < len(batch.rows)]
             for number in numbers if self.wanted else [int(apart[index].argmax())]:
-                score = apart[index, number].item()
-                limit = len(self.wanted) or self.examples
-                # Every entry of the heap differs in the second place, so that groups are never compared.
-                order = -(self.statistics.batches * 4096 + index * 64 + len(self.shown))
-                if len(self.shown) < limit:
-                    heapq.heappush(self.shown, (score, order, _group(batch, number, advantages[:, index], score)))
-                elif score > self.shown[0][0]:
-                    heapq.heapreplace(self.shown, (score, order, _group(batch, number, advantages[:, index], score)))
+                self._keep(batch, number, advantages[:, index], apart[index, number].item())
 
-    def _chosen(self) -> list[Group]:
+    def _keep(self, batch: RolloutBatch, number: int, advantages: Tensor, score: float) -> None:
+        """Put a group on the heap; where the heap is full, in place of the one with the least disagreement."""
+        full = len(self.shown) >= (len(self.wanted) or self.examples)
+        if full and score <= self.shown[0][0]:
+            return
+        entry = (score, next(self.order), _group(batch, number, advantages, score))
+        if full:
+            heapq.heapreplace(self.shown, entry)
+        else:
+            heapq.heappush(self.shown, entry)
+
+    def _chosen(self) -> list[ShownGroup]:
         groups = [group for _, _, group in sorted(self.shown, reverse=True)]
         return sorted(groups, key=lambda g: self.wanted.index((g.step, g.group))) if self.wanted else groups
 
@@ -259,7 +265,7 @@ class _Run:
                     f"{self.steps[-1]}, and the groups of a batch count from 0."
                 )
 
-    def _texts(self, group: Group, kept: list[int]) -> Group:
+    def _texts(self, group: ShownGroup, kept: list[int]) -> ShownGroup:
         texts = self.rollouts.texts(group.path, group.rows)
         return replace(
             group,
@@ -296,7 +302,9 @@ class _Run:
         return torch.cat(parts)
 
 
-def _group(batch: RolloutBatch, number: int, advantages: Tensor, score: float) -> Group:
+def _group(batch: RolloutBatch, number: int, advantages: Tensor, score: float) -> ShownGroup:
     rows: np.ndarray = batch.rows[number]
     values = batch.rewards.values[number]
-    return Group(batch.path, batch.step, number, tuple(rows.tolist()), values, advantages[:, number].clone(), score)
+    return ShownGroup(
+        batch.path, batch.step, number, tuple(rows.tolist()), values, advantages[:, number].clone(), score
+    )

@@ -1,4 +1,4 @@
-"""Sums over the batches of a run, for E estimators at once. Fixed in size: the run may be as long as it likes.
+"""Sums over the batches of a run, for E estimators at once. The sums do not grow with the run.
 
 Shape letters as everywhere, and E estimators, C batches of one chunk, B = P*G completions of a batch.
 """
@@ -174,16 +174,3 @@ def average_ranks(values: Tensor) -> Tensor:
     below = torch.searchsorted(ordered, rounded)
     up_to = torch.searchsorted(ordered, rounded, right=True)
     return (below + up_to - values.shape[-1]).double() / 2
-
-
-def spearman(first: Tensor, second: Tensor) -> float:
-    """Spearman's rank correlation of two (n,); NaN where one of them is constant."""
-    ranks = average_ranks(torch.stack([first, second]))
-    scale = ranks.norm(dim=-1).prod()
-    return (ranks.prod(0).sum() / scale).item() if scale > 0 else float("nan")
-
-
-def cosine(first: Tensor, second: Tensor) -> float:
-    """Cosine of the angle between two (n,); NaN where one of them is 0."""
-    scale = first.norm() * second.norm()
-    return (first @ second / scale).item() if scale > 0 else float("nan")

@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 from grpo_plus.advantages.rewards import Rewards
 from grpo_plus.advantages.steps import Steps
-from grpo_plus.compare.columns import cut_groups, group_size, label_size, labelled_groups, numbers, plain_text
 from grpo_plus.registry import suggestion
+from grpo_plus.replay.columns import cut_groups, group_size, label_size, labelled_groups, numbers, plain_text
 
 NAME = re.compile(r"completions_(\d+)\.parquet")
 LENGTH, STEP_COLUMNS = "completion_length", ("step_rewards", "step_ends")
@@ -145,7 +145,7 @@ class Rollouts:
 
     def _first_table(self) -> pa.Table:
         for path in self.paths:
-            if (table := _read(path, None)) is not None and table.num_rows:
+            if (table := _read_table(path, None)) is not None and table.num_rows:
                 return table
         raise ValueError(
             f"None of the {len(self.paths)} files under {self.paths[0].parent} is a readable table with completions, "
@@ -185,7 +185,7 @@ class Rollouts:
         with ThreadPoolExecutor(1) as pool:
             ahead: deque = deque()
             for path in self.paths:
-                ahead.append(pool.submit(_read, path, wanted))
+                ahead.append(pool.submit(_read_table, path, wanted))
                 if len(ahead) > READ_AHEAD:
                     yield ahead.popleft().result()
             while ahead:
@@ -293,7 +293,7 @@ def _files(run_dir: Path) -> list[Path]:
     return sorted(steps, key=lambda path: (steps[path], path))
 
 
-def _read(path: Path, wanted: set[str] | None) -> pa.Table | None:
+def _read_table(path: Path, wanted: set[str] | None) -> pa.Table | None:
     """A file's table with the columns wanted, or all; None where it is not a whole parquet file."""
     try:
         # A ParquetFile reads this one file; read_table would also look for a dataset around it.

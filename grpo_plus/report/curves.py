@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from grpo_plus.compare.svg import INK, SERIES, SOFT, new_figure, settings, short, to_svg
+from grpo_plus.report.svg import INK, SERIES, SOFT, new_figure, settings, short, to_svg
 
 DASHES = ("-", "--", ":", "-.")
 
@@ -21,16 +21,16 @@ class Curve:
 
 
 def curves(series: Mapping[str, Curve], *, title: str) -> str:
-    """A line per name with its band; beyond the eighth, colours come again with another dash."""
+    """A line per name with its band; beyond the eighth, colors come again with another dash."""
     with settings():
         columns = 2 if len(series) == 4 else 3
         rows = -(-len(series) // columns)
         figure, axes = new_figure(1.9 + 0.16 * rows)
         for k, (name, curve) in enumerate(series.items()):
-            colour, dash = SERIES[k % len(SERIES)], DASHES[k // len(SERIES) % len(DASHES)]
-            axes.plot(curve.steps, curve.values, dash, color=colour, linewidth=1.1, label=short(name))
+            color, dash = SERIES[k % len(SERIES)], DASHES[k // len(SERIES) % len(DASHES)]
+            axes.plot(curve.steps, curve.values, dash, color=color, linewidth=1.1, label=short(name))
             if not np.isnan(curve.low).any():
-                axes.fill_between(curve.steps, curve.low, curve.high, color=colour, alpha=0.16, linewidth=0)
+                axes.fill_between(curve.steps, curve.low, curve.high, color=color, alpha=0.16, linewidth=0)
         axes.set_xlabel("step")
         axes.set_title(short(title), fontsize=7, pad=3, color=INK)
         axes.margins(x=0.01)
@@ -45,10 +45,10 @@ def intervals(
     with settings():
         figure, axes = new_figure(0.17 * len(rows) + 0.5)
         for k, (name, (estimate, low, high)) in enumerate(rows.items()):
-            colour = SERIES[1] if name in marked else SERIES[0]
+            color = SERIES[1] if name in marked else SERIES[0]
             if not np.isnan([low, high]).any():
-                axes.plot([low, high], [k, k], color=colour, linewidth=2.2, solid_capstyle="butt")
-            axes.plot([estimate], [k], "o", color=colour, markersize=4)
+                axes.plot([low, high], [k, k], color=color, linewidth=2.2, solid_capstyle="butt")
+            axes.plot([estimate], [k], "o", color=color, markersize=4)
         if line is not None:
             axes.axvline(line, color=SOFT, linewidth=0.8, linestyle="--")
         axes.set_yticks(range(len(rows)), [_row_name(name) for name in rows])

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from grpo_plus.compare import Rollouts
-from tests.compare.logs import table, write, write_rewards
+from grpo_plus.replay import Rollouts
+from tests.replay.logs import table, write, write_rewards
 
 
 def values_of(batch):

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 
 from grpo_plus.advantages import ESTIMATORS
-from grpo_plus.compare.figures import bars, heatmap, histograms, side_by_side, stacked
-from grpo_plus.compare.files import write_report
-from grpo_plus.compare.report import Block, Figure, Heading, Quote, Section, Table, Text, shown
-from grpo_plus.compare.result import FACTOR, LOGGED, SAME, Group, Replay
+from grpo_plus.replay.result import FACTOR, LOGGED, SAME, Replay, ShownGroup
+from grpo_plus.report.figures import bars, heatmap, histograms, side_by_side, stacked
+from grpo_plus.report.files import write_report
+from grpo_plus.report.page import Block, Figure, Heading, Quote, Section, Table, Text, shown
 
 PACKAGES = ("grpo_plus", "torch", "numpy", "pyarrow", "matplotlib")
 WIDE = 4  # columns of numbers that fit a narrow screen
-OPEN = 8  # completions of a group that are shown without being asked for
+OPEN_COMPLETIONS = 8  # completions of a group that are shown without being asked for
 
 
 def write_replay(replay: Replay, folder: str | Path) -> list[Path]:
@@ -31,7 +31,7 @@ def document(replay: Replay) -> tuple[str, str, list[Section]]:
         "differed, not what a policy trained with another estimator would have written next."
     )
     sections = [
-        Section("In short", [Text("", tuple(in_short(replay)))]),
+        Section("In short", [Text("", tuple(summary_lines(replay)))]),
         Section("What was read", _read(replay)),
         Section("How far the estimators agree", _agreement(replay)),
         Section("Who drives the update", _drivers(replay)),
@@ -49,7 +49,7 @@ def reference(replay: Replay) -> str:
     return next(name for name in (LOGGED, "grpo", *replay.names) if name in replay.names)
 
 
-def in_short(replay: Replay) -> list[str]:
+def summary_lines(replay: Replay) -> list[str]:
     """The results in words."""
     s = replay.statistics
     lines = [_origin(replay)] if LOGGED in replay.names else []
@@ -287,12 +287,14 @@ def _groups(replay: Replay) -> list[Block]:
     return blocks
 
 
-def _completions(replay: Replay, group: Group) -> list[Quote]:
+def _completions(replay: Replay, group: ShownGroup) -> list[Quote]:
     quotes = []
     for number, text in enumerate(group.completions):
         values = zip(replay.statistics.names, group.rewards[number].tolist(), strict=True)
         rewards = ", ".join(f"{name} {shown(value)}" for name, value in values)
-        quotes.append(Quote(f"Completion {number + 1}: {rewards}", text, folded=len(group.completions) > OPEN))
+        quotes.append(
+            Quote(f"Completion {number + 1}: {rewards}", text, folded=len(group.completions) > OPEN_COMPLETIONS)
+        )
     return quotes
 
 

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and the four that a report is: page, summary, and its numbers twice."""
+"""Writing files so that each appears whole or not at all, and the four files of a report."""
 
 import os
 import tempfile
@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from grpo_plus.compare.report import Section, to_html, to_markdown
+from grpo_plus.report.page import Section, to_html, to_markdown
 
 
 def write_report(
@@ -35,9 +35,9 @@ def write_report(
 
 
 def write_files(folder: str | Path, files: dict[str, Callable[[Path], object]]) -> list[Path]:
-    """Write files so that each appears whole or not at all: every writer gets a path of its own, moved into place.
+    """Write files so that each appears whole or not at all.
 
-    None is moved before all are written.
+    Every writer gets a path in a folder of its own. When all files are written, they are moved into place.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -4,11 +4,10 @@ import shutil
 
 import pytest
 
-from grpo_plus.compare import Rollouts, replay, write_replay
-from grpo_plus.compare.training_report import write_comparison
-from tests.compare.logs import write_rewards
-from tests.compare.test_report import hostile_log
-from tests.compare.test_training_report import hostile_comparison
+from grpo_plus.compare.report import write_comparison
+from grpo_plus.replay import Rollouts, replay, write_replay
+from tests.compare.test_report import hostile_comparison
+from tests.replay.logs import hostile_log, write_rewards
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (the extra dev has it)")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from grpo_plus.compare.rollouts import Rollouts
-from grpo_plus.compare.statistics import Statistics
+from grpo_plus.replay.rollouts import Rollouts
+from grpo_plus.replay.statistics import Statistics
 
 # The row of the advantages that the run itself trained on.
 LOGGED = "logged"
@@ -35,7 +35,7 @@ class Reaction:
 
 
 @dataclass(frozen=True)
-class Group:
+class ShownGroup:
     """The completions of one prompt, side by side.
 
     Attributes:
@@ -78,7 +78,7 @@ class Replay:
     difference: dict[str, float]
     reactions: list[Reaction]
     sample: Tensor
-    groups: list[Group]
+    groups: list[ShownGroup]
     steps: tuple[int, int]
 
     @property

@@ -1,5 +1,4 @@
 import math
-import sys
 import warnings
 
 import pytest
@@ -7,10 +6,10 @@ import torch
 from trl import GRPOConfig
 
 from grpo_plus.advantages import ESTIMATORS, Rewards, estimate
-from grpo_plus.compare import Rollouts, replay
-from grpo_plus.compare.result import LOGGED
+from grpo_plus.replay import Rollouts, replay
+from grpo_plus.replay.result import LOGGED
 from tests.close import assert_close
-from tests.compare.logs import write_rewards
+from tests.replay.logs import table, write, write_rewards
 from tests.training import make_trainer
 
 GROUPS = [1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0]  # one, two and four of four right
@@ -74,7 +73,7 @@ def test_a_log_of_stock_trl_gives_the_advantages_that_trl_logged(tmp_path, scale
 
 
 def test_the_statistics_of_a_small_log(small):
-    result = replay(small, ["dr_grpo", "grpo", "tests.compare.test_replay.upside_down"])
+    result = replay(small, ["dr_grpo", "grpo", "tests.replay.test_run.upside_down"])
     dr_grpo = result.names.index("dr_grpo")
     s = result.statistics
     # dr_grpo: .75, -.25 x 3; .5 x 2, -.5 x 2; 0 x 4
@@ -85,9 +84,9 @@ def test_the_statistics_of_a_small_log(small):
     assert s.effective()[dr_grpo].item() == pytest.approx(12.25 / 1.75 / 12)
     assert s.flat_share() == {"r": pytest.approx(1 / 3), "total": pytest.approx(1 / 3)}
     flips = rows_of(result, "sign_flips", versus="dr_grpo")
-    assert flips == {"grpo": 0.0, "tests.compare.test_replay.upside_down": 1.0}
+    assert flips == {"grpo": 0.0, "tests.replay.test_run.upside_down": 1.0}
     correlations = rows_of(result, "rank_correlation", versus="dr_grpo")
-    assert correlations["tests.compare.test_replay.upside_down"] == pytest.approx(-1.0)
+    assert correlations["tests.replay.test_run.upside_down"] == pytest.approx(-1.0)
     # Ranks from the middle, ties shared. dr_grpo: .75 | .5 .5 | 0 x 4 | -.25 x 3 | -.5 x 2 -> 5.5, 4 x 2, 1 x 4, -2.5 x 3,
     # -5 x 2. grpo: 1.5 | .87 x 2 | 0 x 4 | -.5 x 3 | -.87 x 2, the same order.
     assert correlations["grpo"] == pytest.approx(1.0)
@@ -137,7 +136,7 @@ def test_weights_count(tmp_path):
 
 
 def test_a_users_estimator_by_dotted_path_with_its_keywords(small):
-    path = "tests.compare.test_replay.doubled"
+    path = "tests.replay.test_run.doubled"
     result = replay(small, {"dr_grpo": {}, path: {"factor": 3.0}})
     plain, users = result.statistics.mean_size().tolist()
     assert users == pytest.approx(3 * plain)
@@ -192,7 +191,7 @@ def test_every_estimator_gives_what_estimate_gives(random_log):
 
 def test_the_size_of_a_chunk_changes_nothing(random_log, monkeypatch):
     rows = replay(random_log).rows()
-    monkeypatch.setattr(sys.modules["grpo_plus.compare.replay"], "CHUNK", 1)
+    monkeypatch.setattr("grpo_plus.replay.run.CHUNK", 1)
     again = replay(random_log).rows()
     values, others = (torch.tensor([row["value"] for row in r]).double() for r in (rows, again))
     torch.testing.assert_close(values, others, equal_nan=True, rtol=1e-9, atol=1e-12)
@@ -245,3 +244,16 @@ def test_the_groups_shown_are_those_of_most_disagreement(tmp_path):
     # In units of the batch's root mean square, group by group: dr_grpo .02, .19, 1.72; grpo 1, 1, 1.
     assert [(group.step, group.group) for group in result.groups] == [(2, 0)]
     assert result.groups[0].disagreement == pytest.approx(0.49, abs=0.01)
+
+
+def test_groups_that_disagree_alike_are_shown_in_the_order_of_the_log(tmp_path):
+    """In 1,025 batches of one prompt, two chunks of them, all are dead but the 65th and the last."""
+    batches, size = 1025, 8
+    rewards = [0.0] * batches * size
+    for batch in (64, 1024):
+        rewards[batch * size : batch * size + 2] = [1.0, 0.5]
+    steps = [step for step in range(1, batches + 1) for _ in range(size)]
+    write(tmp_path, batches, table({"r": rewards}, prompt=["p"] * len(steps)) | {"step": steps})
+    result = replay(Rollouts(tmp_path, num_generations=size), ["dr_grpo", "grpo", "best_minus_second"])
+    assert [group.step for group in result.groups] == [65, 1025, 1, 2]
+    assert result.groups[0].disagreement == result.groups[1].disagreement > 0

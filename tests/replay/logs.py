@@ -6,6 +6,9 @@ from typing import Any
 
 import pandas as pd
 
+from grpo_plus.replay import Rollouts
+from tests.report.hostile import HOSTILE
+
 
 def table(rewards: Mapping[str, Sequence], *, step: int = 1, size: int = 2, **columns: Any) -> dict[str, list]:
     """A table with groups of `size` equal prompts; further columns, and other prompts, by keyword."""
@@ -28,3 +31,11 @@ def write(run_dir: Path, step: int, columns: Mapping[str, Sequence]) -> Path:
 
 def write_rewards(run_dir: Path, step: int, rewards: Mapping[str, Sequence], **columns: Any) -> Path:
     return write(run_dir, step, table(rewards, step=step, **columns))
+
+
+def hostile_log(run_dir):
+    """Markup in completions, prompts, tasks and the reward's own name."""
+    rewards = {"<i>$r$": [1.0, 0.0, 0.5, 0.0], "b": [0.0, 0.0, 0.25, 1.0]}
+    texts = {"prompt": [HOSTILE] * 2 + ["other"] * 2, "completion": [HOSTILE] * 4, "task": [HOSTILE] * 2 + ["$x"] * 2}
+    write_rewards(run_dir, 1, rewards, advantage=[0.5, -0.5, 0.1, -0.1], **texts)
+    return Rollouts(run_dir)

@@ -1,7 +1,7 @@
-"""What the drawings of a report share: matplotlib's SVG, coloured by the page, so that one serves light and dark.
+"""What the drawings of a report share: matplotlib's SVG, which takes its colors from the page.
 
-Each is drawn for a narrow screen, 3.8 inches wide with text that stays readable there, and scales up. Colours that
-should follow the page are drawn as placeholders and replaced by the page's variables.
+A drawing is made for a narrow screen, 3.8 inches wide, and scales up. Its colors are placeholders, which `to_svg`
+replaces by the page's variables, so that one drawing serves the light and the dark page.
 """
 
 import hashlib
@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from grpo_plus.compare.report import printable
+from grpo_plus.report.page import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,7 +21,7 @@ WIDTH = 3.8
 INK, SOFT, LINE = "#010203", "#010204", "#010205"
 SERIES = tuple(f"#0a0b{k:02x}" for k in range(1, 9))
 PAGE = {INK: "var(--ink)", SOFT: "var(--soft)", LINE: "var(--line)"} | {
-    colour: f"var(--s{k})" for k, colour in enumerate(SERIES, 1)
+    color: f"var(--s{k})" for k, color in enumerate(SERIES, 1)
 }
 SETTINGS: dict[str, Any] = {
     "svg.fonttype": "none",
@@ -78,7 +78,7 @@ def short(name: str) -> str:
 
 
 def to_svg(figure: "Figure", description: str) -> str:
-    """The figure as an element for a page: no header, ids of its own, colours of the page."""
+    """The figure as an element for a page: no header, ids of its own, colors of the page."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     svg = buffer.getvalue()

@@ -8,19 +8,19 @@ import torch
 from torch import Tensor
 
 from grpo_plus.compare.comparison import Comparison
-from grpo_plus.compare.curves import Curve
 from grpo_plus.compare.intervals import band
-from grpo_plus.compare.verdict import Verdict, arms_of
+from grpo_plus.compare.verdict import ScoreVerdict, arms_of
+from grpo_plus.report.curves import Curve
 
-REWARDS = "rewards/"
+REWARD_PREFIX = "rewards/"
 # What else of TRL's log is drawn, by its key.
 OTHERS = {"completions/mean_length": "mean completion length", "entropy": "entropy"}
 POINTS = 40  # a curve is smoothed so far that about this many of its points are independent
 
-Logs = Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]
+ArmLogs = Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]
 
 
-def logs_of(comparison: Comparison) -> Logs:
+def logs_of(comparison: Comparison) -> ArmLogs:
     """The logged steps of each variant's finished arms, by label."""
     return {
         variant.label: [comparison.log(arm) for arm in arms_of(comparison, variant.label)]
@@ -28,16 +28,16 @@ def logs_of(comparison: Comparison) -> Logs:
     }
 
 
-def quantities(logs: Logs) -> dict[str, str]:
+def quantities(logs: ArmLogs) -> dict[str, str]:
     """What can be drawn, with a title: the reward, each reward function's mean, and a few others."""
     keys = list(dict.fromkeys(key for arms in logs.values() for log in arms for entry in log for key in entry))
-    each = [key for key in keys if key.startswith(REWARDS) and key.endswith("/mean")]
+    each = [key for key in keys if key.startswith(REWARD_PREFIX) and key.endswith("/mean")]
     titles = {"reward": "reward (weighted sum)"} if len(each) > 1 else {}
-    titles |= {key: key.removeprefix(REWARDS).removesuffix("/mean") for key in each}
+    titles |= {key: key.removeprefix(REWARD_PREFIX).removesuffix("/mean") for key in each}
     return titles | {key: title for key, title in OTHERS.items() if key in keys}
 
 
-def window(logs: Logs) -> int:
+def window(logs: ArmLogs) -> int:
     """Logged steps that a curve is averaged over."""
     longest = max((len(log) for arms in logs.values() for log in arms), default=1)
     return max(1, longest // POINTS)
@@ -56,7 +56,7 @@ def curve(arms: Sequence[Sequence[Mapping[str, Any]]], key: str, width: int) -> 
     return Curve(ends, *(bound.tolist() for bound in (smooth.mean(0), low, high)))
 
 
-def rows(comparison: Comparison, verdicts: Sequence[Verdict], logs: Logs) -> list[dict[str, Any]]:
+def rows(comparison: Comparison, verdicts: Sequence[ScoreVerdict], logs: ArmLogs) -> list[dict[str, Any]]:
     """Every number as one row: statistic, variant, versus (another variant), seed, step, name, value."""
     found = [_row("start", name=name, value=_mean(values), variant="") for name, values in comparison.start.items()]
     for arm in comparison.arms:
@@ -64,10 +64,10 @@ def rows(comparison: Comparison, verdicts: Sequence[Verdict], logs: Logs) -> lis
             found += _rows_of_arm(comparison, arm.variant.label, arm.seed, asdict(comparison.results[arm]))
     for verdict in verdicts:
         for label, interval in verdict.means.items():
-            found += _bounds("mean", interval, variant=label, name=verdict.score)
+            found += _bound_rows("mean", interval, variant=label, name=verdict.score)
         for difference in verdict.differences:
             pair = {"variant": difference.first, "versus": difference.second}
-            found += _bounds("difference", difference.interval, name=verdict.score, **pair)
+            found += _bound_rows("difference", difference.interval, name=verdict.score, **pair)
     for label, snr in comparison.signal.snr.items():
         found.append(_row("gradient_snr", variant=label, value=snr))
         for other, cosine in comparison.signal.cosine[label].items():
@@ -88,7 +88,7 @@ def _rows_of_arm(comparison: Comparison, label: str, seed: int, result: dict[str
     return [*scores, *(_row("cost", name=name, value=result[name], **where) for name in costs)]
 
 
-def _bounds(statistic: str, interval: Any, **where: Any) -> list[dict[str, Any]]:
+def _bound_rows(statistic: str, interval: Any, **where: Any) -> list[dict[str, Any]]:
     return [
         _row(f"{statistic}{suffix}", value=getattr(interval, name), **where)
         for suffix, name in (("", "estimate"), ("_low", "low"), ("_high", "high"))

@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from grpo_plus.compare.svg import INK, SERIES, SOFT, WIDTH, name_rows, new_figure, settings, short, to_svg
+from grpo_plus.report.svg import INK, SERIES, SOFT, WIDTH, name_rows, new_figure, settings, short, to_svg
 
 
 def heatmap(names: Sequence[str], values: np.ndarray, *, label: str, low: float, high: float) -> str:
-    """A square matrix of names against names, in ten steps of colour; the diagonal and NaN are left empty."""
+    """A square matrix of names against names, in ten steps of color; the diagonal and NaN are left empty."""
     with settings():
         figure, axes = new_figure(max(1.6, 0.14 * len(names) + 1.5))
         from matplotlib import colormaps
@@ -35,8 +35,8 @@ def bars(values: Mapping[str, float], *, label: str, limit: float | None = None,
         figure, axes = new_figure(0.15 * len(values) + 0.5)
         names = list(values)
         heights = np.nan_to_num(np.array(list(values.values()), dtype=float))
-        colours = [SERIES[1] if name == mark else SERIES[0] for name in names]
-        axes.barh(range(len(names)), heights, color=colours, height=0.72)
+        colors = [SERIES[1] if name == mark else SERIES[0] for name in names]
+        axes.barh(range(len(names)), heights, color=colors, height=0.72)
         for k, (height, value) in enumerate(zip(heights, values.values(), strict=True)):
             text = f"{value:.2g}" if value == value else "n/a"
             axes.annotate(text, (height, k), (3, 0), textcoords="offset points", va="center", fontsize=6, color=SOFT)
@@ -70,11 +70,12 @@ def stacked(shares: Mapping[str, Mapping[str, float]], *, label: str) -> str:
         return to_svg(figure, f"Divided bars: {label}, by {', '.join(parts)}. The table below has the figures.")
 
 
-def histograms(samples: Mapping[str, np.ndarray], *, columns: int = 3) -> str:
+def histograms(samples: Mapping[str, np.ndarray]) -> str:
     """A small histogram per name, each on its own axis in units of its root mean square."""
     with settings():
         from matplotlib.figure import Figure
 
+        columns = 3
         rows = -(-len(samples) // columns)
         figure = Figure(figsize=(WIDTH, 0.62 * rows + 0.3), layout="constrained")
         grid = figure.subplots(rows, columns, sharex=True, squeeze=False)
@@ -94,7 +95,7 @@ def histograms(samples: Mapping[str, np.ndarray], *, columns: int = 3) -> str:
 
 
 def side_by_side(names: Sequence[str], advantages: np.ndarray) -> str:
-    """(E, G) advantages of one group: a row per name, coloured in units of the row's largest."""
+    """(E, G) advantages of one group: a row per name, colored in units of the row's largest."""
     with settings():
         from matplotlib import colormaps
 
@@ -107,8 +108,8 @@ def side_by_side(names: Sequence[str], advantages: np.ndarray) -> str:
                 red, green, blue, _ = colormaps["RdBu"]((units[row, column] + 1.4) / 2.8)
                 dark = 0.3 * red + 0.6 * green + 0.1 * blue < 0.5
                 text = f"{value:.2f}".replace("-0.00", "0.00")
-                colour = "white" if dark else "black"
-                axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=6, color=colour)
+                color = "white" if dark else "black"
+                axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=6, color=color)
         marked = np.arange(0, advantages.shape[1], -(-advantages.shape[1] // 16))
         axes.set_xticks(marked + 0.5, [str(number + 1) for number in marked])
         axes.set_xlabel("completion")
