@@ -28,15 +28,13 @@ SETTINGS: dict[str, Any] = {
 @pytest.fixture
 def twin():
     """TRL's loss of that name under another, so that it takes our path."""
-    before = dict(LOSSES._entries)
 
     def make(name: str) -> str:
         register(f"our_{name}", reduction=LOSSES[name].reduction)(LOSSES[name].function)
         return f"our_{name}"
 
-    yield make
-    LOSSES._entries.clear()
-    LOSSES._entries.update(before)
+    with LOSSES.temporarily():
+        yield make
 
 
 def wave(rows: int) -> Tensor:

@@ -148,11 +148,9 @@ def test_a_users_estimator_by_dotted_path_with_its_keywords(small):
 def test_a_registered_estimator_is_replayed_without_being_named(small):
     from grpo_plus.advantages import register
 
-    register("of_this_test")(doubled)
-    try:
+    with ESTIMATORS.temporarily():
+        register("of_this_test")(doubled)
         assert "of_this_test" in replay(small).names
-    finally:
-        del ESTIMATORS._entries["of_this_test"]
 
 
 def test_an_unknown_estimator_is_an_error(small):

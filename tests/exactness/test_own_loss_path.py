@@ -17,16 +17,14 @@ LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAU
 @pytest.fixture
 def twin():
     """TRL's loss of that name under another, so that it takes our path."""
-    before = dict(LOSSES._entries)
 
     def make(name: str) -> str:
         loss = LOSSES[name]
         register(f"our_{name}", reduction=loss.reduction)(loss.function)
         return f"our_{name}"
 
-    yield make
-    LOSSES._entries.clear()
-    LOSSES._entries.update(before)
+    with LOSSES.temporarily():
+        yield make
 
 
 newest = partial(pytest.param, marks=pytest.mark.newest_trl)

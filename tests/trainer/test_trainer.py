@@ -20,10 +20,8 @@ def plus(output_dir, **arguments):
 @pytest.fixture
 def registered():
     """Register estimators for one test."""
-    before = dict(ESTIMATORS._entries)
-    yield register
-    ESTIMATORS._entries.clear()
-    ESTIMATORS._entries.update(before)
+    with ESTIMATORS.temporarily():
+        yield register
 
 
 def completions_table(output_dir) -> pd.DataFrame:
