@@ -33,7 +33,7 @@ class RewardHealthCallback(TrainerCallback):
     Args:
         patience: logs in a row; also how many first logs are averaged into what length and entropy are compared with.
         dead_groups: share of groups whose advantages are all 0, from which most of the batch is idle.
-        reward_share: share of the centred reward above which one function drives the update alone.
+        reward_share: share of the centered reward above which one function drives the update alone.
         length_ratio: factor by which the mean length may grow or shrink.
         length_correlation: largest harmless |correlation| of advantage and length.
         entropy_ratio: share of its mean over the first `patience` logs below which the entropy counts as collapsed.

@@ -66,7 +66,7 @@ def kl_to_old(inputs: LossInputs, *, beta_old: float = 0.04, kl_estimator: KLEst
 
     L = −Σᵢ (∏ₜ ρᵢₜ) Aᵢ + beta_old Σᵢ Σₜ KL(π ‖ π_old)
 
-    The objective of "A Comprehensive Analysis of GRPO", for advantages that are centred and not scaled (`dr_grpo`).
+    The objective of "A Comprehensive Analysis of GRPO", for advantages that are centered and not scaled (`dr_grpo`).
     A soft trust region: a step may leave it, at a price. Its default reduction takes the mean over the completions
     where the article takes the sum, so that the learning rate does not depend on their number: L/B. Each of the |o|
     tokens carries an equal share of the sequence's term. The product of many ratios varies wildly: keep updates small
