@@ -56,8 +56,7 @@ def dead_groups(rewards: Rewards, advantages: Tensor, *, normalizes_each: bool =
     """Share of groups in which every advantage is 0. Such groups take part in no update.
 
     A weighted sum without spread does not make a group dead: `gdpo` trains a group whose parts differ and cancel, and
-    `ngrpo` a group of failures only. With `rounded`, a group whose rewards have no spread is dead whatever rounding left
-    of it.
+    `ngrpo` a group of failures only. With `rounded`, rounding does not save a group whose rewards have no spread.
     """
     dead = (advantages == 0).all(-1)
     if rounded:

@@ -29,9 +29,9 @@ def gdpo(rewards: Rewards, *, ddof: int = 1, eps: float = 1e-4, batch_over: str 
     Liu et al., "GDPO" (https://huggingface.co/papers/2601.05242), Eq. 4-6.
 
     Args:
-        batch_over: which x enter the batch's std. With "all", as in the paper and in TRL, dead groups (all x are 0) enter
-            too. Their zeros shrink the std, and live groups grow by √((B−1)/(B_live−1)): 3.2 for one live group of four
-            beside seven dead groups. "live" leaves dead groups out.
+        batch_over: which x enter the batch's std. "all", as in the paper and in TRL, includes dead groups (every x is
+            0). Their zeros shrink the std, and live groups grow by √((B−1)/(B_live−1)): 3.2 for one live group of
+            four beside seven dead groups. "live" leaves dead groups out.
     """
     return _over_batch(_normalize_then_sum(rewards, ddof=ddof, eps=eps), ddof=ddof, eps=eps, batch_over=batch_over)
 
