@@ -33,7 +33,7 @@ class Estimator(Described):
         domain: which weighted sums are allowed: any ("real"), 0 to 1 ("unit"), or only 0 and 1 ("binary").
         needs_lengths: the function reads the completions' lengths.
         trains_without_spread: a group of equal rewards may get advantages other than 0.
-        stateful: the function takes a dictionary after the rewards, reads it and updates it. The dictionary must be
+        stateful: the function reads and updates a dictionary, which it takes after the rewards. The dictionary must be
             JSON with strings as keys.
         needs_prompts: the function recognizes a prompt that an earlier batch has shown.
         needs_steps: the function reads rewards of the completions' steps and returns an advantage per token.

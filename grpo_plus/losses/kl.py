@@ -5,9 +5,9 @@ never negative, k3 is unbiased and never negative. Their *gradients* behave othe
 on π too:
 
     estimator   gradient in a loss             times the importance ratio, on-policy
-    k1          0 on average: useless          that of the KL
-    k2          that of the KL, on-policy      that of the KL, plus that of k2's bias
-    k3          that of KL(π_ref ‖ π)          that of the KL
+    k1          0 on average: useless          gradient of the KL
+    k2          gradient of the KL, on-policy  gradient of the KL, plus that of k2's bias
+    k3          gradient of KL(π_ref ‖ π)      gradient of the KL
 
 So multiply k1 and k3 by the ratio (`kl_ratio="token"`, TRL's `use_bias_correction_kl`), and leave k2 as it is.
 Schulman, "Approximating KL Divergence" (http://joschu.net/blog/kl-approx.html);

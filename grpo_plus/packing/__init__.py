@@ -4,7 +4,7 @@ Start reading at `packer.py`, which chooses the form of a model's rows. `check.p
 before its use. A completion sees a shared prompt by segment attention (`attention.py`) or through the model's own cache
 (`cached.py`).
 
-To add a form, write it at the end of `forward.py` and offer it in `packer.candidates`.
+To add a form, write a `Form` at the end of `forward.py`, and offer the form in `packer.candidates`.
 """
 
 from grpo_plus.packing.forward import Head

@@ -76,7 +76,7 @@ def _run_segments(
         row.shift_labels,
         input_ids=row.input_ids.to(device),
         position_ids=row.position_ids.to(device),
-        # transformers hands a 4D mask through as it is; with None it would build an N x N one from the positions.
+        # transformers hands a 4D mask through. Without a mask it would build one of N x N from the positions.
         attention_mask=torch.zeros(1, 1, 1, 1, device=device),
         segments=Segments(tuple(_on(span, device) for span in row.spans), pairs_per_call=pairs_per_call(device)),
     )

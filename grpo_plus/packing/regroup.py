@@ -16,7 +16,7 @@ def regroup(prompts: Sequence[Hashable], tokens: Sequence[int], micro_batches: i
     Args:
         prompts: a key for the prompt of each row.
         tokens: the cost of each row.
-        micro_batches: number of micro-batches; divides the number of rows.
+        micro_batches: number of micro-batches, a divisor of the number of rows.
     """
     groups: dict[Hashable, list[int]] = {}
     for row, prompt in enumerate(prompts):

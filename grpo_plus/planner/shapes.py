@@ -6,7 +6,7 @@ from functools import cached_property
 
 @dataclass(frozen=True)
 class Linear:
-    """One nn.Linear of a layer. nf4 quantizes it, and LoRA's "all-linear" adapts it where `adapted`."""
+    """One nn.Linear of a layer, which nf4 quantizes. LoRA's "all-linear" adapts it where `adapted`."""
 
     name: str
     inputs: int

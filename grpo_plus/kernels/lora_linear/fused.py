@@ -54,7 +54,7 @@ class _LoraLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, base: Base, scaling: float) -> Tensor:
         output, rows, small = _forward(x, a, b, base, scaling)
         ctx.base, ctx.scaling, ctx.x_dtype = base, scaling, x.dtype
-        # The x that came, since layers with one input then share it; the adapter's own copy where that is narrower.
+        # Layers that share an input share the saved x, unless the adapter's own copy is narrower.
         kept = rows if rows.element_size() < x.element_size() else x
         ctx.save_for_backward(kept if ctx.needs_input_grad[1] else None, small, a, b)
         return output
