@@ -8,9 +8,13 @@ import importlib
 import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Generic, TypeVar
+from contextlib import contextmanager
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
 Entry = TypeVar("Entry")
+Result = TypeVar("Result")
+Arguments = ParamSpec("Arguments")
+Promises = ParamSpec("Promises")
 
 
 class Described:
@@ -20,7 +24,7 @@ class Described:
 
     @property
     def documentation(self) -> str:
-        """The function's docstring without its indentation; empty where there is none."""
+        """The function's docstring without its indentation. Empty for a function without a docstring."""
         return inspect.getdoc(self.function) or ""
 
     @property
@@ -41,7 +45,7 @@ class Described:
 
     @property
     def parameters(self) -> list[inspect.Parameter]:
-        """The function's parameters after the data, which comes first."""
+        """The function's parameters after the first, which takes the data."""
         return list(inspect.signature(self.function).parameters.values())[1:]
 
 
@@ -49,36 +53,72 @@ class UnknownNameError(ValueError):
     """A name that is registered nowhere and cannot be imported."""
 
 
-class Registry(Generic[Entry]):
-    """Names for interchangeable functions. A name is registered once; an unknown name suggests the nearest one.
+class Registry(Generic[Entry, Result, Promises]):
+    """Names for interchangeable functions. Each name is registered once. An unknown name suggests the nearest name.
 
     Args:
         kind: what the entries are, for error messages ("advantage estimator").
-        wrap: makes an entry of a plain function, for names given as a dotted path.
+        entry: makes an entry of a name, a function and keywords, the promises that the function keeps. A function that
+            is found by its dotted path promises nothing.
     """
 
-    def __init__(self, kind: str, wrap: Callable[[str, Callable[..., Any]], Entry]) -> None:
+    def __init__(self, kind: str, entry: Callable[Concatenate[str, Callable[..., Result], Promises], Entry]) -> None:
         self.kind = kind
-        self._wrap = wrap
+        self._entry: Callable[..., Entry] = entry
         self._entries: dict[str, Entry] = {}
 
+    def register(
+        self, name: str, *positional: Promises.args, **promises: Promises.kwargs
+    ) -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:
+        """Make a function available under a name: `@register("mine", scope="group")`.
+
+        The class of the entries (`Estimator`, `Loss`) says what each promise means. Its fields are the promises; a type
+        checker knows them too.
+
+        Raises:
+            TypeError: there is no such promise.
+            ValueError: the name is taken or is not an identifier.
+        """
+        parameters = inspect.signature(self._entry).parameters.values()
+        known = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+        for promise in promises:
+            if promise not in known:
+                raise TypeError(
+                    f"The {self.kind} {name!r} makes an unknown promise {promise!r}.{suggestion(promise, known)}"
+                )
+
+        def add(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+            self.add(name, self._entry(name, function, *positional, **promises))
+            return function
+
+        return add
+
     def add(self, name: str, entry: Entry) -> None:
-        """Register `entry`; raises ValueError if the name is taken or could be mistaken for a dotted path."""
+        """Register an entry. Raises ValueError if the name is taken or could be mistaken for a dotted path."""
         if name in self._entries:
             raise ValueError(f"The {self.kind} {name!r} is already registered. Choose another name.")
         if not name.isidentifier():
             raise ValueError(f"{name!r} cannot name a {self.kind}: use letters, digits and underscores only.")
         self._entries[name] = entry
 
+    @contextmanager
+    def temporarily(self) -> Iterator[None]:
+        """Forget afterwards what was registered inside, so that a test leaves no name behind."""
+        before = dict(self._entries)
+        try:
+            yield
+        finally:
+            self._entries = before
+
     def __getitem__(self, name: str) -> Entry:
-        """Look up a registered name, or import `package.module.function`."""
+        """Look up a registered name, or import `package.module.function` under its default promises."""
         if not isinstance(name, str):
             raise UnknownNameError(
                 f"The {self.kind} {name!r} is not a name. Register the function, then write its name."
             )
         if name in self._entries:
             return self._entries[name]
-        return self._wrap(name, import_function(self.kind, name, self))
+        return self._entry(name, import_function(self.kind, name, self))
 
     def __contains__(self, name: object) -> bool:
         return name in self._entries
@@ -91,14 +131,14 @@ class Registry(Generic[Entry]):
 
 
 def import_function(kind: str, path: str, known: Iterable[str] = ()) -> Callable[..., Any]:
-    """The function at `package.module.function`.
+    """Import the function at `package.module.function`.
 
     Args:
-        kind: what it should be, for error messages.
-        known: the names that would do instead of a path.
+        kind: what the function should be, for error messages.
+        known: names that would do instead of a path.
 
     Raises:
-        UnknownNameError: there is no such module, or it has no such function.
+        UnknownNameError: there is no such module, or the module has no such function.
     """
     module_path, _, attribute = path.rpartition(".")
     if not module_path:
@@ -108,7 +148,7 @@ def import_function(kind: str, path: str, known: Iterable[str] = ()) -> Callable
     try:
         module = importlib.import_module(module_path)
     except ModuleNotFoundError as error:
-        # A missing import *inside* the user's module is the user's own error and must show as itself.
+        # A missing import *inside* the user's module is the user's own error, and shows as such.
         if error.name is None or not f"{module_path}.".startswith(f"{error.name}."):
             raise
         raise UnknownNameError(f"Unknown {kind} {path!r}: there is no module {error.name!r} here.") from error
@@ -122,7 +162,7 @@ def import_function(kind: str, path: str, known: Iterable[str] = ()) -> Callable
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """The end of an error message about an unknown name: " Did you mean ...? Known: ..."."""
+    """End of an error message about an unknown name: " Did you mean ...? Known: ..."."""
     known = list(known)
     near = difflib.get_close_matches(name, known, n=2)
     did_you_mean = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""

@@ -7,6 +7,6 @@ __version__ = "0.2.0"
 
 
 def versions(*others: str) -> dict[str, str]:
-    """Of this package, of what trains, of Python, and of the packages in `others`."""
+    """Versions of this package, of what trains, of Python, and of the packages in `others`."""
     packages = {name: version(name) for name in ("trl", "transformers", "torch", *others)}
     return {"grpo_plus": __version__, **packages, "python": platform.python_version()}

@@ -1,3 +1,5 @@
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,11 @@ def assert_close(name: str, actual: Tensor, expected: Tensor, *, rtol: float) ->
         f"{name}: relative error {error:.2e} > {rtol:.0e}; worst entry {int(worst)}: "
         f"{actual.flatten()[worst]} for {expected.flatten()[worst]}"
     )
+
+
+def differing(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
+    """Names of the tensors that are not, to the bit, what is expected."""
+    return [name for name, tensor in actual.items() if not torch.equal(tensor, expected[name])]
 
 
 def rewards_tensor(values: list) -> Tensor:

@@ -15,10 +15,8 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 def test_it_runs_offline(tmp_path, monkeypatch, name, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [name, "--offline"])
-    registered = dict(ESTIMATORS._entries)
-    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
-    ESTIMATORS._entries.clear()
-    ESTIMATORS._entries.update(registered)
+    with ESTIMATORS.temporarily():
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
     output = capsys.readouterr().out
     assert "train_loss" in output or "report.html" in output
 

@@ -27,7 +27,7 @@ def test_the_wheel_holds_the_package_and_its_data(dist):
     names = set(zipfile.ZipFile(wheel).namelist())
     data = {"grpo_plus/py.typed", "grpo_plus/trainer/trl_fingerprints.json", "grpo_plus/report/page.html.jinja"}
     assert data | {"grpo_plus/advantages/group.py"} <= names
-    assert not any(name.startswith(("tests/", "examples/")) for name in names)
+    assert [name for name in names if name.startswith(("tests/", "examples/"))] == []
 
 
 def test_the_sdist_holds_the_tests_and_examples(dist):

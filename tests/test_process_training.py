@@ -1,5 +1,6 @@
 """Advantages per token on their way to the loss: the loss TRL computes with them is TRL's own, and so is the step."""
 
+import math
 from typing import Any
 
 import pandas as pd
@@ -11,7 +12,7 @@ from trl import GRPOTrainer
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer, RewardHealthCallback, Rewards
 from grpo_plus.advantages import process_advantages
 from grpo_plus.losses import LOSSES, TRL_LOSSES, register
-from tests.close import assert_close
+from tests.close import assert_close, differing
 from tests.training import logs_of, make_trainer, stepwise, weights_of
 
 LONGEST = 12
@@ -28,15 +29,13 @@ SETTINGS: dict[str, Any] = {
 @pytest.fixture
 def twin():
     """TRL's loss of that name under another, so that it takes our path."""
-    before = dict(LOSSES._entries)
 
     def make(name: str) -> str:
         register(f"our_{name}", reduction=LOSSES[name].reduction)(LOSSES[name].function)
         return f"our_{name}"
 
-    yield make
-    LOSSES._entries.clear()
-    LOSSES._entries.update(before)
+    with LOSSES.temporarily():
+        yield make
 
 
 def wave(rows: int) -> Tensor:
@@ -87,7 +86,7 @@ def test_trls_losses_have_the_gradient_that_trl_gives_them(tmp_path, loss, level
     assert len(ours.gradients) == len(stock.gradients) == 2
     for mine, theirs in zip(ours.gradients, stock.gradients, strict=True):
         assert sum(gradient.abs().sum() for gradient in theirs.values()) > 1e-3
-        assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+        assert differing(theirs, mine) == []
     without_ours = [{k: v for k, v in entry.items() if not k.startswith("advantages/")} for entry in logs_of(ours)]
     assert without_ours == logs_of(stock)
 
@@ -112,8 +111,9 @@ def test_a_loss_of_ours_trains_on_step_rewards(tmp_path, loss):
     )
     start = weights_of(trainer)
     trainer.train()
-    assert any(not torch.equal(start[name], weight) for name, weight in weights_of(trainer).items())
-    assert all(torch.tensor(entry["loss"]).isfinite() for entry in trainer.state.log_history if "loss" in entry)
+    assert differing(weights_of(trainer), start)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert [loss for loss in losses if not math.isfinite(loss)] == []
 
 
 def by_hand(step_rewards: list[list[float]], step_ends: list[list[int]], lengths: list[int]) -> list[list[float]]:
@@ -226,7 +226,7 @@ def test_steps_that_cannot_be_used_stop_before_any_weight_moves(tmp_path, reward
     start = weights_of(trainer)
     with pytest.raises(ValueError, match=message):
         trainer.train()
-    assert all(torch.equal(start[name], weight) for name, weight in weights_of(trainer).items())
+    assert differing(weights_of(trainer), start) == []
 
 
 def test_steps_and_an_outcome_add_up_in_an_overridden_hook(tmp_path):

@@ -1,13 +1,20 @@
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
+from grpo_plus.advantages import register as register_estimator
+from grpo_plus.losses import register as register_loss
 from grpo_plus.registry import Registry, UnknownNameError
 
 
 @pytest.fixture
-def registry() -> Registry[object]:
-    registry: Registry[object] = Registry("advantage estimator", lambda name, function: function)
+def registry() -> Registry[Any, Any, Any]:
+    def entry(name: str, function: Callable[..., Any], *, scope: str = "batch") -> Any:
+        return function if scope == "batch" else (scope, function)
+
+    registry = Registry("advantage estimator", entry)
     registry.add("dr_grpo", 1)
     registry.add("grpo", 2)
     return registry
@@ -59,3 +66,49 @@ def test_an_import_error_inside_the_users_module_shows_as_itself(registry, tmp_p
     with pytest.raises(ModuleNotFoundError, match="nunpy"):
         registry["mine_with_a_typo.estimator"]
     assert "mine_with_a_typo" not in sys.modules
+
+
+def test_an_entry_is_made_of_the_function_and_its_promises(registry):
+    @registry.register("mine", scope="group")
+    def mine(rewards):
+        return rewards
+
+    assert registry["mine"] == ("group", mine)
+    assert mine(1) == 1
+
+
+@pytest.mark.parametrize(
+    ("register", "known", "misspelt", "kind"),
+    [
+        (register_estimator, "sums_to_zero", "sum_to_zero", "advantage estimator"),
+        (register_loss, "zero_without_advantage", "zero_without_advantages", "loss_type"),
+    ],
+)
+def test_an_unknown_promise_suggests_the_nearest(register, known, misspelt, kind):
+    message = f"The {kind} 'mine' makes an unknown promise '{misspelt}'. Did you mean '{known}'"
+    with pytest.raises(TypeError, match=message):
+        register("mine", **{misspelt: True})
+
+
+@pytest.mark.parametrize("register", [register_estimator, register_loss])
+def test_promises_are_keywords(register):
+    with pytest.raises(TypeError, match="positional argument"):
+        register("mine", "batch")(lambda data: data)
+
+
+def test_what_is_registered_temporarily_is_forgotten(registry):
+    with registry.temporarily():
+        registry.register("mine")(len)
+        assert registry["mine"] is len
+    assert list(registry) == ["dr_grpo", "grpo"]
+
+
+def test_what_is_registered_temporarily_is_forgotten_after_an_error(registry):
+    def fail():
+        with registry.temporarily():
+            registry.register("mine")(len)
+            raise RuntimeError("of the test")
+
+    with pytest.raises(RuntimeError, match="of the test"):
+        fail()
+    assert "mine" not in registry

@@ -1,20 +1,12 @@
-"""Rewards of a generation batch to advantages. Pure functions: no trainer, no tokenizer, no processes.
+"""Turn the rewards of a generation batch into advantages. Pure functions: no trainer, no tokenizer, no processes.
 
-| file | the estimators of it | scale by |
-|---|---|---|
-| `group.py` | grpo, grpo_pop, loo_std, ngrpo | the group's std |
-| `unnormalized.py` | dr_grpo, rloo, opo | nothing |
-| `ranking.py` | rank, median_mad, quantile, best_minus_second | order and robust spread of the group |
-| `binary.py` | maxrl, passk, pkpo, bnpo_advantage | the group's success rate |
-| `batch.py` | batch_std, rloo_norm, gpg, reinforce_pp, reinforce_pp_baseline | a statistic of the batch |
-| `multi_reward.py` | gdpo, mo_grpo, dvao, sa_mrpo | each reward function's own spread |
-| `process.py` | process, one advantage per token from rewards per step | the group's std over all steps |
+To find an estimator, run `grpo-plus ls advantages`, or look in `ESTIMATORS`. Each file holds one family, and its first
+lines say how to choose within the family. `modifiers.py` holds what composes with any estimator.
 
-`modifiers.py` holds what composes with any of them.
+To add an estimator, write one function in the file of its family, register the function with its promises (see
+`Estimator`), and add a hand-computed row to `tests/advantages/cases.py`. The property tests then run by themselves.
 
-To add an estimator, write one function in the file of its family, register it with what it promises, and add a
-hand-computed row to `tests/advantages/cases.py`; the property tests then run by themselves. In your own script,
-without touching this package:
+An estimator of your own leaves this package as it is:
 
     from grpo_plus.advantages import Rewards, register
 
@@ -25,7 +17,7 @@ without touching this package:
 
     GRPOPlusConfig(..., advantage_estimator="best_of_group")
 
-or, without registering, `--advantage_estimator my_package.my_module.best_of_group`.
+A dotted path needs no registration: `--advantage_estimator my_package.my_module.best_of_group`.
 """
 
 from collections.abc import Mapping
@@ -86,19 +78,18 @@ def estimate(
     modifiers: Modifiers | None = None,
     state: State | None = None,
 ) -> Tensor:
-    """Advantages of `rewards`, checked.
+    """Compute the advantages of a batch, and check them.
 
     Args:
         estimator: an entry of `ESTIMATORS`, its name, or a dotted path to a function.
-        keywords: the estimator's hyper-parameters; its own defaults where absent.
-        modifiers: entries of `MODIFIERS` and their keywords. Those of rewards run first, then the estimator, then
-            those of advantages; among themselves in the order given.
-
-        state: what a stateful estimator remembers; updated in place. None: nothing is remembered.
+        keywords: hyper-parameters of the estimator. Absent ones keep the estimator's defaults.
+        modifiers: names of `MODIFIERS` and their keywords. Reward modifiers run before the estimator and advantage
+            modifiers after it, each kind in the order given.
+        state: what a stateful estimator remembers; updated in place. With None nothing is remembered.
 
     Returns:
-        (P, G) float64, or (P, G, T) for one per token, without gradient; 0 for a completion that no reward function
-        judged, and past the end of one.
+        (P, G) float64 without gradient, or (P, G, T) for an advantage per token. A completion that no reward function
+        judged gets 0, and so do the places past the end of a completion.
 
     Raises:
         ValueError: a reward is infinite, or the result has another shape or is not finite where it should be.

@@ -1,4 +1,4 @@
-"""What is refused: hyper-parameters that cannot work, rewards that are infinite, advantages that no loss could use."""
+"""Refuse hyper-parameters that cannot work, infinite rewards, and advantages that no loss could use."""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -20,15 +20,16 @@ def check_keywords(
     names: Sequence[str] | None = None,
     weights: Sequence[float] | None = None,
 ) -> None:
-    """Refuse hyper-parameters that cannot work before the run, by trying them on a small made-up batch.
+    """Refuse hyper-parameters that cannot work, before the run, by a try on a small made-up batch.
 
     Args:
-        num_generations: the run's own, in training or evaluation: k of `passk` must not exceed it.
-        names: the run's reward functions. Where None, `bounds` of `sa_mrpo` may name anything.
-        weights: theirs, of which only 0 is told from the rest; where None they all count.
+        num_generations: the run's group size, in training or evaluation. k of `passk` must not exceed it.
+        names: the run's reward functions. With None, `bounds` of `sa_mrpo` may name any reward.
+        weights: the reward functions' weights. A weight only matters as 0 or not 0. With None every function counts.
 
     Raises:
-        ValueError: an unknown keyword or a value out of range; UnknownRewardError, a subclass, for a reward's name.
+        ValueError: an unknown keyword or a value out of range.
+        UnknownRewardError: `bounds` names a reward that the run does not have.
     """
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in estimator.parameters)
     for keyword in keywords:
@@ -39,7 +40,7 @@ def check_keywords(
             )
     names = names or list(keywords.get("bounds") or {}) or ["sample"]
     try:
-        # Rewards at the bounds that the keywords give: others would be refused for the wrong reason.
+        # Rewards at the bounds that the keywords give: any other reward would be refused for the wrong reason.
         low, high = keywords.get("low", 0.0), keywords.get("high", 1.0)
         sample = sample_rewards(num_generations, names, low, high, weights=weights)
         data: tuple[Any, ...] = (sample, {}) if estimator.stateful else (sample,)
@@ -52,14 +53,14 @@ def check_keywords(
 
 
 def checked(source: str, advantages: Any, rewards: Rewards) -> Tensor:
-    """`advantages` as float64 without gradient, 0 where nothing was judged and past the end of a completion.
+    """Check advantages and clean them: float64 without gradient, 0 where nothing was judged and past each end.
 
     Args:
-        source: what made them, for the message.
-        advantages: (P, G), or (P, G, T) for one per token, T at least the length of the longest completion.
+        source: what computed the advantages, for the message.
+        advantages: (P, G), or (P, G, T) for an advantage per token. T is at least the length of the longest completion.
 
     Raises:
-        ValueError: they have another shape, or are not finite, in float32, for a completion that was judged.
+        ValueError: another shape, or a judged completion with an advantage that is not finite in float32.
     """
     _check_shape(source, advantages, rewards)
     counts = rewards.judged
@@ -73,7 +74,7 @@ def checked(source: str, advantages: Any, rewards: Rewards) -> Tensor:
 
 
 def check_state(name: str, state: Any) -> None:
-    """Raise ValueError if a checkpoint could not give back what an estimator remembers: JSON, with strings as keys."""
+    """Refuse, with a ValueError, a state that a checkpoint could not give back: it has to be JSON with string keys."""
     pending = [(repr(name), state)]
     while pending:
         where, value = pending.pop()
@@ -95,7 +96,7 @@ def check_state(name: str, state: Any) -> None:
 
 
 def check_rewards(rewards: Rewards) -> None:
-    """Raise ValueError if a reward is infinite, naming the function that returned it."""
+    """Refuse an infinite reward, with a ValueError that names the reward function."""
     infinite = rewards.values.isinf()
     if infinite.any():
         prompt, completion, k = (int(index) for index in infinite.nonzero()[0])

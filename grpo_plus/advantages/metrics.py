@@ -1,11 +1,11 @@
-"""Numbers about one generation batch, logged under `advantages/`: which rewards and tasks drive the update, and how."""
+"""Figures of one generation batch, logged under `advantages/`: which rewards and tasks drive the update, and how."""
 
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from grpo_plus.advantages.reductions import RESOLUTION, centre, has_spread, zscore
+from grpo_plus.advantages.reductions import RESOLUTION, center, has_spread, zscore
 from grpo_plus.advantages.rewards import Rewards
 
 LOGGED_TASK_SHARE = "advantages/task_share/"
@@ -20,15 +20,15 @@ def advantage_metrics(
     by_steps: bool = False,
     rounded: bool = False,
 ) -> dict[str, float]:
-    """Everything below for one batch; a number that the batch cannot give (one reward, no lengths) is left out.
+    """All figures of one batch. A figure that the batch cannot give (one reward, no lengths) is left out.
 
     Args:
-        rewards: as the estimator saw them, after the modifiers of rewards.
-        advantages: (P, G) as they reach the loss.
-        limit: what the `clip` modifier limited |A| to, if it is on; (P, G) if later modifiers moved that.
-        normalizes_each: whether the estimator divides each reward function by its own spread before it sums.
-        by_steps: whether it judges the rewards of steps, and not what the function returned.
-        rounded: whether it leaves rounding where rewards have no spread, as TRL does; ours give exactly 0.
+        rewards: the rewards that the estimator saw, after the reward modifiers.
+        advantages: (P, G) advantages that reach the loss.
+        limit: largest |A| that the `clip` modifier let through; (P, G) if later modifiers changed it. None without it.
+        normalizes_each: whether the estimator divides each reward function by its own spread before the sum.
+        by_steps: whether the estimator judges the rewards of steps, not what the function returned.
+        rounded: whether the estimator leaves rounding where rewards have no spread, as TRL does. Ours give exactly 0.
     """
     size = advantages.abs()
     metrics = {
@@ -53,10 +53,10 @@ def advantage_metrics(
 
 
 def dead_groups(rewards: Rewards, advantages: Tensor, *, normalizes_each: bool = False, rounded: bool = False) -> float:
-    """Share of groups in which every advantage is 0: they take part in no update.
+    """Share of groups in which every advantage is 0. Such groups take part in no update.
 
-    Not the same as a sum of rewards without spread: `gdpo` trains a group whose parts differ and cancel, `ngrpo` one of
-    failures only. With `rounded` a group whose rewards have no spread counts too, whatever rounding left of it.
+    A weighted sum without spread does not make a group dead: `gdpo` trains a group whose parts differ and cancel, and
+    `ngrpo` a group of failures only. With `rounded`, rounding does not save a group whose rewards have no spread.
     """
     dead = (advantages == 0).all(-1)
     if rounded:
@@ -67,11 +67,11 @@ def dead_groups(rewards: Rewards, advantages: Tensor, *, normalizes_each: bool =
 
 
 def zero_spread(rewards: Rewards, *, by_steps: bool = False) -> dict[str, float]:
-    """Share of groups in which a reward function gave every completion the same reward, of the groups that it judged.
+    """Share of judged groups in which a reward function gave every completion the same reward, by function.
 
-    "total" is the weighted sum. TRL logs one figure for all functions, and a flag of the batch instead of a share under
-    scale_rewards="batch" and normalize_then_sum. With `by_steps` the rewards of all steps stand for those of the
-    functions that count.
+    "total" is the weighted sum. TRL logs one figure for all functions. Under scale_rewards="batch" and
+    normalize_then_sum, TRL's figure is a flag of the batch and no share. With `by_steps`, the rewards of all steps
+    replace the rewards of the functions that count.
     """
     columns = {name: rewards.values[..., k] for k, name in enumerate(rewards.names)} | {"total": rewards.total()}
     if by_steps and rewards.steps is not None:
@@ -82,10 +82,10 @@ def zero_spread(rewards: Rewards, *, by_steps: bool = False) -> dict[str, float]
 
 
 def reward_shares(rewards: Rewards, *, normalizes_each: bool = False) -> dict[str, float]:
-    """How much of the weighted, centred reward comes from each function: Σᵢ|cᵢₖ| / Σᵢₗ|cᵢₗ|, cᵢₖ = wₖ(rᵢₖ − mean(rₖ)).
+    """Share of each function in the weighted, centered rewards: Σᵢ|cᵢₖ| / Σᵢₗ|cᵢₗ|, cᵢₖ = wₖ(rᵢₖ − mean(rₖ)).
 
-    One function near 1 drives the update alone, whatever the others' weights say. With `normalizes_each` c is divided
-    by the function's std in the group. Functions of weight 0 have no share.
+    A function near 1 drives the update alone, whatever the weights say. With `normalizes_each`, c is divided by the
+    function's std in the group. Functions of weight 0 have no share.
     """
     size = contributions(rewards, normalizes_each=normalizes_each).abs().nansum((0, 1))
     total = size.sum().clamp(min=torch.finfo(size.dtype).tiny)
@@ -111,11 +111,11 @@ def task_shares(tasks: tuple[str, ...], advantages: Tensor) -> dict[str, float]:
 
 
 def share_with_absent_tasks(logged: Mapping[str, list[float]], values: dict[str, float]) -> None:
-    """Give a share of 0 to the tasks that are missing in `values` or in batches before: a log averages what is there.
+    """Give a share of 0 to each task that a batch lacks, because a log averages only over the values that are there.
 
     Args:
-        logged: the batches since the last log, by name.
-        values: the next batch's.
+        logged: figures of the batches since the last log, by name; updated in place.
+        values: figures of the next batch; updated in place.
     """
     shares = {name for name in (*logged, *values) if name.startswith(LOGGED_TASK_SHARE)}
     batches = max((len(logged[name]) for name in shares if name in logged), default=0)
@@ -125,7 +125,7 @@ def share_with_absent_tasks(logged: Mapping[str, list[float]], values: dict[str,
 
 
 def effective_samples(advantages: Tensor) -> float:
-    """(Σ|A|)² / ΣA² as a share of the batch: 1 if all completions weigh the same, 1/N if a single one decides.
+    """(Σ|A|)² / ΣA² as a share of the batch: 1 if all completions weigh the same, 1/B if a single one decides.
 
     Kish's effective sample size with |A| as the weight.
     """
@@ -135,24 +135,24 @@ def effective_samples(advantages: Tensor) -> float:
 
 
 def correlation(advantages: Tensor, lengths: Tensor, judged: Tensor) -> float:
-    """Pearson correlation of advantage and completion length, 0 where one of them is constant.
+    """Pearson correlation of advantage and completion length. 0 where one of the two is constant.
 
-    Far from 0, the reward is about length: the policy is being taught to write longer (+) or shorter (−).
+    Far from 0, the reward is about length: the policy learns to write longer (+) or shorter (−).
     """
     pairs = torch.stack([advantages[judged], lengths[judged].to(advantages)])
     if not has_spread(pairs).all():
         return 0.0
     # Not torch.corrcoef: its matrix product wakes the thread pool, which costs milliseconds where cores are busy.
-    centred = centre(pairs)
-    covariance, variances = centred.prod(0).sum(), centred.square().sum(-1)
+    centered = center(pairs)
+    covariance, variances = centered.prod(0).sum(), centered.square().sum(-1)
     return (covariance / variances.prod().sqrt()).clamp(-1, 1).item()
 
 
 def contributions(rewards: Rewards, *, normalizes_each: bool = False) -> Tensor:
-    """(P, G, K) weighted, centred rewards; NaN where a function abstained."""
+    """Weighted, centered rewards, (P, G, K). NaN where a function abstained."""
     by_function = rewards.values.transpose(1, 2)
-    centred = zscore(by_function, eps=0.0) if normalizes_each else centre(by_function)
-    return centred.transpose(1, 2) * rewards.weights
+    centered = zscore(by_function, eps=0.0) if normalizes_each else center(by_function)
+    return centered.transpose(1, 2) * rewards.weights
 
 
 def _counting(rewards: Rewards) -> list[str]:

@@ -1,13 +1,14 @@
-"""Modifiers: what composes with any estimator, given as data and not as estimators of their own.
+"""Modifiers: changes of rewards or advantages that compose with any estimator, written as data.
 
     modifiers = {"gate": {"by": "correctness"}, "difficulty": {"gamma": 0.5}, "clip": {"max": 5.0}}
 
-A reward modifier (`gate`, `pods`) changes what the estimator sees; an advantage modifier (`difficulty`,
-`filter_zero_std`, `clip`) changes what it returned, and sees the rewards as the estimator saw them. `apply_to_rewards`
-and `apply_to_advantages` run them in the order given.
+A reward modifier (`gate`, `pods`) changes the rewards that the estimator sees. An advantage modifier (`difficulty`,
+`filter_zero_std`, `clip`) changes the advantages that the estimator returned, and sees the same rewards as the
+estimator. `apply_to_rewards` and `apply_to_advantages` run the modifiers in the order given.
 
-To add one, write a function of (Rewards, *, keywords) -> Rewards or (Rewards, advantages, *, keywords) -> advantages,
-(P, G) and (P, G, T) alike, that refuses wrong values by itself, and name it in one of the two tables at the end.
+To add a modifier, write a function that refuses wrong values by itself, and name it in one of the two tables at the
+end. A reward modifier is (Rewards, *, keywords) -> Rewards. An advantage modifier is (Rewards, advantages, *, keywords)
+-> advantages, for (P, G) and (P, G, T) alike.
 """
 
 import inspect
@@ -32,14 +33,14 @@ def gate(rewards: Rewards, *, by: str, at_least: float = 1.0, gated: Sequence[st
 
     r'ᵢₖ = rᵢₖ if rᵢ,by ≥ at_least, else 0        for every gated k
 
-    An easy reward is otherwise earned first and alone: a length bonus makes a group live in which every answer is
-    wrong. Liu et al., "GDPO" (https://huggingface.co/papers/2601.05242), conditioned rewards. Where the `by` function
-    abstained (returned None) there is nothing to gate by, and the rewards count as they are.
+    Ungated, an easy reward is earned first and alone: a length bonus gives spread to a group in which every answer is
+    wrong. Where the `by` function abstained (returned None), the other rewards count as they are.
+    Liu et al., "GDPO" (https://huggingface.co/papers/2601.05242), conditioned rewards.
 
     Args:
         by: the reward that has to pass.
-        at_least: from which value on it passes.
-        gated: the rewards that count only then; all but `by` where None.
+        at_least: smallest value of `by` that passes.
+        gated: the rewards that count only where `by` passes. None gates every reward but `by`.
     """
     _check_number("at_least", at_least)
     gating = rewards.index(by)
@@ -50,7 +51,7 @@ def gate(rewards: Rewards, *, by: str, at_least: float = 1.0, gated: Sequence[st
     columns[[rewards.index(name) for name in names]] = True
     verdict = rewards.values[..., gating]
     closed = ~(_passes(verdict, at_least) | verdict.isnan())
-    # An abstention stays one: 0 would make it a judgement.
+    # An abstention stays NaN: 0 would be a judgment.
     shut = closed.unsqueeze(-1) & columns & ~rewards.values.isnan()
     return replace(rewards, values=rewards.values.masked_fill(shut, 0.0))
 
@@ -58,18 +59,18 @@ def gate(rewards: Rewards, *, by: str, at_least: float = 1.0, gated: Sequence[st
 def difficulty(
     rewards: Rewards, advantages: Tensor, *, gamma: float = 1.0, by: str | None = None, at_least: float = 1.0
 ) -> Tensor:
-    """Weight a prompt by how often it fails, to a power.
+    """Weight a prompt by a power of its failure rate.
 
     A'ᵢ = (1 − p)^gamma · Aᵢ        p: share of the group's judged completions that succeed
 
-    Prompts that are nearly always solved sharpen the policy on what it does anyway; their updates shrink.
-    Plyusov et al., "F-GRPO" (https://huggingface.co/papers/2602.06717), where p is that of binary rewards. For graded
-    ones a success is a reward of at least `at_least`; gamma is the paper's to tune, and its default here is ours.
+    Prompts that are nearly always solved only sharpen what the policy does anyway. Their updates shrink.
+    Plyusov et al., "F-GRPO" (https://huggingface.co/papers/2602.06717), where rewards are binary. A graded reward is a
+    success from `at_least` on. The paper tunes gamma; the default here is ours.
 
     Args:
-        gamma: from 0, which changes nothing.
-        by: the reward that says what a success is; the weighted sum where None.
-        at_least: from which value on a completion succeeds.
+        gamma: 0 or more. 0 changes nothing.
+        by: the reward that says what a success is. None means the weighted sum.
+        at_least: smallest value that is a success.
     """
     _check_number("gamma", gamma, least=0)
     _check_number("at_least", at_least)
@@ -80,14 +81,14 @@ def difficulty(
 
 
 def filter_zero_std(rewards: Rewards, advantages: Tensor, *, by: str) -> Tensor:
-    """Drop the groups in which one reward, named, has no spread, whatever the other rewards say.
+    """Drop the groups in which one named reward has no spread, whatever the other rewards say.
 
     A'ᵢ = Aᵢ if the rewards rⱼ,by of the group differ, else 0
 
-    In a group without a correct answer a bonus for format or length still makes differences, and scaling by the
-    group's std blows them up to full size. Filtering on the weighted sum does not see that; this does.
-    Yu et al., "DAPO" (https://huggingface.co/papers/2503.14476), dynamic sampling, which draws new prompts instead. A
-    group that the `by` function did not judge at all (returned None throughout) is left as it is.
+    In a group without a correct answer, a bonus for format or length still makes differences, and a division by the
+    group's std blows up these differences to full size. A filter on the weighted sum would not see such a group. A
+    group that the `by` function did not judge at all (returned None throughout) stays as it is.
+    Yu et al., "DAPO" (https://huggingface.co/papers/2503.14476), dynamic sampling, which draws new prompts instead.
 
     Args:
         by: the reward that has to differ.
@@ -103,8 +104,8 @@ def clip(rewards: Rewards, advantages: Tensor, *, max: float) -> Tensor:
     A'ᵢ = min(max(Aᵢ, −max), max)
 
     For estimators that can return large values: `maxrl` and `median_mad` in large groups, `dr_grpo` with an outlier
-    among the rewards. Choose `max` so that it seldom acts: a group of clipped advantages no longer sums to zero. A
-    common practice without a paper of its own.
+    among the rewards. Choose a `max` that seldom acts, because the advantages of a clipped group no longer sum to zero.
+    A common practice without a paper of its own.
 
     Args:
         max: the largest |A|, above 0.
@@ -123,7 +124,7 @@ MODIFIERS: dict[str, Callable[..., Any]] = {**REWARD_MODIFIERS, **ADVANTAGE_MODI
 
 
 def apply_to_rewards(rewards: Rewards, modifiers: Modifiers) -> Rewards:
-    """The rewards that the estimator sees: every reward modifier in turn, in the order given."""
+    """Run every reward modifier, in the order given. The estimator sees the result."""
     for name, keywords in modifiers.items():
         if name in REWARD_MODIFIERS:
             rewards = REWARD_MODIFIERS[name](rewards, **keywords)
@@ -131,7 +132,7 @@ def apply_to_rewards(rewards: Rewards, modifiers: Modifiers) -> Rewards:
 
 
 def apply_to_advantages(rewards: Rewards, advantages: Tensor, modifiers: Modifiers) -> Tensor:
-    """What becomes of an estimator's advantages: every advantage modifier in turn, in the order given."""
+    """Run every advantage modifier on the estimator's advantages, in the order given."""
     for name, keywords in modifiers.items():
         if name in ADVANTAGE_MODIFIERS:
             advantages = ADVANTAGE_MODIFIERS[name](rewards, advantages, **keywords)
@@ -139,10 +140,10 @@ def apply_to_advantages(rewards: Rewards, advantages: Tensor, modifiers: Modifie
 
 
 def clip_limits(rewards: Rewards, modifiers: Modifiers) -> Tensor | None:
-    """(P, G) the |A| at which `clip` stopped each completion, as the modifiers after it left it; None without `clip`.
+    """Largest |A| that `clip` lets through for each completion, (P, G), after the later modifiers. None without `clip`.
 
     Args:
-        rewards: as the estimator saw them.
+        rewards: the rewards that the estimator saw.
     """
     names = list(modifiers)
     if "clip" not in names:
@@ -155,14 +156,15 @@ def clip_limits(rewards: Rewards, modifiers: Modifiers) -> Tensor | None:
 def check_modifiers(
     modifiers: Modifiers, names: Sequence[str] | None = None, *, num_generations: int | None = None
 ) -> None:
-    """Refuse what cannot work before the run: unknown names and keywords, missing ones, and values out of range.
+    """Refuse, before the run, unknown names, unknown or missing keywords, and values out of range.
 
     Args:
-        names: the run's reward functions. Where None, a modifier's `by` may name anything.
-        num_generations: the run's own in training. Evaluation may have smaller groups, which `pods` keeps whole.
+        names: the run's reward functions. With None, `by` of a modifier may name any reward.
+        num_generations: the run's group size in training. Evaluation may have smaller groups; `pods` keeps them whole.
 
     Raises:
-        ValueError: something is wrong; UnknownRewardError, a subclass, if it is the name of a reward.
+        ValueError: a modifier cannot work.
+        UnknownRewardError: a modifier names a reward that the run does not have.
     """
     for name, keywords in modifiers.items():
         if name not in MODIFIERS:
@@ -197,14 +199,14 @@ def _check_keywords(name: str, keywords: Mapping[str, Any]) -> None:
 
 
 def _mentioned(keywords: Mapping[str, Any]) -> list[str]:
-    """The rewards that keywords name; any one where they name none."""
+    """Rewards that the keywords name. A stand-in where the keywords name none."""
     gated = keywords.get("gated")
     named = [keywords.get("by"), *(gated if isinstance(gated, Sequence) else [])]
     return list(dict.fromkeys(name for name in named if isinstance(name, str))) or ["sample"]
 
 
 def _for_each(per_group: Tensor, advantages: Tensor) -> Tensor:
-    """(P, 1), with a further axis where the advantages are those of tokens."""
+    """(P, 1) as it is, or (P, 1, 1) for advantages per token."""
     return per_group.unsqueeze(-1) if advantages.dim() == 3 else per_group
 
 
@@ -214,7 +216,7 @@ def _passes(values: Tensor, at_least: float) -> Tensor:
 
 
 def _check_number(keyword: str, value: float, *, least: float = -math.inf, above: float = -math.inf) -> None:
-    """Refuse what is no number, too small or not finite."""
+    """Refuse a value that is no number, too small or not finite."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if not number or value < least or value <= above:
         wanted = f" above {above}" if above > -math.inf else f" from {least}" if least > -math.inf else ""

@@ -1,7 +1,7 @@
-"""Estimators that look at the reward functions one by one before they sum.
+"""Estimators that look at each reward function by itself before they sum.
 
-A sum forgets where it came from: (correct, malformed) and (wrong, well-formed) may add up to the same number. `gdpo`,
-`mo_grpo` and `sa_mrpo` keep the difference, and keep a reward with a large spread from drowning one with a small
+A sum forgets its parts: (correct, malformed) and (wrong, well-formed) may add up to the same number. `gdpo`, `mo_grpo`
+and `sa_mrpo` keep the difference. They also keep a reward with a large spread from drowning a reward with a small
 spread. `dvao` only rescales the sum, by the spreads of its parts.
 """
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from grpo_plus.advantages.estimator import check_choice, register
-from grpo_plus.advantages.reductions import centre, divide, has_spread, mean, std, zscore
+from grpo_plus.advantages.reductions import center, divide, has_spread, mean, std, zscore
 from grpo_plus.advantages.rewards import Rewards
 
 
@@ -29,9 +29,9 @@ def gdpo(rewards: Rewards, *, ddof: int = 1, eps: float = 1e-4, batch_over: str 
     Liu et al., "GDPO" (https://huggingface.co/papers/2601.05242), Eq. 4-6.
 
     Args:
-        batch_over: whose x the batch's std is taken over. "all", as in the paper and in TRL: the zeros of dead groups
-            (x = 0 throughout) make it smaller, and so the live groups larger, by √((N−1)/(N_live−1)): 3.2 for one
-            live group of four beside seven dead ones. "live" leaves dead groups out.
+        batch_over: which x enter the batch's std. "all", as in the paper and in TRL, includes dead groups (every x is
+            0). Their zeros shrink the std, and live groups grow by √((B−1)/(B_live−1)): 3.2 for one live group of
+            four beside seven dead groups. "live" leaves dead groups out.
     """
     return _over_batch(_normalize_then_sum(rewards, ddof=ddof, eps=eps), ddof=ddof, eps=eps, batch_over=batch_over)
 
@@ -51,9 +51,9 @@ def mo_grpo(rewards: Rewards, *, ddof: int = 1, eps: float = 1e-4) -> Tensor:
     Aᵢ = Σₖ wₖ (rᵢₖ − mean(rₖ)) / (std(rₖ) + eps)        over the group
 
     Every reward function has the same say whatever its scale, and no prompt depends on another. The advantages grow
-    with the number of reward functions, so the weights should sum to about 1.
+    with the number of reward functions, so the weights should sum to about 1. A reward without spread adds 0.
     Ichihara et al., "MO-GRPO" (https://huggingface.co/papers/2509.22047), whose weights are 1. We know the formula
-    from reviews, which leave open the kind of std and eps: the defaults are TRL's. A reward without spread adds 0.
+    from reviews. They leave open the kind of std and eps, so the defaults are TRL's.
     """
     return _normalize_then_sum(rewards, ddof=ddof, eps=eps)
 
@@ -65,15 +65,15 @@ def dvao(rewards: Rewards, *, ddof: int = 1, eps: float = 1e-4) -> Tensor:
     Aᵢ = Σₖ w̃ₖ (rᵢₖ − mean(rₖ)) / std(rₖ),   w̃ₖ = wₖ std(rₖ) / Σₗ wₗ std(rₗ)
        = Σₖ wₖ (rᵢₖ − mean(rₖ)) / (Σₗ |wₗ| std(rₗ) + eps)
 
-    The z-score of the weighted sum, divided by more where the rewards disagree: never larger than `grpo`'s, and
-    smaller the more the parts cancel. Sums that `grpo` cannot tell apart stay alike.
-    Jiang et al., "DVAO" (https://huggingface.co/papers/2605.25604), known to us from a review, which leaves open the
-    kind of std, eps, and groups without spread: here TRL's std and eps, and 0. |w|, so that a penalty, a reward of
-    negative weight, counts by its size.
+    This is the z-score of the weighted sum, with a larger divisor where the rewards disagree. It is never larger than
+    `grpo`'s, and shrinks as the parts cancel. Sums that `grpo` cannot tell apart stay alike.
+    Jiang et al., "DVAO" (https://huggingface.co/papers/2605.25604), known to us from a review. The review leaves open
+    the kind of std, eps, and groups without spread. Here std and eps are TRL's, and such groups get 0. |w| makes a
+    penalty, a reward of negative weight, count by its size.
     """
     by_function = rewards.values.transpose(1, 2)
     spread = std(by_function, ddof=ddof).squeeze(-1) * rewards.weights.abs()
-    return divide(rewards.weighted_sum(centre(by_function).transpose(1, 2)), spread.sum(-1, keepdim=True), eps=eps)
+    return divide(rewards.weighted_sum(center(by_function).transpose(1, 2)), spread.sum(-1, keepdim=True), eps=eps)
 
 
 @register("sa_mrpo", sums_to_zero=True, multi_reward=True, normalizes_each=True)
@@ -91,12 +91,13 @@ def sa_mrpo(
     w̃ₖ = wₖ (1 − sₖ)^gamma,   sₖ = (mean_batch(rₖ) − lowₖ) / (highₖ − lowₖ)        then `gdpo` with the weights w̃
 
     A format reward that is nearly always earned stops outvoting correctness. gamma = 0 is exactly `gdpo`.
+    A mean outside the bounds counts as the nearer bound.
     Wang et al., "Learn What's Left, Not What's Mastered" (https://huggingface.co/papers/2608.16072), known to us from
-    reviews, which leave the std open: it is TRL's, like `gdpo`'s. A mean outside the bounds counts as at the bound.
+    reviews. They leave the std open, so it is TRL's, as in `gdpo`.
 
     Args:
-        gamma: from 0; larger moves the weight faster.
-        bounds: reward name -> [low, high], what that reward can be; [0, 1] for those not named.
+        gamma: 0 or more. A larger gamma moves the weight faster.
+        bounds: reward name -> [low, high], the range of that reward. Rewards without an entry range from 0 to 1.
         batch_over: as in `gdpo`.
     """
     if not gamma >= 0:

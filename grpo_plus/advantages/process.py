@@ -1,5 +1,6 @@
-"""Advantages per token, from rewards for the steps of a completion: `process` for training, `process_advantages` for
-tensors of your own.
+"""Advantages per token, from rewards of a completion's steps.
+
+`process` is the estimator for training, `process_advantages` the same formula for tensors of your own.
 """
 
 import torch
@@ -12,14 +13,14 @@ from grpo_plus.advantages.rewards import Rewards
 
 @register("process", scope="group", needs_lengths=True, needs_steps=True)
 def process(rewards: Rewards, *, ddof: int = 1, eps: float = 1e-4) -> Tensor:
-    """What a token's own step and the later ones are worth, against all steps of the group: process supervision.
+    """Sum the normalized rewards of a token's own step and of all later steps: process supervision.
 
-    r̃ᵢⱼ = (rᵢⱼ − mean(R)) / (std(R) + eps)        R: the rewards of all steps j of all completions i of the group
+    r̃ᵢⱼ = (rᵢⱼ − mean(r)) / (std(r) + eps)        mean, std: over all steps j of all completions i of the group
     Aᵢₜ = Σⱼ r̃ᵢⱼ over the steps j of completion i that end at or after token t
 
-    Needs a reward function that reports steps through TRL's `log_extra`: `step_rewards`, and as `step_ends` the index
-    in `completion_ids` of each step's last token, one list per completion. What the function returns is logged and
-    decides nothing, but for None, which takes the completion out.
+    Needs a reward function that reports steps through TRL's `log_extra`, with one list per completion. `step_rewards`
+    are the rewards, and `step_ends` the index in `completion_ids` of each step's last token. The number that the
+    function returns is logged and decides nothing. None in its place takes the completion out.
     Shao et al., "DeepSeekMath" (https://huggingface.co/papers/2402.03300), section 4.1.3; see `process_advantages`.
     """
     deciding = [name for name, weight in zip(rewards.names, rewards.weights.tolist(), strict=True) if weight != 0]
@@ -50,27 +51,27 @@ def process(rewards: Rewards, *, ddof: int = 1, eps: float = 1e-4) -> Tensor:
 def process_advantages(
     step_rewards: Tensor, step_ends: Tensor, *, num_generations: int, num_tokens: int, ddof: int = 1, eps: float = 1e-4
 ) -> Tensor:
-    """What a token's own step and the later ones are worth, against all steps of the group: process supervision.
+    """Sum the normalized rewards of a token's own step and of all later steps: process supervision.
 
-    r̃ᵢⱼ = (rᵢⱼ − mean(R)) / (std(R) + eps)        R: the rewards of all steps j of all completions i of the group
+    r̃ᵢⱼ = (rᵢⱼ − mean(r)) / (std(r) + eps)        mean, std: over all steps j of all completions i of the group
     Aᵢₜ = Σⱼ r̃ᵢⱼ over the steps j of completion i that end at or after token t
 
-    A completion that errs late keeps credit for its good start. Completions of more steps weigh more in mean(R), and
-    collect larger sums. Tokens after the last step get 0.
+    A completion that errs late keeps credit for its good start. A completion of more steps weighs more in the mean and
+    collects a larger sum. Tokens after the last step get 0. A group whose steps are all alike gets exactly 0.
     Shao et al., "DeepSeekMath" (https://huggingface.co/papers/2402.03300), section 4.1.3. The paper does not say which
-    std; the defaults are those of `grpo`. A group whose steps are all alike gets exactly 0.
+    std it means; the defaults are those of `grpo`.
 
     Args:
-        step_rewards: (B, S) the groups' completions in order, NaN where a completion has fewer steps.
-        step_ends: (B, S) index of each step's last token, from 0; not read where there is no reward.
-        num_generations: completions per group, which divides B.
-        num_tokens: T, tokens of the padded completions.
+        step_rewards: (B, J) for at most J steps, group after group. NaN where a completion has fewer steps.
+        step_ends: (B, J) index of each step's last token, from 0. Not read where there is no reward.
+        num_generations: completions per group; B is a multiple of it.
+        num_tokens: T, the length of the padded completions.
 
     Returns:
         (B, T) float64.
 
     Raises:
-        ValueError: shapes that do not match, an infinite reward, or a step that ends outside of the completion.
+        ValueError: shapes that do not match, an infinite reward, or a step that ends outside the completion.
     """
     judged = ~step_rewards.isnan()
     _check_steps(step_rewards, step_ends, judged, num_generations=num_generations, num_tokens=num_tokens)
@@ -88,7 +89,7 @@ def _check_steps(
     if step_rewards.dim() != 2 or step_ends.shape != step_rewards.shape:
         raise ValueError(
             f"step_rewards has shape {tuple(step_rewards.shape)} and step_ends {tuple(step_ends.shape)}; both need "
-            "the shape (B, S)."
+            "the shape (B, J)."
         )
     if step_rewards.shape[0] % num_generations:
         raise ValueError(

@@ -1,8 +1,8 @@
-"""Estimators built on the order of a group's rewards: ranks, medians, quantiles, the best one.
+"""Estimators built on the order of a group's rewards: ranks, medians, quantiles, the best completion.
 
-For rewards whose order can be trusted more than their size (`rank`), whose outliers should not move the baseline
-(`median_mad`), whose easy and hard prompts should train on opposite ends (`quantile`), or when only the best of
-several attempts will be used (`best_minus_second`).
+Take `rank` where the order of the rewards is more reliable than their size, and `median_mad` where outliers should not
+move the baseline. `quantile` trains hard prompts on their successes and easy prompts on their failures.
+`best_minus_second` fits a model of which only the best of several attempts is used.
 """
 
 import torch
@@ -15,12 +15,12 @@ from grpo_plus.advantages.rewards import Rewards
 
 @register("rank", scope="group", shift_invariant=True, scale_invariant=True, sums_to_zero=True)
 def rank(rewards: Rewards) -> Tensor:
-    """Ranks in the group, spread evenly from 2 for the best to −2 for the worst; ties share the average.
+    """Spread the group's ranks evenly from 2 for the best to −2 for the worst; ties share the average.
 
     Aᵢ = 2 − 4 (rankᵢ − 1)/(G − 1) = 2 (#{rⱼ < rᵢ} − #{rⱼ > rᵢ})/(G − 1)        rank 1 is the best
 
-    For scores of a reward model, of which only the order means something. The authors break ties by position, which
-    gives a group of equal rewards advantages from 2 to −2; here equal rewards get equal advantages, there 0.
+    For the scores of a reward model, where only the order means something. The authors break ties by position, so that
+    a group of equal rewards has advantages from 2 to −2. Here equal rewards get equal advantages, in such a group 0.
     Choi et al., "GOPO: Policy Optimization using Ranked Rewards" (https://huggingface.co/papers/2602.03876).
     """
     total = rewards.total()
@@ -32,15 +32,15 @@ def rank(rewards: Rewards) -> Tensor:
 
 @register("median_mad", scope="group", shift_invariant=True, scale_invariant=True)
 def median_mad(rewards: Rewards, *, eps: float = 1e-3) -> Tensor:
-    """Centre on the group's median and divide by the median absolute deviation, or by the std where that is 0.
+    """Center on the group's median and divide by the median absolute deviation, or by the std where that is 0.
 
     Aᵢ = (rᵢ − median(r)) / (MAD(r) + eps)        MAD(r) = median(|r − median(r)|), lower medians
 
-    The median hardly moves with one outlier, so in small groups fewer advantages get the wrong sign. The completion at
-    the median gets 0. If more than half of the rewards are equal, as with binary ones, the MAD is 0 and the authors'
-    code divides by eps alone (|A| = 1000); here such a group is divided by its sample std.
-    Kim, "MC-GRPO" (https://huggingface.co/papers/2601.22582); the authors sample one completion more and leave the
-    median one out of the backward pass.
+    One outlier hardly moves the median, so in small groups fewer advantages get the wrong sign. The completion at the
+    median gets 0. The MAD is 0 if more than half of the rewards are equal, as binary rewards often are. The authors'
+    code then divides by eps alone (|A| = 1000). Here such a group is divided by its sample std.
+    Kim, "MC-GRPO" (https://huggingface.co/papers/2601.22582). The authors sample one completion more and leave the
+    median completion out of the backward pass.
     """
     total = rewards.total()
     deviations = total - total.nanmedian(-1, keepdim=True).values
@@ -51,17 +51,17 @@ def median_mad(rewards: Rewards, *, eps: float = 1e-3) -> Tensor:
 
 @register("quantile", scope="group", shift_invariant=True, scale_invariant=True)
 def quantile(rewards: Rewards, *, level: float = 0.4, eps: float = 1e-8) -> Tensor:
-    """Centre on the group's K-quantile and divide by its population std.
+    """Center on a quantile of the group's rewards and divide by their population std.
 
-    Aᵢ = (rᵢ − Q_K(r)) / (std(r) + eps)        Q_K = the smallest r with at least a share K of the group at or below it
+    Aᵢ = (rᵢ − Q(r)) / (std(r) + eps)        Q: the smallest r with at least a share `level` of the group at or below it
 
-    With binary rewards and success rate p: only successes train (A > 0) where p ≤ 1 − K, only failures (A < 0) above.
-    Most completions get 0, which the authors find to keep the entropy from collapsing and from exploding.
-    Wu et al., "Quantile Advantage Estimation" (https://huggingface.co/papers/2509.22611). We know the binary case with
-    its std √(p(1 − p)) and eps from a reimplementation; for graded rewards the definition of the quantile is ours.
+    With binary rewards and success rate p, only successes train (A > 0) where p ≤ 1 − level, and only failures (A < 0)
+    above. Most completions get 0. The authors find that this keeps the entropy from collapsing and from exploding.
+    Wu et al., "Quantile Advantage Estimation" (https://huggingface.co/papers/2509.22611). We know the binary case, its
+    std √(p(1 − p)) and its eps from a reimplementation. For graded rewards the definition of the quantile is ours.
 
     Args:
-        level: the paper's K, between 0 and 1. Prompts with a success rate up to 1 − K train on their successes.
+        level: between 0 and 1. Prompts with a success rate up to 1 − level train on their successes.
     """
     if not 0 < level < 1:
         raise ValueError(f"level={level!r} is not a quantile. Use a number between 0 and 1, such as 0.4.")
@@ -74,14 +74,14 @@ def quantile(rewards: Rewards, *, level: float = 0.4, eps: float = 1e-8) -> Tens
 
 @register("best_minus_second", scope="group", shift_invariant=True, scale_invariant=True)
 def best_minus_second(rewards: Rewards, *, scale: bool = True, eps: float = 1e-6) -> Tensor:
-    """Only the best completion trains, by its lead over the second best; a shared first place trains nothing.
+    """Train the best completion only, by its lead over the second best; a shared first place trains nothing.
 
     Aᵢ = (rᵢ − max(rⱼ, j ≠ i))₊ / (std(r) + eps)
 
-    The leave-one-out gradient of the best of G: what one completion adds to the maximum. For a model whose best
-    attempt counts, with a verifier to pick it.
+    This is the leave-one-out gradient of the best of G: what one completion adds to the maximum. For a model whose best
+    attempt counts, with a verifier to pick that attempt.
     Tang et al., "Optimizing Language Models for Inference Time Objectives using Reinforcement Learning"
-    (https://huggingface.co/papers/2503.19595); dividing by the std is verl's addition (its "grpo_passk").
+    (https://huggingface.co/papers/2503.19595). The division by the std is verl's addition (its "grpo_passk").
 
     Args:
         scale: whether to divide by the group's sample std.

@@ -1,4 +1,4 @@
-"""What an estimator sees: the rewards of one generation batch, grouped by prompt."""
+"""Rewards of one generation batch, grouped by prompt: what an estimator sees."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from grpo_plus.registry import suggestion
 
 
 class UnknownRewardError(ValueError):
-    """A reward named in a hyper-parameter that none of the run's reward functions is called."""
+    """A hyper-parameter names a reward that the run does not have."""
 
 
 @dataclass(frozen=True)
@@ -20,13 +20,13 @@ class Rewards:
     """Rewards of one generation batch over all processes, grouped by prompt.
 
     Attributes:
-        values: (P, G, K) reward of each function; NaN where a function abstained (returned None).
+        values: (P, G, K) reward of each function. NaN where a function abstained (returned None).
         weights: (K,) reward weights.
-        names: the K reward functions' names, as TRL logs them.
-        lengths: (P, G) completion lengths in tokens, or None where they are unknown.
-        tasks: (P,) the task of each prompt, from the column that `task_column` names, or None.
-        prompts: (P,) something that identifies each prompt, or None where no estimator asks for it.
-        steps: rewards of the completions' steps, or None where no reward function gave any.
+        names: (K,) names of the reward functions, as TRL logs them.
+        lengths: (P, G) completion lengths in tokens. None where the lengths are unknown.
+        tasks: (P,) task of each prompt, from the column that `task_column` names. None without that column.
+        prompts: (P,) identifier of each prompt. None where no estimator asks for identifiers.
+        steps: rewards of the completions' steps. None where no reward function gave any.
     """
 
     values: Tensor
@@ -73,11 +73,11 @@ class Rewards:
         prompts: Sequence[str] | None = None,
         steps: tuple[Sequence[Row], Sequence[Row]] | None = None,
     ) -> "Rewards":
-        """Group a (P*G, K) table whose groups are contiguous blocks of `num_generations` rows; labels come per row.
+        """Group a (P*G, K) table whose groups are blocks of `num_generations` rows. Labels come one per row.
 
-        The values become float64 on the CPU: a few thousand numbers, where exact sums matter more than speed, and
-        where every process must compute the same advantages to the last bit. `steps` are the rewards and the ends of
-        each completion's steps, see `Steps.from_rows`; they need `lengths`.
+        The values become float64 on the CPU. For a few thousand numbers exact sums matter more than speed, and every
+        process must compute the same advantages to the last bit. `steps` are the rewards and the ends of each
+        completion's steps, as in `Steps.from_rows`. Steps need `lengths`.
         """
         rows, functions = rewards_per_func.shape
         if rows % num_generations:
@@ -101,15 +101,15 @@ class Rewards:
 
     @property
     def judged(self) -> Tensor:
-        """(P, G) whether at least one reward function judged the completion."""
+        """Whether at least one reward function judged the completion, (P, G)."""
         return ~self.values.isnan().all(-1)
 
     def total(self) -> Tensor:
-        """(P, G) weighted sum of the rewards; an abstaining function adds 0; NaN only where every one abstained."""
+        """Weighted sum of the rewards, (P, G). An abstaining function adds 0. NaN only where all functions abstain."""
         return self.weighted_sum(self.values)
 
     def weighted_sum(self, per_function: Tensor) -> Tensor:
-        """(P, G, K) -> (P, G): what `total` does, for values derived from the rewards."""
+        """Weighted sum of values derived from the rewards, (P, G, K) -> (P, G). See `total`."""
         parts = per_function * self.weights
         total = parts.nansum(-1)
         # Parts that cancel, as in 0.1 + 0.2 - 0.3, leave float32 rounding behind, which a small std would blow up.
@@ -117,27 +117,28 @@ class Rewards:
         return total.where(self.judged, torch.nan)
 
     def described_total(self) -> str:
-        """The weighted sums that occur, for an error message: "the weighted sum of ... takes the values ..."."""
+        """Text for an error message: "the weighted sum of ... takes the values ..."."""
         total = self.total()
         seen = [round(value, 6) for value in total[~total.isnan()].unique().tolist()]
         values = ", ".join(map(str, seen[:4])) + (f", … {seen[-1]}" if len(seen) > 4 else "")
         return f"the weighted sum of {', '.join(map(repr, self.names))} takes the values {values}"
 
     def index(self, name: str) -> int:
-        """Which of the K columns is the reward called `name`; raises UnknownRewardError if there is none."""
+        """Column of the reward called `name`. Raises UnknownRewardError if there is no such reward."""
         if name not in self.names:
             raise UnknownRewardError(f"There is no reward {name!r}.{suggestion(str(name), self.names)}")
         return self.names.index(name)
 
     def tokens(self) -> Tensor:
-        """(P, G) completion lengths as float64, at least 1; raises ValueError where they are unknown."""
+        """Completion lengths as float64, (P, G), at least 1. Raises ValueError where the lengths are unknown."""
         if self.lengths is None:
             raise ValueError("The lengths of the completions are needed, but these rewards come without: set lengths.")
         # An empty completion counts as one token: a group of empty ones would have no token-weighted mean.
         return self.lengths.double().clamp(min=1)
 
     def per_completion(self, advantages: Tensor) -> Tensor:
-        """(P, G) advantages as they are; of (P, G, T) ones, which are 0 past each end, the mean over its tokens."""
+        """Advantages per completion, (P, G). Advantages per token, (P, G, T), are averaged over the tokens."""
+        # Advantages per token are 0 past the end of a completion.
         return advantages if advantages.dim() == 2 else advantages.sum(-1) / self.tokens()
 
 
@@ -149,9 +150,10 @@ def sample_rewards(
     *,
     weights: Sequence[float] | None = None,
 ) -> Rewards:
-    """A made-up batch to try hyper-parameters on: one completion gets `low`, the others and a second group `high`.
+    """A made-up batch of two groups, to try hyper-parameters on: one completion gets `low`, all others get `high`.
 
-    The sums are in those bounds too: reward functions of weight 0 keep it, the others share a weight of 1.
+    The weighted sums lie between `low` and `high` too. A reward function of weight 0 keeps that weight, and the other
+    functions share a weight of 1.
     """
     values = torch.full((2, num_generations, len(names)), high, dtype=torch.float64)
     values[0, 0] = low

@@ -1,10 +1,10 @@
 """Estimators that remember earlier batches, so that the size of an advantage means the same from step to step.
 
 Group and batch normalization erase how large rewards are: a task whose rewards grow fivefold gets the same advantages
-as before. A running scale per task keeps the step's size and still lets tasks of different scale share a run. Tasks
-come from the dataset column that `task_column` names; without one the whole run is one task.
+as before. A running scale per task keeps the size of the step and still lets tasks of different scale share a run.
+`task_column` names the dataset column that says the task. Without that column the whole run is one task.
 
-The state is a dictionary of numbers that the function reads and updates in place. It is saved with every checkpoint;
+The state is a dictionary of numbers that the function reads and updates in place. Every checkpoint saves the state, and
 evaluation works on a copy. Every process sees all rewards and so keeps the same state.
 """
 
@@ -15,19 +15,19 @@ import torch
 from torch import Tensor
 
 from grpo_plus.advantages.estimator import State, register
-from grpo_plus.advantages.reductions import RESOLUTION, centre, check_eps, divide, zscore
+from grpo_plus.advantages.reductions import RESOLUTION, center, check_eps, divide, zscore
 from grpo_plus.advantages.rewards import Rewards
 
 
 @register("ema_task", stateful=True, sums_to_zero=True)
 def ema_task(rewards: Rewards, state: State, *, decay: float = 0.99, max_abs: float = 5.0, eps: float = 1e-6) -> Tensor:
-    """Centre on the group mean and divide by the task's running std.
+    """Center on the group mean and divide by the task's running std.
 
     Aᵢ = (rᵢ − mean(r_group)) / (√max(m₂ − m₁², 10⁻⁶) + eps)
     m₁, m₂ ← running means of the task's r and r², updated before they are used
 
-    A group in which some |A| exceeds `max_abs` falls back to its own population std, as the authors' code does: a
-    jump of the rewards by more than about that factor is not kept.
+    A group in which some |A| exceeds `max_abs` falls back to its own population std, as in the authors' code. A jump of
+    the rewards by more than about that factor is therefore lost.
     "OneThinker", EMA-GRPO (https://huggingface.co/papers/2512.03043).
     """
     if not max_abs > 0:
@@ -39,22 +39,23 @@ def ema_task(rewards: Rewards, state: State, *, decay: float = 0.99, max_abs: fl
     for task, prompts in _groups_of(rewards.tasks, total).items():
         moments = _update_moments(state, task, total[prompts], decay)
         sigma[prompts] = max(moments[1] - moments[0] ** 2, 1e-6) ** 0.5
-    advantages = divide(centre(total), sigma, eps=eps)
+    advantages = divide(center(total), sigma, eps=eps)
     too_large = (advantages.abs() > max_abs).any(-1, keepdim=True)
     return torch.where(too_large, zscore(total, ddof=0, eps=eps), advantages)
 
 
 @register("popart", stateful=True, trains_without_spread=True)
 def popart(rewards: Rewards, state: State, *, decay: float = 0.99, eps: float = 1e-6) -> Tensor:
-    """Centre on the task's running mean and divide by the task's running std.
+    """Center on the task's running mean and divide by the task's running std.
 
     Aᵢ = (rᵢ − m₁) / (√max(m₂ − m₁², 10⁻⁶) + eps)
     m₁, m₂ ← running means of the task's r and r², updated before they are used
 
-    The baseline is the task's history and not the group: a group that is all right has a positive advantage while the
-    task as a whole still fails, so no group is dead. PopArt's statistics, on rewards instead of a critic's targets:
+    The baseline is the history of the task, not the group. A group of successes has a positive advantage while the
+    task as a whole still fails, so no group is dead. These are PopArt's statistics, taken of rewards and not of a
+    critic's targets.
     van Hasselt et al., "Learning values across many orders of magnitude" (https://huggingface.co/papers/1602.07714),
-    section 2.1; per task as Hessel et al. (https://huggingface.co/papers/1809.04474).
+    section 2.1. Per task as in Hessel et al. (https://huggingface.co/papers/1809.04474).
     """
     check_eps(eps)
     total = rewards.total()
@@ -75,9 +76,9 @@ def spo(
     p = α / (α + β),  xᵢ = rᵢ − p,  Aᵢ = (xᵢ − mean(x)) / (std(x) + eps)            p as it was before this batch
     α ← ρ α + Σ r,  β ← ρ β + Σ (1 − r)                                            over the prompt's completions
 
-    For rewards from 0 to 1 and data that is seen several times: the baseline needs no group. The paper ties ρ to the
-    policy's KL since the prompt's last visit, between 0.875 and 0.96, and estimates the first p from extra samples;
-    here ρ is constant and a new prompt starts at `prior`, worth `strength` completions.
+    For rewards from 0 to 1 and data that the run sees several times. The baseline needs no group. In the paper ρ
+    follows the policy's KL since the prompt's last visit, between 0.875 and 0.96, and extra samples estimate the first
+    p. Here ρ is constant, and a new prompt starts at `prior`, worth `strength` completions.
     "Single-stream Policy Optimization" (https://huggingface.co/papers/2509.13232).
     """
     _check_share("rho", rho)
@@ -86,19 +87,19 @@ def spo(
         raise ValueError(f"strength={strength!r} is no number of completions. Use a positive one, such as 8.0.")
     total = rewards.total()
     _check_unit(rewards, total)
-    centred = torch.full_like(total, torch.nan)
+    centered = torch.full_like(total, torch.nan)
     for prompt, rows in _groups_of(rewards.prompts, total).items():
         alpha, beta = state.get(prompt, (strength * prior, strength * (1 - prior)))
-        centred[rows] = total[rows] - alpha / (alpha + beta)
+        centered[rows] = total[rows] - alpha / (alpha + beta)
         judged = total[rows][~total[rows].isnan()]
         if judged.numel() == 0:
             continue  # a visit without a verdict tells nothing, and must not fade what is known
         state[prompt] = [rho * alpha + judged.sum().item(), rho * beta + (1 - judged).sum().item()]
-    return zscore(centred.flatten(), eps=eps).view_as(centred)
+    return zscore(centered.flatten(), eps=eps).view_as(centered)
 
 
 def _groups_of(keys: tuple[str, ...] | None, total: Tensor) -> dict[str, list[int]]:
-    """Key -> its rows of `total`; all rows under "" where there are no keys."""
+    """Rows of `total` by key. Without keys, all rows under ""."""
     groups: dict[str, list[int]] = defaultdict(list)
     for row, key in enumerate(keys if keys is not None else [""] * len(total)):
         groups[key].append(row)
@@ -106,7 +107,7 @@ def _groups_of(keys: tuple[str, ...] | None, total: Tensor) -> dict[str, list[in
 
 
 def _update_moments(state: State, task: str, values: Tensor, decay: float) -> list[float]:
-    """Running mean of the task's rewards and of their squares; the first batch sets both."""
+    """Update the running means of the task's rewards and of their squares. The first batch sets both."""
     _check_share("decay", decay)
     judged = values[~values.isnan()]
     if judged.numel() == 0:

@@ -1,4 +1,4 @@
-"""Which completions of a group take part in the update at all."""
+"""Select the completions of a group that take part in the update."""
 
 from dataclasses import replace
 
@@ -10,17 +10,17 @@ from grpo_plus.advantages.rewards import Rewards
 
 
 def pods(rewards: Rewards, *, keep: int) -> Rewards:
-    """Train on the `keep` completions of each group whose rewards vary most; the others count as unjudged.
+    """Train on the `keep` completions of each group whose rewards vary most. The rest counts as unjudged.
 
-    S = argmax over |S| = keep of Var(rᵢ, i ∈ S): the k highest and the keep − k lowest rewards, for the best k
+    kept = argmax of Var(rᵢ, i ∈ kept): the h highest and the keep − h lowest rewards, for the best h
 
-    Sampling is cheap beside the update, so sample many and learn from the telling ones. The dropped completions leave
-    the group's statistics and get an advantage of 0. TRL's normalizers still count them: a loss that averages over
-    sequences comes out keep/G of the paper's, a constant factor that the learning rate can take up.
+    Sampling is cheap beside the update, so sample many completions and learn from the telling ones. Dropped completions
+    leave the group's statistics and get an advantage of 0. TRL's normalizers still count them, so a loss that averages
+    over sequences is keep/G of the paper's. The learning rate can take up this constant factor.
     Xu et al., "PODS" (https://huggingface.co/papers/2504.13818), Algorithm 2.
 
     Args:
-        keep: completions of each group, from 2. A group with fewer judged ones keeps them all.
+        keep: completions per group, at least 2. A group with fewer judged completions keeps them all.
     """
     if not isinstance(keep, int) or keep < 2:
         raise ValueError(f"keep={keep!r} does not fit: a whole number from 2 is needed, at most num_generations.")
@@ -29,9 +29,7 @@ def pods(rewards: Rewards, *, keep: int) -> Rewards:
 
 
 def _most_varied(total: Tensor, keep: int) -> Tensor:
-    """(G,) -> (G,) bool: the judged entries with the largest variance; of equally varied sets the one with more of the
-    best.
-    """
+    """Judged entries with the largest variance, (G,) -> (G,) bool. Among equally varied sets, the best entries win."""
     judged = (~total.isnan()).nonzero().flatten()
     ascending = judged[total[judged].argsort(stable=True)]
     if len(ascending) <= keep:

@@ -1,4 +1,4 @@
-"""Rewards of the steps of a completion, as a reward function reports them."""
+"""Rewards of a completion's steps, as a reward function reports them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,11 +11,11 @@ Row = Sequence[float] | Tensor | None
 
 @dataclass(frozen=True)
 class Steps:
-    """The steps of the completions of one generation batch, grouped by prompt; S is the largest number of them.
+    """Steps of the completions of one generation batch, grouped by prompt. J is the largest number of steps.
 
     Attributes:
-        rewards: (P, G, S) float64, NaN where a completion has fewer steps.
-        ends: (P, G, S) index of each step's last token in the completion, from 0; -1 where there is no step.
+        rewards: (P, G, J) float64. NaN where a completion has fewer steps.
+        ends: (P, G, J) index of each step's last token in the completion, from 0. -1 where there is no step.
     """
 
     rewards: Tensor
@@ -23,16 +23,16 @@ class Steps:
 
     @classmethod
     def from_rows(cls, rewards: Sequence[Row], ends: Sequence[Row], *, lengths: Tensor) -> "Steps":
-        """Pad what the reward function gave for each completion, in the order of the reward table.
+        """Pad the steps that a reward function gave for each completion, in the order of the reward table.
 
         Args:
-            rewards: one list of rewards for each completion; None or an empty one for a completion without steps.
-            ends: one list of token indices for each completion.
-            lengths: (P, G) tokens of the completions.
+            rewards: one list of rewards per completion. None or an empty list for a completion without steps.
+            ends: one list of token indices per completion.
+            lengths: (P, G) completion lengths in tokens.
 
         Raises:
-            ValueError: a completion has more rewards than ends or fewer, an infinite reward, or a step that ends
-                outside of it.
+            ValueError: a completion has more or fewer rewards than ends, an infinite reward, or a step that ends
+                outside the completion.
         """
         columns = [(_as_row(values), _as_row(indices)) for values, indices in zip(rewards, ends, strict=True)]
         for row, (values, indices) in enumerate(columns):
@@ -48,7 +48,7 @@ def _as_row(given: Row) -> Tensor:
 
 
 def _padded(rows: list[Tensor], value: float) -> Tensor:
-    """(B, S), S at least 1."""
+    """Rows of one length, (B, J), J at least 1."""
     padded = torch.full((len(rows), max(1, *map(len, rows))), value, dtype=torch.float64)
     for row, values in enumerate(rows):
         padded[row, : len(values)] = values

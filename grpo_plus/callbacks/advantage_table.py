@@ -1,4 +1,4 @@
-"""Adds the groups to the tables of completions that any GRPO run writes, TRL's or ours."""
+"""Add the groups to the tables of completions that any GRPO run writes, TRL's or ours."""
 
 import os
 import warnings
@@ -19,12 +19,13 @@ Logs = dict[str, Any]
 class AdvantageTableCallback(TrainerCallback):
     """Adds `group`, the index of the row's prompt in its batch, to the tables of completions that TRL writes.
 
-    With log_completions=True TRL writes a parquet file per log under output_dir/completions; with the group one can
-    compare each completion with those it competed against. A column that a file already has is left alone, such as the
-    `task` that GRPOPlusTrainer writes where task_column is set.
+    With log_completions=True, TRL writes a parquet file per log under output_dir/completions. The group says which
+    completions competed with each other. A column that a file already has is left alone, such as the `task` that
+    GRPOPlusTrainer writes where task_column is set.
 
     Args:
-        task_of: gives the task of a prompt as the table holds it (text, or a list of messages) for a column `task`.
+        task_of: from a prompt as the table holds it (text, or a list of messages) to its task, for a column `task`.
+            None adds no such column.
     """
 
     _logged_at: int
@@ -46,7 +47,7 @@ class AdvantageTableCallback(TrainerCallback):
             )
 
     def on_log(self, args: Arguments, state: State, control: Control, logs: Logs | None = None, **kwargs: Any) -> None:
-        """Notice whether new completions have taken the place of those of an evaluation."""
+        """Notice whether new completions have replaced the completions of an evaluation."""
         if "loss" not in (logs or {}):
             return  # not a log of training steps
         if "reward" in (logs or {}) and not self._unlogged:
@@ -54,7 +55,7 @@ class AdvantageTableCallback(TrainerCallback):
         self._unlogged = False
         self._logged_at = state.global_step
 
-    # TRL writes a step's table right after on_log, so each of these comes next and finds it complete.
+    # TRL writes a step's table right after on_log, so each of the next events finds the table complete.
     def on_step_begin(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
         """Complete the table of the step before."""
         self._complete(args, state)
@@ -72,7 +73,7 @@ class AdvantageTableCallback(TrainerCallback):
     def _start(self, step: int) -> None:
         self._logged_at = step
         self._mixed = False  # whether the table may hold rows of an evaluation
-        self._unlogged = False  # whether the next log may tell of completions from before that evaluation
+        self._unlogged = False  # whether the next log may tell of completions from before an evaluation
 
     def _complete(self, args: Arguments, state: State) -> None:
         path = Path(args.output_dir, "completions", f"completions_{state.global_step:05d}.parquet")
@@ -95,10 +96,10 @@ class AdvantageTableCallback(TrainerCallback):
             _replace(path, table, columns)
 
     def _groups(self, prompts: list[Any], args: Arguments, path: Path) -> list[int] | None:
-        """Each row's group, or None with a warning where the rows are not whole groups."""
+        """Group of each row. None, with a warning, where the rows are not whole groups."""
         size = args.num_generations
         evaluated = args.num_generations_eval or size
-        # After an evaluation TRL's table can hold rows of both kinds, and does not say which is which.
+        # After an evaluation, TRL's table can hold rows of training and of evaluation, and does not tell them apart.
         if self._mixed and evaluated != size:
             reason = f"it may mix groups of num_generations={size} and of num_generations_eval={evaluated}"
         elif len(prompts) % size:
@@ -114,7 +115,7 @@ class AdvantageTableCallback(TrainerCallback):
 
 
 def _replace(path: Path, table: pa.Table, columns: dict[str, pa.Array]) -> None:
-    """Write the table with further columns in place of the file; a reader sees the old file or the new one."""
+    """Replace the file by the table with further columns. A reader sees the old file or the new file, never a part."""
     for name, values in columns.items():
         table = table.append_column(name, values)
     # Not named *.parquet: TRL uploads every file of that name in the folder.

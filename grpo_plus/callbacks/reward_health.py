@@ -1,4 +1,4 @@
-"""Reads the log of any GRPO run, TRL's or ours, for rewards that stop teaching."""
+"""Read the log of any GRPO run, TRL's or ours, for rewards that stop teaching."""
 
 import math
 import warnings
@@ -26,14 +26,14 @@ Finding = tuple[str, str | None]
 class RewardHealthCallback(TrainerCallback):
     """Warns, once per cause and with what to try, when the log says that the rewards stopped teaching what they should.
 
-    A cause must show in `patience` training logs in a row. The `advantages/` figures are those of GRPOPlusTrainer;
-    without them the callback uses what TRL logs. Evaluation logs are ignored. A resumed run continues from the
-    checkpoint's log.
+    A cause must show in `patience` training logs in a row. The callback reads the `advantages/` figures of
+    GRPOPlusTrainer, or else what TRL logs. Evaluation logs are ignored. A resumed run continues from the log of its
+    checkpoint.
 
     Args:
-        patience: logs in a row; also how many first logs are averaged into what length and entropy are compared with.
-        dead_groups: share of groups whose advantages are all 0, from which most of the batch is idle.
-        reward_share: share of the centred reward above which one function drives the update alone.
+        patience: number of logs in a row. Length and entropy are compared with their mean over as many first logs.
+        dead_groups: share of groups with advantages of 0 only, from which on most of the batch is idle.
+        reward_share: share of the centered reward above which one function drives the update alone.
         length_ratio: factor by which the mean length may grow or shrink.
         length_correlation: largest harmless |correlation| of advantage and length.
         entropy_ratio: share of its mean over the first `patience` logs below which the entropy counts as collapsed.
@@ -72,13 +72,13 @@ class RewardHealthCallback(TrainerCallback):
         self._forget()
 
     def on_train_begin(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
-        """Start anew, or from the log of the checkpoint that is resumed."""
+        """Start anew, or from the log of the checkpoint that the run resumes."""
         self._forget()
         for entry in state.log_history:
             self._read(entry, args)
 
     def on_log(self, args: Arguments, state: State, control: Control, logs: Logs | None = None, **kwargs: Any) -> None:
-        """Warn of what has shown for `patience` logs."""
+        """Warn of causes that have shown for `patience` logs."""
         for cause, message in self._read(logs or {}, args):
             if message and self._streak[cause] >= self.patience and cause not in self._warned:
                 self._warned.add(cause)
@@ -90,7 +90,7 @@ class RewardHealthCallback(TrainerCallback):
         self._first: defaultdict[str, list[float]] = defaultdict(list)
 
     def _read(self, logs: Logs, args: Arguments) -> list[Finding]:
-        """Count one log; a cause that this log says nothing about keeps its streak."""
+        """Count one log. A cause about which the log says nothing keeps its streak."""
         # TRL logs None where no completion of the window had a value; some integrations turn that into NaN.
         numbers = {key: value for key, value in logs.items() if isinstance(value, int | float) and math.isfinite(value)}
         for key in (LENGTH, ENTROPY):

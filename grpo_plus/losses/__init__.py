@@ -1,13 +1,16 @@
-"""Log-probabilities and advantages to one number to minimise. Pure functions: no trainer, no model, no processes.
+"""Turn log-probabilities and advantages into one number to minimize. Pure functions: no trainer, model or processes.
 
-`LOSSES` has TRL's eight, which TRL goes on computing in training and which are stated here for comparison and
-reading, and the ones that TRL lacks. Where each batch of completions is used for one step only (old_logps = logps),
-nearly all have the gradient of `reinforce` and differ in the reduction alone; a comparison of losses says something
-with `num_iterations` above 1 or several optimizer steps per generation.
+To find a loss, run `grpo-plus ls losses`, or look in `LOSSES`. TRL's eight losses are stated here for comparison and
+reading; TRL goes on computing them in training. The other losses are missing in TRL. Each file holds one family.
 
-To add a loss, write one function in the file of its family (`clipped.py`, `reweighted.py`, `smooth.py`, `sequence.py`,
-`covariance.py`), register it, and add a hand-computed row to `tests/losses/cases.py`; the property tests then run by
-themselves. In your own script, without touching this package:
+Where each batch of completions is used for one step only (old_logps = logps), nearly all losses have the gradient of
+`reinforce` and differ in the reduction alone. A comparison of losses therefore needs `num_iterations` above 1, or
+several optimizer steps per generation.
+
+To add a loss, write one function in the file of its family, register the function with its promises (see `Loss`), and
+add a hand-computed row to `tests/losses/cases.py`. The property tests then run by themselves.
+
+A loss of your own leaves this package as it is:
 
     from grpo_plus.losses import LossInputs, TokenLoss, register
 
@@ -16,7 +19,7 @@ themselves. In your own script, without touching this package:
         penalty = strength / 2 * inputs.log_ratio.square()        # (B, T)
         return TokenLoss(penalty - inputs.advantages * inputs.logps)
 
-or, without registering, the dotted path my_package.my_module.squared.
+A dotted path needs no registration: my_package.my_module.squared.
 """
 
 import inspect
@@ -59,7 +62,7 @@ class PolicyLoss(NamedTuple):
 
     Attributes:
         loss: scalar.
-        metrics: name -> (B, T) or (B, 1) without gradient; `average` over the mask turns each into one number.
+        metrics: name -> (B, T) or (B, 1) without gradient. `average` over the mask turns each entry into one number.
     """
 
     loss: Tensor
@@ -79,22 +82,22 @@ def policy_loss(
     max_length: int | None = None,
     accumulation_steps: int = 1,
 ) -> PolicyLoss:
-    """Loss of `inputs` in TRL's order: per token, times the sampler's ratio, plus beta times the KL, reduced.
+    """Compute a loss in TRL's order: per token, times the sampler's ratio, plus beta times the KL, then reduced.
 
     Args:
         loss: an entry of `LOSSES`, its name, or a dotted path to a function.
-        keywords: the loss's hyper-parameters; its own defaults where absent.
-        beta: weight of the KL to the reference policy; 0 for no KL term.
-        kl_ratio: the importance ratio that the KL estimate is multiplied with, see `kl_to_reference`.
-        loss_reduction: another reduction than the loss's own.
+        keywords: hyper-parameters of the loss. Absent ones keep the loss's defaults.
+        beta: weight of the KL to the reference policy. 0 leaves the KL term out.
+        kl_ratio: importance ratio that multiplies the KL estimate, see `kl_to_reference`.
+        loss_reduction: a reduction in place of the loss's own.
         num_items: see `reduce`.
         max_length: see `reduce`.
-        accumulation_steps: micro-batches that share an optimizer step. The loss is divided by it, except under
-            global-token-mean, where `num_items` counts their tokens already.
+        accumulation_steps: micro-batches that share an optimizer step. The loss is divided by this number, except under
+            global-token-mean, where `num_items` already counts the tokens of all micro-batches.
 
     Raises:
-        ValueError: a hyper-parameter is out of range, something that the loss or reduction needs is None, or the
-            function returned something else than a `TokenLoss` of fitting shapes.
+        ValueError: a hyper-parameter is out of range, the loss or the reduction needs an input that is None, or the
+            function did not return a `TokenLoss` of fitting shapes.
     """
     if isinstance(loss, str):
         loss = LOSSES[loss]
@@ -114,9 +117,9 @@ def policy_loss(
 
 
 def check_loss_keywords(loss: Loss, keywords: Mapping[str, Any]) -> None:
-    """Raise ValueError for a keyword that the loss does not take, or a value that it refuses on a small batch.
+    """Refuse, with a ValueError, an unknown keyword, or a value that the loss refuses on a small made-up batch.
 
-    A loss from outside this package is not run: it may need what the made-up batch does not hold.
+    A loss from outside this package is not run, because it may need inputs that the made-up batch lacks.
     """
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in loss.parameters)
     for keyword in keywords:

@@ -1,7 +1,7 @@
-"""Losses that look at which tokens make the policy's entropy fall.
+"""Losses that hold back the tokens that make the policy's entropy fall.
 
-To first order a step lowers the entropy by the covariance, over tokens, of log-probability and advantage. A few tokens
-make up nearly all of it: probable ones with a high advantage. Holding them back keeps exploration alive.
+To first order, a step lowers the entropy by the covariance of log-probability and advantage over the tokens. A few
+tokens, probable and with a high advantage, make up nearly all of it. Holding them back keeps exploration alive.
 """
 
 import torch
@@ -26,11 +26,11 @@ def clip_cov(
     """PPO's clip that also drops a few tokens with a high covariance, drawn at random.
 
     covₜ = (Aₜ − mean(A)) (log πₜ − mean(log π))
-    L = 0 for clip_cov_ratio · N tokens (at least one) drawn from {t: clip_cov_lb < covₜ < clip_cov_ub},
-        as `grpo` for the others
+    loss = 0 for a share clip_cov_ratio of the tokens (at least one), drawn from {t: clip_cov_lb < covₜ < clip_cov_ub},
+           as `grpo` for the other tokens
 
-    Means and N are over the batch that it is given, so under gradient accumulation over the micro-batch. Tokens that
-    PPO's clip has already stopped are not drawn. The draw uses torch's global random numbers.
+    Means and share are those of the given batch, under gradient accumulation of the micro-batch. Tokens that PPO's clip
+    has already stopped are not drawn. The draw uses torch's global random numbers.
     Cui et al., "The Entropy Mechanism of Reinforcement Learning for Reasoning Language Models"
     (https://huggingface.co/papers/2505.22617), section 4.2; defaults as in verl.
     """
@@ -54,7 +54,7 @@ def _covariance(inputs: LossInputs) -> Tensor:
 
 
 def _draw(candidates: Tensor, count: Tensor) -> Tensor:
-    """`count` of the candidates, or all where there are fewer, each with the same probability: bool."""
+    """Draw `count` of the candidates, each with the same probability: bool. Fewer candidates are all drawn."""
     # A rank by random numbers needs no count on the host, which would wait for the device.
     lots = torch.rand(candidates.shape, device=candidates.device).where(candidates, -1.0)
     rank = lots.flatten().argsort(descending=True).argsort().view_as(candidates)

@@ -1,4 +1,4 @@
-"""What a policy loss sees and what it returns."""
+"""Inputs of a policy loss, and its result."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,19 +11,19 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LossInputs:
-    """What a policy loss may look at. `mask` already selects the tokens that count; losses never re-derive it.
+    """Everything that a policy loss may look at. `mask` already selects the tokens that count.
 
-    Construction checks the shapes, makes the mask boolean, detaches everything but `logps`, and overwrites what the
-    mask hides: log-probabilities and advantages by 0 (so the ratio is 1), the sampler's ratio by 1. Whatever stood
-    there, NaN and infinity included, reaches neither a loss nor a gradient.
+    Construction checks the shapes, makes the mask boolean, and detaches everything but `logps`. It also overwrites what
+    the mask hides, so that NaN and infinity there reach neither a loss nor a gradient. Hidden log-probabilities and
+    advantages become 0 (the ratio is then 1). A hidden ratio to the sampler becomes 1.
 
     Attributes:
-        logps: (B, T) log-probabilities of the completions' tokens under the policy; only they carry a gradient.
-        old_logps: (B, T) the same under the policy that is being improved; `logps.detach()` right after generation.
+        logps: (B, T) log-probabilities of the completions' tokens under the policy. Only they carry a gradient.
+        old_logps: (B, T) log-probabilities under the policy before its update; right after generation `logps.detach()`.
         advantages: (B, 1) or (B, T).
-        mask: (B, T), true where the token is the policy's own and is trained.
-        ref_logps: (B, T) under the reference policy, or None where there is no KL term.
-        importance_sampling_ratio: (B, T) or (B, 1) old policy over sampler (vLLM), or None where they are the same.
+        mask: (B, T), true where the policy wrote the token and trains on it.
+        ref_logps: (B, T) log-probabilities under the reference policy. None where there is no KL term.
+        importance_sampling_ratio: (B, T) or (B, 1), old policy over sampler (vLLM). None where the two are the same.
 
     Raises:
         ValueError: two shapes do not fit together.
@@ -43,7 +43,7 @@ class LossInputs:
             self._check_shape(name, per_row=False)
         for name in ("advantages", "importance_sampling_ratio"):
             self._check_shape(name, per_row=True)
-        # The dataclass is frozen for its users; only here are the fields replaced by their cleaned selves.
+        # The dataclass is frozen for its users. Only here are the fields replaced, by their cleaned values.
         object.__setattr__(self, "mask", self.mask.detach().bool())
         object.__setattr__(self, "logps", torch.where(self.mask, self.logps, 0.0))
         for name, hidden in {
@@ -56,12 +56,12 @@ class LossInputs:
 
     @property
     def log_ratio(self) -> Tensor:
-        """(B, T) log π/π_old of each token; 0 where masked."""
+        """log π/π_old of each token, (B, T). 0 where masked."""
         return self.logps - self.old_logps
 
     @property
     def lengths(self) -> Tensor:
-        """(B, 1) number of tokens that count, at least 1 so that one may divide by it."""
+        """Number of tokens that count in each row, (B, 1). At least 1, for a divisor."""
         return self.mask.sum(-1, keepdim=True).clamp(min=1)
 
     def _check_shape(self, name: str, *, per_row: bool) -> None:
@@ -83,11 +83,11 @@ class LossInputs:
 
 
 class TokenLoss(NamedTuple):
-    """What a loss function returns: one number per token or per row, for `reduce` to mask and sum.
+    """Result of a loss function: one number per token or per row, which `reduce` masks and sums.
 
     Attributes:
-        loss: (B, T), or (B, 1) for a loss of the whole sequence; before masking.
-        metrics: name -> (B, T) or (B, 1) values to log; `average` turns them into one number.
+        loss: (B, T) before masking, or (B, 1) for a loss of the whole sequence.
+        metrics: name -> (B, T) or (B, 1) values to log. `average` turns each entry into one number.
     """
 
     loss: Tensor

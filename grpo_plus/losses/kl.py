@@ -1,15 +1,15 @@
-"""How far the policy has moved from a reference: three estimators from one sample per token, and a moving weight.
+"""KL of the policy to a reference: three estimators from one sample per token, and a weight that follows a target.
 
 All three estimate KL(π ‖ π_ref) from tokens that π generated. k1 is unbiased and may be negative, k2 is biased and
-never negative, k3 is both unbiased and never negative. Their *gradients* are another matter, for the expectation
-depends on π too:
+never negative, k3 is unbiased and never negative. Their *gradients* behave otherwise, because the expectation depends
+on π too:
 
     estimator   gradient in a loss             times the importance ratio, on-policy
-    k1          0 on average: useless          that of the KL
-    k2          that of the KL, on-policy      that of the KL, plus that of k2's bias
-    k3          that of KL(π_ref ‖ π)          that of the KL
+    k1          0 on average: useless          gradient of the KL
+    k2          gradient of the KL, on-policy  gradient of the KL, plus that of k2's bias
+    k3          gradient of KL(π_ref ‖ π)      gradient of the KL
 
-So multiply k1 and k3 by the ratio (`kl_ratio="token"`, TRL's `use_bias_correction_kl`), and k2 by nothing.
+So multiply k1 and k3 by the ratio (`kl_ratio="token"`, TRL's `use_bias_correction_kl`), and leave k2 as it is.
 Schulman, "Approximating KL Divergence" (http://joschu.net/blog/kl-approx.html);
 DeepSeek-AI, "DeepSeek-V3.2" (https://huggingface.co/papers/2512.02556), on the ratio.
 """
@@ -29,12 +29,12 @@ KLEstimator = Literal["k1", "k2", "k3"]
 
 
 def k1(logps: Tensor, ref_logps: Tensor) -> Tensor:
-    """The log-ratio itself: log π − log π_ref. Unbiased, of high variance, negative for half of the tokens."""
+    """Log-ratio, log π − log π_ref. Unbiased, of high variance, negative for half of the tokens."""
     return logps - ref_logps
 
 
 def k2(logps: Tensor, ref_logps: Tensor) -> Tensor:
-    """Half the squared log-ratio: (log π − log π_ref)² / 2. Biased, of low variance."""
+    """Half the squared log-ratio, (log π − log π_ref)² / 2. Biased, of low variance."""
     return (logps - ref_logps).square() / 2
 
 
@@ -48,7 +48,7 @@ KL_ESTIMATORS: dict[KLEstimator, Callable[[Tensor, Tensor], Tensor]] = {"k1": k1
 
 
 def kl_divergence(logps: Tensor, ref_logps: Tensor, estimator: KLEstimator = "k3") -> Tensor:
-    """KL(π ‖ π_ref) of each token by the estimator of that name, (B, T)."""
+    """KL(π ‖ π_ref) of each token, (B, T), by the estimator of that name."""
     if estimator not in KL_ESTIMATORS:
         raise ValueError(f"Unknown kl_estimator {estimator!r}.{suggestion(str(estimator), KL_ESTIMATORS)}")
     return KL_ESTIMATORS[estimator](logps, ref_logps)
@@ -57,11 +57,11 @@ def kl_divergence(logps: Tensor, ref_logps: Tensor, estimator: KLEstimator = "k3
 def kl_to_reference(
     inputs: LossInputs, estimator: KLEstimator = "k3", ratio: ImportanceSamplingLevel | None = "token"
 ) -> Tensor:
-    """The KL term of the objective, before its weight beta, (B, T).
+    """KL term of the objective, (B, T), before its weight beta.
 
     Args:
-        ratio: the importance ratio to multiply the estimate with; None for none. TRL: `importance_sampling_level`
-            with `use_bias_correction_kl`, None without.
+        ratio: importance ratio that multiplies the estimate. None multiplies by nothing. TRL's ratio is
+            `importance_sampling_level` with `use_bias_correction_kl`, and None without.
     """
     if inputs.ref_logps is None:
         raise ValueError("A KL term needs LossInputs.ref_logps, which is None. Pass them, or set beta=0.0.")
@@ -75,15 +75,15 @@ class AdaptiveBeta:
 
     β ← β · (1 + clip(KL / target − 1, ±0.2) · min(completions / horizon, 1))
 
-    Fixing the distance instead of its price: the same beta means another distance for another reward scale. The
-    minimum is ours: a step of more completions than the horizon would otherwise make beta jump, or negative.
+    Fixes the distance and not its price, because a fixed beta means another distance for another scale of rewards. The
+    minimum is ours. Without it, a step of more completions than the horizon could make beta jump or turn negative.
     Ziegler et al., "Fine-Tuning Language Models from Human Preferences" (https://huggingface.co/papers/1909.08593),
     section 2.2.
 
     Attributes:
-        beta: the present weight; all the state there is, so a checkpoint needs to keep nothing else.
-        target_kl: the KL wanted, in the unit in which `update` is given it (per token, as TRL logs `kl`).
-        horizon: completions after which a KL off by 20 % or more has changed beta by about a fifth.
+        beta: the present weight. A checkpoint needs to keep nothing else.
+        target_kl: the wanted KL, in the unit of the `kl` that `update` gets (per token, as TRL logs `kl`).
+        horizon: completions that change beta by about a fifth, if the KL is off by 20 % or more.
     """
 
     beta: float
@@ -99,7 +99,7 @@ class AdaptiveBeta:
                 )
 
     def update(self, kl: float, completions: int = 1) -> "AdaptiveBeta":
-        """The controller after a step that measured `kl` on that many completions.
+        """Next controller, after a step that measured `kl` on so many completions.
 
         Raises:
             ValueError: `kl` is NaN, which would make beta NaN from then on.

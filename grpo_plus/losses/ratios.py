@@ -1,7 +1,8 @@
-"""Importance ratios between the policy and the one that generated, and the clip that PPO puts on them.
+"""Importance ratios between the policy and the policy that generated, and PPO's clip of a ratio.
 
-Per token the ratio is cheap in variance and ignores that earlier tokens drifted too; per sequence it is the one the
-theory asks for, and the product of hundreds of token ratios. Dividing its logarithm by the length (GSPO) lies between.
+A ratio per token has little variance, but ignores that earlier tokens drifted too. The theory asks for a ratio per
+sequence, but that ratio is a product of hundreds of token ratios. GSPO lies between, with the sequence's log-ratio
+divided by the length.
 """
 
 import math
@@ -23,9 +24,9 @@ def token_ratio(inputs: LossInputs) -> Tensor:
 
 
 def sequence_ratio(inputs: LossInputs, *, length_normalised: bool = True) -> Tensor:
-    """Ratio of the whole sequences' probabilities, (B, 1).
+    """Ratio of the probabilities of whole sequences, (B, 1).
 
-    s = (∏ₜ ρₜ)^(1/|o|),  or  ∏ₜ ρₜ  without the normalisation
+    s = (∏ₜ ρₜ)^(1/|o|),  or  ∏ₜ ρₜ  without the normalization
 
     The geometric mean of the token ratios is TRL's "sequence" level.
     Zheng et al., "Group Sequence Policy Optimization" (https://huggingface.co/papers/2507.18071), Eq. 7.
@@ -35,21 +36,21 @@ def sequence_ratio(inputs: LossInputs, *, length_normalised: bool = True) -> Ten
 
 
 def importance_ratio(inputs: LossInputs, level: ImportanceSamplingLevel) -> Tensor:
-    """`token_ratio` or the length-normalised `sequence_ratio`, by TRL's name: (B, T) or (B, 1)."""
+    """`token_ratio` or the length-normalized `sequence_ratio`, by TRL's name: (B, T) or (B, 1)."""
     if level not in LEVELS:
         raise ValueError(f"Unknown importance_sampling_level {level!r}.{suggestion(str(level), LEVELS)}")
     return token_ratio(inputs) if level == "token" else sequence_ratio(inputs)
 
 
 def saturating_exp(log_ratio: Tensor) -> Tensor:
-    """exp that stops at the dtype's largest numbers instead of infinity."""
+    """exp that stops at the dtype's largest number instead of infinity."""
     # A clip gives an overflowed ratio a gradient of 0, and 0 * inf is NaN. The margin is for rounding in the dtype.
     limits = torch.finfo(log_ratio.dtype)
     return log_ratio.clamp(max=math.log(limits.max) * (1 - limits.eps)).exp()
 
 
 def clip_range(epsilon: float, epsilon_high: float | None) -> tuple[float, float]:
-    """(1 − epsilon, 1 + epsilon_high); None for `epsilon_high` means the same as `epsilon`."""
+    """Bounds of a clip, (1 − epsilon, 1 + epsilon_high). None for `epsilon_high` means the same as `epsilon`."""
     epsilon_high = epsilon if epsilon_high is None else epsilon_high
     if not (epsilon >= 0 and epsilon_high >= 0):  # NaN is neither
         raise ValueError(
@@ -62,10 +63,10 @@ def clip_range(epsilon: float, epsilon_high: float | None) -> tuple[float, float
 def clip(ratio: Tensor, advantages: Tensor, bounds: tuple[float, float], *, delta: float | None = None) -> TokenLoss:
     """PPO's clipped surrogate: the more pessimistic of the ratio and the clipped ratio.
 
-    L = −min(ρ A, clip(ρ, low, high) A)
+    loss = −min(ρ A, clip(ρ, low, high) A)
 
-    A token that has already moved far enough in the direction of its advantage gets no gradient. One that moved the
-    other way keeps all of it, without limit for a negative advantage; `delta` sets that limit.
+    A token that has already moved far enough in the direction of its advantage gets no gradient. A token that moved the
+    other way keeps its whole gradient. For a negative advantage the gradient has no limit, unless `delta` sets one.
     Schulman et al., "Proximal Policy Optimization" (https://huggingface.co/papers/1707.06347), Eq. 7.
     """
     low, high = bounds

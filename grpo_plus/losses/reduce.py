@@ -1,8 +1,8 @@
-"""From a loss per token to one number. Variants of GRPO differ in this as often as in the loss itself.
+"""Reduce a loss per token to one number. Variants of GRPO differ in the reduction as often as in the loss itself.
 
-What is averaged decides what a token weighs. A mean over each sequence lets a token of a short completion count for
-more than one of a long completion; a mean over all tokens lets a long completion count for more than a short one; a
-sum divided by a constant does neither, and leaves the size of the gradient to the lengths.
+The reduction decides what a token weighs. Under a mean over each sequence, a token of a short completion counts for
+more than a token of a long completion. Under a mean over all tokens, a long completion counts for more than a short
+completion. A sum divided by a constant does neither, and leaves the size of the gradient to the lengths.
 """
 
 from typing import Literal, get_args
@@ -26,7 +26,7 @@ def reduce(
     num_items: Tensor | float | None = None,
     max_length: int | None = None,
 ) -> Tensor:
-    """Sum the loss over the tokens that count, divided as `how` says. The names are verl's `loss_agg_mode`.
+    """Sum the loss over the tokens that count, and divide as `how` says. The names are verl's `loss_agg_mode`.
 
     | name                    | formula                         | TRL's losses with it            |
     |-------------------------|---------------------------------|---------------------------------|
@@ -39,8 +39,8 @@ def reduce(
     A (B, 1) loss stands for every token of its row, as in TRL: token sums count it |oᵢ| times. Rows and batches in
     which nothing counts give 0.
 
-    Under gradient accumulation divide the result by the number of micro-batches, except for global-token-mean: there
-    `num_items` already counts the tokens of all of them (with several processes, their mean per process).
+    Under gradient accumulation, divide the result by the number of micro-batches. global-token-mean is the exception,
+    because `num_items` already counts the tokens of all micro-batches (with several processes, their mean per process).
 
     Args:
         loss: (B, T) or (B, 1).
@@ -71,7 +71,7 @@ def reduce(
 
 
 def average(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of a metric over the tokens that count, or over the rows where it has one value per row, as TRL logs it."""
+    """Mean of a metric over the tokens that count, as TRL logs it. A metric per row is averaged over the rows."""
     if values.shape[1] == 1 and mask.shape[1] != 1:
         return values.mean() if len(values) else values.sum()
     return reduce(values, mask, "token-mean")

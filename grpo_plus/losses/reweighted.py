@@ -1,10 +1,10 @@
 """REINFORCE with a detached weight: every token keeps a gradient, and the ratio only decides how much.
 
-L = −sg(w) A log π
+loss = −sg(w) A log π
 
-A clip silences a token once its ratio has left the trust region; here the weight is bounded instead. Take `cispo`
-where rare but decisive tokens ("wait", "however") must not be clipped away, `vespo` or `topr` for completions that
-are old or come from another policy, `reinforce` where every batch is used once.
+A clip silences a token once its ratio has left the trust region. Here the weight is bounded instead. Take `cispo` where
+rare but decisive tokens ("wait", "however") must not be clipped away. Take `vespo` or `topr` for completions that are
+old or come from another policy, and `reinforce` where every batch is used once.
 """
 
 import math
@@ -33,9 +33,9 @@ _promising = partial(register, scope="row", zero_without_advantage=True, reinfor
 def reinforce(inputs: LossInputs) -> TokenLoss:
     """The policy gradient without a ratio: −A log π.
 
-    Right for completions that the present policy generated, and what every other loss comes down to there; biased as
-    soon as a batch is used twice. The loss's own value means nothing, only its gradient does.
-    Williams, "Simple statistical gradient-following algorithms" (1992); GPG is this with its own advantages:
+    Right for completions of the present policy, where every other loss comes down to this one. Biased as soon as a
+    batch is used twice. The value of this loss means nothing; only the gradient does.
+    Williams, "Simple statistical gradient-following algorithms" (1992). GPG is this loss with advantages of its own:
     Chu et al., "GPG" (https://huggingface.co/papers/2504.02546).
     """
     return _weighted(inputs, torch.ones_like(inputs.logps))
@@ -50,9 +50,9 @@ def cispo(
 ) -> TokenLoss:
     """The ratio as a weight, clipped from above: −sg(min(ρ, epsilon_high)) A log π.
 
-    Here `epsilon_high` is the bound itself, not its distance from 1. Beware in TRL: left unset there it becomes
-    epsilon, 0.2, and every token is scaled by 0.2.
-    MiniMax, "MiniMax-M1" (https://huggingface.co/papers/2506.13585), Eq. 4-5; the default is that of
+    Here `epsilon_high` is the bound itself, not a distance from 1. Beware of TRL's default: an unset epsilon_high
+    becomes epsilon, 0.2, and every token is scaled by 0.2.
+    MiniMax, "MiniMax-M1" (https://huggingface.co/papers/2506.13585), Eq. 4-5. The default here is that of
     Khatri et al., "ScaleRL" (https://huggingface.co/papers/2510.13786).
     """
     if not epsilon_high > 0:
@@ -68,8 +68,8 @@ def cispo(
 def cispo_two_sided(inputs: LossInputs, *, epsilon: float = 0.2, epsilon_high: float | None = None) -> TokenLoss:
     """The ratio as a weight, clipped from both sides: −sg(clip(ρ, 1 − epsilon, 1 + epsilon_high)) A log π.
 
-    verl's and NeMo RL's reading of CISPO: the lower bound keeps a gradient for tokens that became improbable, the
-    bounds are distances from 1 as in `grpo`.
+    verl and NeMo RL read CISPO this way. The lower bound keeps a gradient for tokens that became improbable. The bounds
+    are distances from 1, as in `grpo`.
     MiniMax, "MiniMax-M1" (https://huggingface.co/papers/2506.13585), Eq. 4-5.
     """
     low, high = clip_range(epsilon, epsilon_high)
@@ -80,17 +80,17 @@ def cispo_two_sided(inputs: LossInputs, *, epsilon: float = 0.2, epsilon_high: f
 
 @_promising("topr", reduction="seq-mean-token-sum")
 def topr(inputs: LossInputs, *, length_normalised: bool = False) -> TokenLoss:
-    """Imitate what was good as it is, and taper off what was bad as the policy leaves it behind.
+    """Imitate good completions as they are, and taper off bad completions as the policy leaves them behind.
 
-    L = −sg(w) A log π,    w = 1 where A ≥ 0,    w = min(∏ₜ ρₜ, 1) elsewhere
+    loss = −sg(w) A log π,    w = 1 where A ≥ 0,    w = min(∏ₜ ρₜ, 1) elsewhere
 
-    Pushing a bad completion down for ever is what breaks REINFORCE off-policy; here its weight goes to 0 as its
-    probability does. Needs no KL term, and works on completions of any other policy.
+    REINFORCE breaks off-policy because it pushes a bad completion down forever. Here the weight of a bad completion
+    goes to 0 as its probability does. Needs no KL term, and works on completions of any other policy.
     Le Roux et al., "Tapered Off-Policy REINFORCE" (https://huggingface.co/papers/2503.14286).
 
     Args:
-        length_normalised: take the geometric mean of the token ratios in place of their product, which is the
-            paper's but close to 0 or above 1 for most long completions.
+        length_normalised: take the geometric mean of the token ratios in place of their product. The paper has the
+            product, which is close to 0 or above 1 for most long completions.
     """
     ratio = sequence_ratio(inputs, length_normalised=length_normalised)
     weight = torch.where(inputs.advantages >= 0, 1.0, ratio.clamp(max=1.0))
@@ -106,12 +106,12 @@ def vespo(
     vespo_k_neg: float = 3.0,
     vespo_lambda_neg: float = 2.0,
 ) -> TokenLoss:
-    """A smooth bump over the ratio of the whole sequence as its weight.
+    """Weight a sequence by a smooth bump over its ratio.
 
-    L = −sg(φ(w)) A log π,    φ(w) = wᵏ e^(λ (1 − w)),    w = ∏ₜ ρₜ
+    loss = −sg(φ(w)) A log π,    φ(w) = wᵏ e^(λ (1 − w)),    w = ∏ₜ ρₜ
 
-    φ(1) = 1; k says how fast a sequence fades that became improbable, λ one that became probable. The sampler's ratio,
-    where there is one, belongs to w.
+    φ(1) = 1. k says how fast a sequence fades that became improbable, and λ how fast a sequence fades that became
+    probable. The sampler's ratio, where there is one, is a factor of w.
     "VESPO: Variational Sequence-Level Soft Policy Optimization" (https://huggingface.co/papers/2602.10693).
     """
     log_w = inputs.log_ratio.clamp(-HIGHEST, HIGHEST).sum(-1, keepdim=True)
@@ -127,5 +127,5 @@ def vespo(
 
 
 def _weighted(inputs: LossInputs, weight: Tensor, metrics: dict[str, Tensor] | None = None) -> TokenLoss:
-    """−sg(w) A log π, the form that this family shares."""
+    """−sg(w) A log π, the shared form of this family."""
     return TokenLoss(-weight.detach() * inputs.advantages * inputs.logps, metrics or {})

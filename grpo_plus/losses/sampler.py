@@ -1,4 +1,4 @@
-"""The policy beside an inference engine that samples for it: same weights, other kernels, other probabilities."""
+"""Gap between the policy and the inference engine that samples for it: same weights, other kernels."""
 
 import math
 from collections.abc import Callable
@@ -19,28 +19,29 @@ FIGURES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-# Between vLLM and a trainer in bfloat16 the root mean square is 0.03 to 0.055 nats, as users measured on 0.5 B models
-# (huggingface/trl#6789, ServiceNow/Fast-LLM#525): several times that is no rounding.
+# Users measured a root mean square of 0.03 to 0.055 nats between vLLM and a trainer in bfloat16, on 0.5 B models
+# (huggingface/trl#6789, ServiceNow/Fast-LLM#525). Several times that is no rounding.
 SUSPICIOUS = 0.2
 
 
 def sampler_ratio(
     logps: Tensor, sampler_logps: Tensor, mask: Tensor, *, mode: SamplerMode, low: float | None, high: float | None
 ) -> Tensor:
-    """How much likelier the policy finds what the engine sampled, bounded.
+    """Bounded ratio of the policy π to the engine μ, in the probability of what the engine sampled.
 
-    ρₜ = π(oₜ) / μ(oₜ),  or ∏ₜ ρₜ for the sequence;  outside [low, high] truncated to it, or masked: 0
+    ρₜ = π(oₜ) / μ(oₜ),  or ∏ₜ ρₜ for the sequence        outside [low, high]: truncated to the bound, or masked to 0
 
-    Weighting a loss with it corrects for tokens that were not drawn from π. Unbounded, a single token could outweigh
-    the batch. Yao et al., "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training" (truncation).
+    A loss that is weighted with this ratio is corrected for tokens that were not drawn from π. Without bounds, a single
+    token could outweigh the batch.
+    Yao et al., "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training" (truncation).
 
     Args:
-        logps, sampler_logps: (B, T); NaN where the engine has none, which counts as no difference.
+        logps, sampler_logps: (B, T). NaN where the engine has no value, which counts as no difference.
         mask: (B, T) booleans, true where the token was sampled.
-        low, high: None for no bound.
+        low, high: bounds of the ratio. None sets no bound.
 
     Returns:
-        (B, T) in the token modes, 1 where masked; (B, 1) in the sequence modes.
+        (B, T) in the token modes, 1 where masked. (B, 1) in the sequence modes.
     """
     level, bounding = mode.split("_")
     log_ratio = torch.where(mask, logps - sampler_logps, 0.0).nan_to_num(nan=0.0)
@@ -52,16 +53,16 @@ def sampler_ratio(
 
 
 def sampler_differences(logps: Tensor, sampler_logps: Tensor, mask: Tensor) -> Tensor:
-    """log π(oₜ) - log μ(oₜ) of the sampled tokens that the engine has a value for; (B, T) each, (n,) returned."""
+    """log π(oₜ) − log μ(oₜ) of the sampled tokens for which the engine has a value: (B, T) each -> (n,)."""
     differences = (logps - sampler_logps)[mask]
     return differences[~differences.isnan()]
 
 
 def suspicion(differences: Tensor, step: int) -> str | None:
-    """A warning about a sampler whose distance from the policy no rounding explains; None for any other.
+    """Warning about a sampler that is further from the policy than rounding explains. None for any other sampler.
 
     Args:
-        differences: (n,) of the log-probabilities that both give the same tokens, in nats.
+        differences: (n,) differences of the log-probabilities that policy and sampler give the same tokens, in nats.
     """
     gap = math.sqrt(differences.float().square().mean().item()) if differences.numel() else 0.0
     if gap <= SUSPICIOUS:
@@ -75,23 +76,23 @@ def suspicion(differences: Tensor, step: int) -> str | None:
 
 
 class SamplerGap:
-    """How far engine and policy are apart over one generation batch, collected from its micro-batches."""
+    """Distance of engine and policy over one generation batch, collected from its micro-batches."""
 
     def __init__(self) -> None:
         self._differences: list[Tensor] = []
         self._ratios: list[Tensor] = []
 
     def add(self, logps: Tensor, sampler_logps: Tensor, mask: Tensor, ratio: Tensor) -> None:
-        """Take in a micro-batch: the arguments of `sampler_ratio`, and what it returned."""
+        """Add a micro-batch: the arguments of `sampler_ratio`, and its result."""
         self._differences.append(sampler_differences(logps, sampler_logps, mask))
         self._ratios.append(ratio[mask] if ratio.shape == mask.shape else ratio.flatten())
 
     def differences(self) -> Tensor:
-        """(n,) `sampler_differences` of all micro-batches."""
+        """`sampler_differences` of all micro-batches, (n,)."""
         return torch.cat(self._differences)
 
     def figures(self) -> Tensor:
-        """(5,) this process's figures, as `FIGURES` names them; 0 where nothing was sampled."""
+        """Figures of this process, (5,), in the order of `FIGURES`. 0 where nothing was sampled."""
         differences, ratios = (
             values if values.numel() else values.new_zeros(1)
             for values in (self.differences().abs(), torch.cat(self._ratios))
@@ -100,5 +101,5 @@ class SamplerGap:
 
 
 def joined(figures: Tensor) -> dict[str, float]:
-    """(processes, 5) `SamplerGap.figures` to one number each, by name."""
+    """One number per figure, by name, from `SamplerGap.figures` of all processes, (processes, 5)."""
     return {name: float(join(figures[:, column])) for column, (name, join) in enumerate(FIGURES.items())}

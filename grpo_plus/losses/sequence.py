@@ -1,8 +1,8 @@
-"""Losses that weigh a completion as a whole. One reward judges the whole completion; so may one ratio.
+"""Losses that weigh a completion as a whole. One reward judges the whole completion, and so may one ratio.
 
 GSPO itself is `grpo` with importance_sampling_level="sequence". `gspo_token` is GSPO for advantages that differ from
-token to token, `gmpo` clips the tokens before it averages them, `kl_to_old` does not clip at all and holds the policy
-near the one that generated.
+token to token. `gmpo` clips the tokens before it averages them. `kl_to_old` does not clip at all, and holds the policy
+near the policy that generated.
 """
 
 import math
@@ -22,10 +22,10 @@ _promising = partial(register, scope="row", reinforce_on_policy=True)
 def gspo_token(inputs: LossInputs, *, epsilon: float = 3e-4, epsilon_high: float | None = 4e-4) -> TokenLoss:
     """GSPO with a ratio per token: the sequence's value, the token's gradient.
 
-    L = −min(sₜ A, clip(sₜ, 1 − epsilon, 1 + epsilon_high) A),    sₜ = sg(s) · π(oₜ) / sg(π(oₜ))
+    loss = −min(sₜ A, clip(sₜ, 1 − epsilon, 1 + epsilon_high) A),    sₜ = sg(s) · π(oₜ) / sg(π(oₜ))
 
-    With one advantage per completion it has GSPO's value and gradient; with (B, T) advantages each token answers for
-    its own.
+    With one advantage per completion, value and gradient are GSPO's. With (B, T) advantages, each token answers for its
+    own advantage.
     Zheng et al., "Group Sequence Policy Optimization" (https://huggingface.co/papers/2507.18071), Eq. 13-14;
     bounds from its section 5.1.
     """
@@ -36,12 +36,12 @@ def gspo_token(inputs: LossInputs, *, epsilon: float = 3e-4, epsilon_high: float
 
 @_promising("gmpo", reduction="seq-mean-token-mean", zero_without_advantage=True)
 def gmpo(inputs: LossInputs, *, epsilon: float = 0.4, epsilon_high: float | None = None) -> TokenLoss:
-    """The geometric mean of clipped token ratios, so that no single token carries a completion away.
+    """Geometric mean of clipped token ratios, so that no single token carries a completion away.
 
-    L = −A exp(1/|o| Σₜ lₜ),    lₜ = min(log ρₜ, epsilon_high) where A > 0, max(log ρₜ, −epsilon) elsewhere
+    loss = −A exp(1/|o| Σₜ lₜ),    lₜ = min(log ρₜ, epsilon_high) where A > 0, max(log ρₜ, −epsilon) elsewhere
 
-    The bounds are distances between log-probabilities: 0.4 lets a ratio go from 0.67 to 1.49, wider than PPO's clip,
-    because the mean damps what a token can do. With (B, T) advantages each token takes its own in both places.
+    The bounds are distances between log-probabilities. 0.4 lets a ratio go from 0.67 to 1.49, wider than PPO's clip,
+    because the mean damps each token. With (B, T) advantages, each token takes its own advantage in both places.
     Zhao et al., "Geometric-Mean Policy Optimization" (https://huggingface.co/papers/2507.20673).
     """
     epsilon_high = epsilon if epsilon_high is None else epsilon_high
@@ -62,24 +62,24 @@ def gmpo(inputs: LossInputs, *, epsilon: float = 0.4, epsilon_high: float | None
 
 @_promising("kl_to_old", reduction="seq-mean-token-sum")
 def kl_to_old(inputs: LossInputs, *, beta_old: float = 0.04, kl_estimator: KLEstimator = "k3") -> TokenLoss:
-    """No clip: the ratio of the whole sequence, and a KL to the policy that generated it.
+    """Ratio of the whole sequence, without a clip, plus a KL to the policy that generated the sequence.
 
-    L = −Σᵢ (∏ₜ ρᵢₜ) Aᵢ + beta_old Σᵢ Σₜ KL(π ‖ π_old)
+    loss = −Σᵢ (∏ₜ ρᵢₜ) Aᵢ + beta_old Σᵢ Σₜ KL(π ‖ π_old)
 
-    The objective of "A Comprehensive Analysis of GRPO", for advantages that are centred and not scaled (`dr_grpo`).
-    A soft trust region: a step may leave it, at a price. Its default reduction takes the mean over the completions
-    where the article takes the sum, so that the learning rate does not depend on their number: L/B. Each of the |o|
-    tokens carries an equal share of the sequence's term. The product of many ratios varies wildly: keep updates small
-    and completions short. The KL keeps its gradient where the advantage is 0.
+    This is the objective of "A Comprehensive Analysis of GRPO", for advantages that are centered and not scaled
+    (`dr_grpo`). The KL is a soft trust region: a step may leave it, at a price. It keeps its gradient where the
+    advantage is 0. The product of many ratios varies wildly, so keep updates small and completions short.
+    The article sums over the completions. The default reduction here takes the mean, loss/B, so that the learning rate
+    does not depend on B. Each of the |o| tokens carries an equal share of the sequence's term.
     Estimator and weight of the KL: Shao et al., "DeepSeekMath" (https://huggingface.co/papers/2402.03300), Eq. 4 and
     section 4.2.
 
     Args:
-        beta_old: weight of this KL; GRPOConfig's `beta` remains that of the KL to the reference model.
+        beta_old: weight of this KL. GRPOConfig's `beta` remains the weight of the KL to the reference model.
     """
     if not 0 <= beta_old < math.inf:
         raise ValueError(f"beta_old={beta_old!r} holds no policy near the old one. Use 0 or a positive number.")
     share = sequence_ratio(inputs, length_normalised=False) * inputs.advantages / inputs.lengths
     kl = kl_divergence(inputs.logps, inputs.old_logps, kl_estimator)
-    # Without its weight the KL must go: 0 times its overflow is NaN.
+    # Without a weight the KL must go: 0 times an overflowed KL is NaN.
     return TokenLoss(beta_old * kl - share if beta_old else -share, {"kl_to_old": kl})

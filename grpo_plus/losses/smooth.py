@@ -1,7 +1,7 @@
-"""Losses that fade a token out as its ratio leaves 1, instead of cutting it off.
+"""Losses that fade a token out as its ratio leaves 1, instead of cutting the token off.
 
-A clip is all or nothing: a gradient at ρ = 1.19 is whole and at 1.21 gone. A gate keeps a little of it, so tokens that
-drifted far can still come back.
+A clip is all or nothing: the gradient is whole at ρ = 1.19 and gone at 1.21. A gate keeps a little of the gradient, so
+that tokens that drifted far can still come back.
 """
 
 import torch
@@ -28,10 +28,10 @@ def sapo(
 ) -> TokenLoss:
     """A sigmoid of the ratio, steeper for tokens with a negative advantage.
 
-    L = −(4/τ) σ(τ (ρ − 1)) A,    τ = sapo_temperature_pos where A > 0, sapo_temperature_neg elsewhere
+    loss = −(4/τ) σ(τ (ρ − 1)) A,    τ = sapo_temperature_pos where A > 0, sapo_temperature_neg elsewhere
 
-    Its gradient weight 4 σ'(τ (ρ − 1)) ρ is 1 at ρ = 1 and falls smoothly on both sides. Pushing a token down spreads
-    its probability over the whole vocabulary, which is noisier than pushing one up: hence the steeper gate.
+    The weight of the gradient, 4 σ'(τ (ρ − 1)) ρ, is 1 at ρ = 1 and falls smoothly on both sides. Pushing a token down
+    spreads its probability over the whole vocabulary. That is noisier than pushing a token up, hence the steeper gate.
     Gao et al., "Soft Adaptive Policy Optimization" (https://huggingface.co/papers/2511.20347).
     """
     for name, value in (

@@ -1,4 +1,4 @@
-"""Whether a model has adapters, which weights they are, and what lies beneath them."""
+"""Adapters of a model: whether it has any, their weights, and the bits of the base beneath."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -11,7 +11,7 @@ ADAPTER_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def has_adapters(model: Any) -> bool:
-    """Whether `model` is one of PEFT's."""
+    """Whether the model is a PEFT model."""
     if not is_peft_available():
         return False
     from peft import PeftModel
@@ -20,17 +20,17 @@ def has_adapters(model: Any) -> bool:
 
 
 def bits_of(model: Any) -> int | None:
-    """4 or 8 for a base that bitsandbytes has quantized; None for any other."""
+    """Bits of a base that bitsandbytes has quantized, 4 or 8. None for any other base."""
     if getattr(model, "is_loaded_in_4bit", False):
         return 4
     return 8 if getattr(model, "is_loaded_in_8bit", False) else None
 
 
 def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """What the optimizer trains of a model with adapters: name and parameter."""
+    """Names and parameters that the optimizer trains, of a model with adapters."""
     return ((name, weight) for name, weight in model.named_parameters() if weight.requires_grad)
 
 
 def adapter_values(model: Any) -> dict[str, Tensor]:
-    """The trainable weights of a model with adapters as they are, for `restore_adapters`; nothing of other models."""
+    """Trainable weights of a model with adapters, as they are, for `restore_adapters`. Empty for other models."""
     return {name: weight.data for name, weight in adapter_parameters(model)} if has_adapters(model) else {}

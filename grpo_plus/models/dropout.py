@@ -1,4 +1,4 @@
-"""Dropout: whether a model has any, and a forward without it."""
+"""Dropout of a model: whether there is any, and a forward without it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from torch import nn
 
 
 def dropout_of(model: nn.Module) -> str | None:
-    """The first dropout above 0 in the model, as text; None without one."""
+    """Describe the first dropout above 0 in the model. None without dropout."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Dropout) and module.p > 0:
             return f"dropout {module.p} in {name}"
@@ -19,7 +19,7 @@ def dropout_of(model: nn.Module) -> str | None:
 
 @contextmanager
 def without_dropout(model: nn.Module) -> Iterator[None]:
-    """Evaluate a model that has dropout; each module goes back to its own mode."""
+    """Put a model with dropout into eval mode, inside. Afterwards each module goes back to its own mode."""
     if dropout_of(model) is None or not model.training:
         yield
         return

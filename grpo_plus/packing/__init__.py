@@ -1,7 +1,10 @@
-"""Padded rows through the model without the padding, and each prompt once for all of its completions.
+"""Forward padded rows without their padding, and each prompt once for all of its completions.
 
-`layout` says where the tokens go, `attention` and `cached` are two ways to let completions see a shared prompt,
-`forward` runs them inside the model's forward, `check` holds each to plain rows before it is used, `packer` decides.
+Start reading at `packer.py`, which chooses the form of a model's rows. `check.py` compares a form with plain rows
+before its use. A completion sees a shared prompt by segment attention (`attention.py`) or through the model's own cache
+(`cached.py`).
+
+To add a form, write a `Form` at the end of `forward.py`, and offer the form in `packer.candidates`.
 """
 
 from grpo_plus.packing.forward import Head

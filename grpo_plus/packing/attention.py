@@ -1,8 +1,8 @@
 """Segment attention: what a token of a packed row may attend to, without an N x N mask.
 
-A shared prompt attends causally to itself; a completion attends to its prompt and causally to itself. Both are ordinary
-calls of the attention that the model already uses, one for the prompt and one or several for its completions, so
-scaling, grouped queries, soft-capping and attention sinks stay the model's affair.
+A shared prompt attends causally to itself. A completion attends to its prompt, and causally to itself. Both are
+ordinary calls of the model's own attention: one call for the prompt, one or several calls for its completions. Scaling,
+grouped queries, soft-capping and attention sinks therefore stay the model's affair.
 """
 
 import sys
@@ -29,12 +29,12 @@ Attention = Callable[..., tuple[Tensor, Any]]
 
 @dataclass(frozen=True)
 class Segments:
-    """What the attention layers get to know of a packed row.
+    """What the attention layers know of a packed row.
 
-    spans: the groups, with their indices on the model's device.
+    spans: places of the groups, with indices on the model's device.
     pairs_per_call: pairs of query and key that cost as much as one more call. A group's completions share one padded
-        call where the padding is cheaper than a call for each.
-    masks: what the first layers needed, for the others: they differ by the window at most.
+        call where the padding is cheaper than a call for each completion.
+    masks: masks that earlier layers needed. Later layers reuse them, since layers differ by the window at most.
     """
 
     spans: tuple[Span, ...]
@@ -46,7 +46,7 @@ class Segments:
         return span.padding_pairs <= self.pairs_per_call * len(span.ends)
 
     def mask(self, length: int, past: int, window: int | None, like: Tensor) -> Tensor:
-        """`_causal_mask`, made once."""
+        """Get a `_causal_mask`, made once."""
         key = (length, past, window, like.dtype, like.device)
         if key not in self.masks:
             self.masks[key] = _causal_mask(length, past, window, like)
@@ -54,11 +54,11 @@ class Segments:
 
 
 class UnsupportedLayerError(ValueError):
-    """Segment attention cannot say what this layer's tokens may see."""
+    """Segment attention cannot tell what the tokens of a layer may see."""
 
 
 def why_not_segments(model: PreTrainedModel) -> str | None:
-    """Why a packed row would be wrong on this model; None where it may be right and the self-check decides."""
+    """Reason why a packed row would be wrong on this model. With None the row may be right; the self-check decides."""
     config = model.config.get_text_config()
     name = config._attn_implementation.removeprefix(PREFIX)
     if name not in SUPPORTED:
@@ -72,10 +72,10 @@ def why_not_segments(model: PreTrainedModel) -> str | None:
 
 
 def install_segments(model: PreTrainedModel) -> None:
-    """Let the model's attention layers take `segments=...`; without it they compute what they did before.
+    """Let the model's attention layers take `segments=...`. Without segments they compute what they did before.
 
-    It stays until `uninstall_segments`: a checkpointed layer calls its attention again during the backward, long after
-    the forward returned.
+    Stays until `uninstall_segments`, because a checkpointed layer calls its attention again during the backward, long
+    after the forward returned.
     """
     for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
         name = config._attn_implementation
@@ -85,7 +85,7 @@ def install_segments(model: PreTrainedModel) -> None:
 
 
 def uninstall_segments(model: PreTrainedModel) -> None:
-    """Give the model its attention's own name back; graphs that still wait for a backward must be gone."""
+    """Give the model back the name of its attention. Graphs that still wait for a backward must be gone."""
     for config in (model.config, model.config.get_text_config()):
         config._attn_implementation = config._attn_implementation.removeprefix(PREFIX)
 
@@ -127,8 +127,9 @@ def segment_attention(
 
     Args:
         attend: the model's attention function, with transformers' signature.
-        query: (1, heads, N, D); key and value (1, heads of keys, N, D).
-        needs_mask: whether `attend` sees all keys where it is given none; sdpa is told that it is causal.
+        query: (1, heads, N, D), D the width of a head.
+        key, value: (1, heads of keys, N, D).
+        needs_mask: whether `attend` sees all keys where it gets no mask. sdpa does not: it is told to be causal.
 
     Returns:
         (1, N, heads, D), as transformers' attention functions do.
@@ -158,7 +159,7 @@ def _slice(states: Sequence[Tensor], start: int, end: int) -> list[Tensor]:
 
 
 def _one_by_one(call: Callable[..., Tensor], states: Sequence[Tensor], span: Span) -> list[Tensor]:
-    """A call for each completion, nothing padded."""
+    """Call for each completion by itself, without padding."""
     _, keys, values = _slice(states, span.start, span.prefix)
     outputs = []
     for start, end in pairwise((span.prefix, *span.ends)):
@@ -169,7 +170,7 @@ def _one_by_one(call: Callable[..., Tensor], states: Sequence[Tensor], span: Spa
 
 
 def _together(call: Callable[..., Tensor], states: Sequence[Tensor], span: Span) -> list[Tensor]:
-    """One call for all completions, padded to one length."""
+    """Call once for all completions, padded to one length."""
     rows = len(span.ends)
     _, keys, values = (state.expand(rows, -1, -1, -1) for state in _slice(states, span.start, span.prefix))
     query, key, value = (_rows(state, span) for state in states)
@@ -179,13 +180,16 @@ def _together(call: Callable[..., Tensor], states: Sequence[Tensor], span: Span)
 
 
 def _rows(states: Tensor, span: Span) -> Tensor:
-    """(1, heads, N, D) to the group's completions, (R, heads, T, D)."""
+    """Gather the group's completions: (1, heads, N, D) -> (rows, heads, T, D)."""
     taken = states[0].index_select(1, span.padded.flatten())
     return taken.view(states.shape[1], *span.padded.shape, states.shape[-1]).transpose(0, 1)
 
 
 def _causal_mask(length: int, past: int, window: int | None, like: Tensor) -> Tensor:
-    """(1, 1, T, past + T) to add to the scores, 0 where a token may look; sdpa would make it of booleans each time."""
+    """Mask to add to the scores, (1, 1, length, past + length): 0 where a token may look.
+
+    The mask holds numbers because sdpa would turn booleans into numbers at every call.
+    """
     queries = torch.arange(past, past + length, device=like.device).unsqueeze(1)
     keys = torch.arange(past + length, device=like.device)
     allowed = keys <= queries

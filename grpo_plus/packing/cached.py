@@ -1,9 +1,9 @@
-"""The universal shared prompt: two passes through the model's own cache, with gradients.
+"""Shared prompt on any model: two passes through the model's own cache, with gradients.
 
-The prompt goes through the model once, into a cache that keeps what each layer writes; the completions go through on a
-cache that serves those records to every one of them and takes nothing in. Both passes are part of one graph, so the
-backward reaches the prompt through the records. No mask and no attention of ours: whatever transformers can cache
-works, sliding windows, attention sinks, recurrent and convolution layers included.
+First the prompt goes through the model, into a cache that keeps what each layer writes. Then the completions go
+through, on a cache that serves these records to every completion and takes nothing in. Both passes are part of one
+graph, so the backward reaches the prompt through the records. Masks and attention stay the model's. Whatever
+transformers can cache works, including sliding windows, attention sinks, recurrent and convolution layers.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,9 +22,10 @@ Key = tuple[str, int, int]  # what is recorded, layer, which of the layer's stat
 
 
 class PromptRecord(DynamicCache):
-    """Keeps what the layers write while a prompt goes through.
+    """Cache that keeps what the layers write while a prompt goes through.
 
-    A checkpointed layer writes again in the backward. That is not kept: its graph would live as long as the record.
+    A checkpointed layer writes again in the backward. The second writing is not kept, because its graph would live as
+    long as the record.
     """
 
     def __init__(self, config: PretrainedConfig) -> None:
@@ -38,15 +39,15 @@ class PromptRecord(DynamicCache):
         return key_states, value_states
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> None:
-        """None: nothing precedes a prompt."""
+        """None, because nothing precedes a prompt."""
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> None:
-        """None: nothing precedes a prompt."""
+        """None, because nothing precedes a prompt."""
 
     def update_conv_state(
         self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, conv_kernel_size: int | None = None, **_: Any
     ) -> Tensor:
-        """Keep what a convolution still sees of the prompt: its last columns, zeros before a short prompt."""
+        """Keep the prompt's last columns, which a convolution still sees. Zeros stand before a short prompt."""
         size = conv_states.shape[-1] if conv_kernel_size is None else conv_kernel_size
         full = nn.functional.pad(conv_states, (max(size - conv_states.shape[-1], 0), 0))
         self.states.setdefault(("conv", layer_idx, state_idx), (full[..., -size:],))
@@ -64,15 +65,15 @@ _records: WeakSet[PromptRecord] = WeakSet()
 def forget_prompts() -> None:
     """Empty every record, after a graph that no backward walks to its end.
 
-    A checkpoint that waits for a backward holds its layer and the record, and the record the graph that holds the
-    checkpoint: a circle through C++, which Python's collector does not see.
+    Such a graph would never be freed. A waiting checkpoint holds its layer and the record, and the record holds the
+    graph with the checkpoint. This circle runs through C++, which Python's collector does not see.
     """
     for record in list(_records):
         record.states.clear()
 
 
 class PromptReader(DynamicCache):
-    """Serves a prompt's records to `rows` completions and takes nothing in."""
+    """Cache that serves a prompt's records to `rows` completions and takes nothing in."""
 
     def __init__(self, config: PretrainedConfig, record: PromptRecord, rows: int, prompt_length: int) -> None:
         super().__init__(config=config)
@@ -84,7 +85,7 @@ class PromptReader(DynamicCache):
             if kind == "attention":
                 expanded = self._fill_attention(layer, expanded, prompt_length)
             else:
-                layer.has_previous_state[state_idx] = True  # which models ask before they choose masks
+                layer.has_previous_state[state_idx] = True  # models ask for this before they choose masks
             self.states[key] = expanded
 
     @staticmethod
@@ -98,32 +99,32 @@ class PromptReader(DynamicCache):
         return states
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
-        """The prompt's keys and values, then the completions'."""
+        """Keys and values of the prompt, then of the completions."""
         keys, values = self.states["attention", layer_idx, 0]
         return torch.cat([keys, key_states], dim=2), torch.cat([values, value_states], dim=2)
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor:
-        """What the convolution sees of the prompt."""
+        """Columns of the prompt that the convolution sees."""
         return self.states["conv", layer_idx, state_idx][0]
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor:
-        """The state after the prompt."""
+        """State after the prompt."""
         return self.states["recurrent", layer_idx, state_idx][0]
 
     def update_conv_state(self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, **_: Any) -> Tensor:
-        """The prompt's columns, then the completions'."""
+        """Columns of the prompt, then of the completions."""
         return torch.cat([self.get_conv_state(layer_idx, state_idx), conv_states], dim=-1)
 
     def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **_: Any) -> Tensor:
-        """Nothing follows a completion."""
+        """Keep nothing, because nothing follows a completion."""
         return recurrent_states
 
 
 @contextmanager
 def checkpoints_with_cache(model: nn.Module) -> Iterator[None]:
-    """Inside, checkpointed layers keep the cache that they are given, which transformers would take from them.
+    """Let checkpointed layers keep the cache that they get, which transformers would take from them.
 
-    The layers' checkpoints are non-reentrant here whatever the training asked for: a reentrant one has no graph from
+    Inside, the checkpoints are non-reentrant whatever the training asked for. A reentrant checkpoint has no graph from
     the states that it wrote into a cache.
     """
     flagged = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
@@ -132,7 +133,7 @@ def checkpoints_with_cache(model: nn.Module) -> Iterator[None]:
     replaced = [(layer, layer.__dict__.get("forward")) for layer in layers]
     for layer in layers:
         layer.forward = partial(checkpoint, partial(_plain, layer, layer.forward), use_reentrant=False)
-    for module in flagged:  # models, too, refuse a cache where they are flagged
+    for module in flagged:  # a flagged model refuses a cache, too
         module.gradient_checkpointing = False  # type: ignore[assignment]
     try:
         yield
@@ -146,7 +147,7 @@ def checkpoints_with_cache(model: nn.Module) -> Iterator[None]:
 
 
 def _plain(layer: GradientCheckpointingLayer, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """The layer's forward without its own checkpoint, in the backward too, when transformers' is on again."""
+    """Run the layer's forward without transformers' checkpoint, which is on again in the backward."""
     before = layer.gradient_checkpointing
     layer.gradient_checkpointing = False
     try:

@@ -1,8 +1,8 @@
-"""The start-up self-check: a form is used on a model only after it gave what plain rows give, on real tokens.
+"""Self-check at the start: a form is used on a model only after it gave what plain rows give, on real tokens.
 
-Three small rows, two of them of one prompt, go through the model one by one without padding: that is the truth. A form
-must reproduce their log-probabilities to a small multiple of what padding a row alone changes, and the gradient that
-reaches the embeddings of their tokens, which has come through every layer whatever trains.
+Three small rows, two of them of one prompt, go through the model one by one without padding. Their results are the
+truth. A form must reproduce their log-probabilities, up to a small multiple of what padding alone changes. It must also
+reproduce the gradient at the embeddings of their tokens, which has come through every layer whatever trains.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,8 +22,9 @@ from grpo_plus.packing.layout import Group
 
 PROMPT, COMPLETION, PADDING = 96, 32, 8  # tokens of the probes
 NOISE_FACTOR = 3.0
-# In float32 and below: root mean square of log-prob differences that is rounding, the most that noise may excuse, and
-# relative gradient error. A model that draws random numbers is noisier, and no form of it can be told from a wrong one.
+# In full precision (True) and below: the root mean square of log-prob differences that is rounding, the most that noise
+# may excuse, and the relative error of gradients. On a model that draws random numbers, no form passes: there a right
+# form cannot be told from a wrong form.
 LIMITS = {True: (2e-5, 1e-3, 1e-3), False: (2e-2, 0.1, 0.1)}
 # What a model that was not made for a form may raise.
 FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError, LookupError)
@@ -34,7 +35,11 @@ PaddedLogps = Callable[[Tensor, Tensor, int], Tensor]  # input_ids, attention_ma
 
 @dataclass(frozen=True)
 class Verdict:
-    """The form that passed, None if none did, with its head, None for the model's own; and why others did not."""
+    """The form that passed and its head, and reasons why other forms did not.
+
+    form: None if no form passed.
+    head: None for the model's own head.
+    """
 
     form: Form | None
     head: Head | None
@@ -50,13 +55,13 @@ def choose(
     *,
     gradient: bool,
 ) -> Verdict:
-    """The first form that is exact on this model, with the first of the heads that lets one be.
+    """Choose the first form that is exact on this model, with the first head under which a form is exact.
 
     Args:
         model: the base model, without wrappers.
-        groups: rows of the batch at hand, to take real tokens from.
+        groups: rows of the batch at hand, as a source of real tokens.
         padded_logps: the forward to agree with.
-        gradient: whether to compare a gradient too; a reentrant checkpoint cannot give one to a check.
+        gradient: whether to compare a gradient too. A check cannot get a gradient from a reentrant checkpoint.
     """
     probes = _probes(groups)
     floor, ceiling, gradient_limit = LIMITS[_full_precision(model)]
@@ -87,7 +92,7 @@ def choose(
 
 
 def _probes(groups: Sequence[Group]) -> list[Group]:
-    """Two rows of one prompt and, in another group, one of a shorter prompt; from the first and the last group."""
+    """Two rows of one prompt, and a row of a shorter prompt in another group, from the first and the last group."""
     first, last = groups[0], groups[-1]
     prompt, completion = first.prompt[-PROMPT:], first.completions[0][:COMPLETION]
     other = last.prompt[-PROMPT:][1:] if len(last.prompt) > 1 else last.prompt
@@ -114,7 +119,7 @@ def _in_form(form: Form, probes: Sequence[Group], head: Head | None, model: PreT
 def _with_gradient(
     model: PreTrainedModel, wanted: bool, forward: Callable[[], Tensor]
 ) -> tuple[Tensor, Gradients | None]:
-    """Log-probabilities (M,), and the gradient of a weighted sum of them that reaches the tokens' embeddings."""
+    """Log-probabilities (M,), and the gradient of their weighted sum at the tokens' embeddings."""
     if not wanted:
         with torch.no_grad():
             return forward(), None
@@ -131,7 +136,7 @@ def _with_gradient(
 
 @contextmanager
 def _embedded(model: PreTrainedModel) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Token ids and their embeddings of every call inside, the latter as leaves that ask for a gradient."""
+    """Collect token ids and embeddings of every call inside. The embeddings are leaves that ask for a gradient."""
     calls: list[tuple[Tensor, Tensor]] = []
 
     def keep(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:

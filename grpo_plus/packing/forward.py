@@ -1,7 +1,7 @@
-"""Log-probabilities of a model's completions in packed form: the forms, and how they run inside the model's forward.
+"""Forms of packed rows: log-probabilities of a model's completions without padding.
 
-A form turns groups of rows into calls of the model and returns one value per scored token, in packed order. It runs
-*inside* the outermost module's forward (DDP, mixed precision), handed in by `model(packed=call)`.
+A form turns groups of rows into calls of the model, and returns one value per scored token, in packed order. The form
+runs *inside* the forward of the outermost module (DDP, mixed precision), handed in by `model(packed=call)`.
 """
 
 import inspect
@@ -19,17 +19,17 @@ from grpo_plus.packing.attention import Segments, install_segments
 from grpo_plus.packing.cached import PromptReader, PromptRecord, checkpoints_with_cache
 from grpo_plus.packing.layout import IGNORED, Group, Span, pack, passes
 
-# Completions go through the cache in parts of similar length where that saves more tokens of padding than this for each
-# part: what a pass costs beside its tokens, on a CPU, forward and backward.
+# Cost of a pass beside its tokens, counted in tokens, on a CPU, forward and backward. Completions go through the cache
+# in parts of similar length where a further part saves more padding than this.
 PASS_TOKENS = 64
 
-Logps = tuple[Tensor, Tensor]  # log-probabilities and entropies, (M,) each, of the scored tokens in packed order
+Logps = tuple[Tensor, Tensor]  # log-probabilities and entropies, (M,) each, of M scored tokens in packed order
 Head = Callable[[PreTrainedModel, Tensor, Tensor], Logps]  # base model, (M, H) hidden states, (M,) targets
 PackedCall = Callable[[PreTrainedModel, Callable[..., Any]], Logps]
 
 
 def install_packed_forward(model: PreTrainedModel) -> None:
-    """Let `model(packed=call)` run `call(model, forward)` in place of its forward, as TRL's fused head is added."""
+    """Let `model(packed=call)` run `call(model, forward)` in place of its forward. TRL adds its fused head this way."""
     before = model.forward
     if "packed" in inspect.signature(before, follow_wrapped=False).parameters:
         return  # another trainer has had this model
@@ -47,10 +47,10 @@ def install_packed_forward(model: PreTrainedModel) -> None:
 class Form:
     """A way to forward groups of rows.
 
-    run: what happens inside the model's forward: (groups, head, base model, its forward) -> Logps. `head=None` is the
-        model's fused one.
+    run: call inside the model's forward, (groups, head, base model, its forward) -> Logps. `head=None` means the
+        model's fused head.
     share: whether completions of one prompt go together.
-    tokens: how many tokens it forwards for these groups.
+    tokens: number of tokens that the form forwards for these groups.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Form:
     tokens: Callable[[Sequence[Group]], int]
 
     def arrange(self, groups: Sequence[Group]) -> list[Group]:
-        """The groups as `run` and `tokens` take them."""
+        """Groups as `run` and `tokens` take them."""
         return list(groups) if self.share else [row for group in groups for row in group.apart()]
 
 
@@ -76,7 +76,7 @@ def _run_segments(
         row.shift_labels,
         input_ids=row.input_ids.to(device),
         position_ids=row.position_ids.to(device),
-        # transformers hands a 4D mask through as it is; with None it would build an N x N one from the positions.
+        # transformers hands a 4D mask through. Without a mask it would build one of N x N from the positions.
         attention_mask=torch.zeros(1, 1, 1, 1, device=device),
         segments=Segments(tuple(_on(span, device) for span in row.spans), pairs_per_call=pairs_per_call(device)),
     )
@@ -84,7 +84,7 @@ def _run_segments(
 
 def pairs_per_call(device: torch.device) -> float:
     """Pairs of query and key whose attention takes as long as the overhead of a call, forward and backward."""
-    # On a CPU about 0.15 us a pair of four heads of 64, and 0.3 ms a call. On a GPU a launch outweighs any padding.
+    # On a CPU a pair takes about 0.15 us (four heads of 64), a call 0.3 ms. On a GPU a launch outweighs any padding.
     return 2000.0 if device.type == "cpu" else float("inf")
 
 
@@ -124,7 +124,7 @@ def _run_completions(
     model: PreTrainedModel,
     forward: Callable[..., Any],
 ) -> Logps:
-    """Some of the group's completions, padded to one length, after its prompt."""
+    """Run some of the group's completions, padded to one length, after its prompt."""
     shared, length = len(group.prompt) - 1, max(_cached_lengths(group)[row] for row in rows)
     ids = torch.zeros(len(rows), length, dtype=torch.long)
     labels = torch.full((len(rows), length), IGNORED)
@@ -144,7 +144,7 @@ def _run_completions(
 
 
 def _in_order(values: Tensor, group: Group, order: Sequence[int]) -> Tensor:
-    """The scored tokens' values, which come row by row in that order, in the group's."""
+    """Put values of scored tokens into the group's order. They come row by row in the order given."""
     by_row = dict(zip(order, values.split([len(group.completions[row]) for row in order]), strict=True))
     return torch.cat([by_row[row] for row in range(len(order))])
 

@@ -1,4 +1,4 @@
-"""The frozen head in a single pass, with a model's own scale and cap; what `Form.run` takes as its head."""
+"""Frozen head in a single pass, with a model's own scale and cap: a head for `Form.run`."""
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -9,10 +9,10 @@ from grpo_plus.packing.forward import Head, Logps
 
 
 def single_pass_head(backend: str, *, temperature: float) -> Head:
-    """Log-probabilities and entropies of a frozen head, as TRL's fused head gives them at this temperature.
+    """Make a head that gives log-probabilities and entropies as TRL's fused head does at this temperature.
 
     Args:
-        backend: of `grpo_plus.kernels.linear_logprob`.
+        backend: name of a backend of `grpo_plus.kernels.linear_logprob`.
     """
     linear_logprob = linear_logprob_of(backend)
 
@@ -33,5 +33,5 @@ def single_pass_head(backend: str, *, temperature: float) -> Head:
 
 
 def why_not_single_pass(model: PreTrainedModel) -> str | None:
-    """Why the model's head needs more than a single pass; None where nothing is known against it."""
+    """Reason why the model's head needs more than a single pass. None where no reason is known."""
     return why_not(model.get_output_embeddings())

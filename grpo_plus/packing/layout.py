@@ -1,12 +1,12 @@
-"""Padded rows to groups that share a prompt, and groups to one packed row. Index arithmetic only.
+"""Turn padded rows into groups that share a prompt, and groups into one packed row. Index arithmetic only.
 
-A row of TRL's is [left padding, prompt, completion, right padding]. Completions of the same prompt form a group, and a
+A row of TRL's is [left padding, prompt, completion, right padding]. Completions of the same prompt form a group. A
 group is laid out as
 
     prompt[:-1], then for each completion c: prompt[-1], c[:-1]
 
-so that the prompt is there once, each completion starts with a copy of the prompt's last token, and every position has
-at most one label: the next token of its own completion.
+The prompt is there once, and each completion starts with a copy of the prompt's last token. Every position then has at
+most one label, the next token of its own completion.
 """
 
 from collections.abc import Iterable, Sequence
@@ -24,7 +24,7 @@ class Group:
     """Completions of one prompt, without padding, on the CPU.
 
     prompt: (n,) token ids, n >= 1.
-    rows: which rows of the padded batch they are.
+    rows: index of each completion's row in the padded batch.
     completions: (c,) token ids of each row, c >= 1.
     """
 
@@ -38,20 +38,20 @@ class Group:
         return len(self.prompt) - 1 + sum(map(len, self.completions))
 
     def apart(self) -> "list[Group]":
-        """Each row as a group of its own, with the prompt to itself."""
+        """Make each row a group of its own, with the prompt to itself."""
         return [Group(self.prompt, (row,), (c,)) for row, c in zip(self.rows, self.completions, strict=True)]
 
     def continuation(self, index: int) -> Tensor:
-        """(c,) inputs that predict completion `index`: the prompt's last token, then all but its own last."""
+        """Inputs that predict completion `index`, (c,): the prompt's last token, then all but the completion's last."""
         return torch.cat([self.prompt[-1:], self.completions[index][:-1]])
 
 
 @dataclass(frozen=True)
 class Span:
-    """Where a group lies in a packed row: tokens [start, prefix) are the shared prompt, [a, b) each completion.
+    """Place of a group in a packed row: the shared prompt is [start, prefix), and the completions follow up to `ends`.
 
-    padded: (R, T) index of each completion's tokens, rows of one length; what pads them repeats their last token.
-    unpadded: index into the R * T padded tokens of the completions' tokens, in packed order.
+    padded: (rows, T) index of each completion's tokens. A shorter completion repeats its last token up to T.
+    unpadded: (n,) index of the completions' n tokens among the rows * T padded tokens, in packed order.
     """
 
     start: int
@@ -67,16 +67,16 @@ class Span:
 
     @property
     def padding_pairs(self) -> int:
-        """Pairs of query and key that padding the completions to one length would add to their attention."""
+        """Pairs of query and key that padding to one length adds to the attention of the completions."""
         rows, length = self.padded.shape
         return (rows * length - (self.end - self.prefix)) * (self.prefix - self.start + length)
 
 
 @dataclass(frozen=True)
 class PackedRow:
-    """Groups laid end to end in one row of N tokens; position ids restart in each group and after each prompt.
+    """Groups laid end to end in one row of N tokens. Position ids restart in each group and after each prompt.
 
-    input_ids, position_ids, shift_labels: (1, N); label -100 where nothing is scored.
+    input_ids, position_ids, shift_labels: (1, N). The label is -100 where nothing is scored.
     """
 
     input_ids: Tensor
@@ -92,16 +92,17 @@ def group_rows(
     *,
     rows: Iterable[int] | None = None,
 ) -> list[Group] | None:
-    """Groups, by equal prompts, of the rows that have something to score, in order of first appearance.
+    """Group the rows that have something to score by their prompts, in order of first appearance.
 
     Args:
         input_ids: (B, L) prompts padded on the left, completions on the right.
         attention_mask: (B, L), 0 at padding.
-        completion_length: the last T columns are completions.
-        rows: the ones to take; None: all.
+        completion_length: T; the last T columns are completions.
+        rows: the rows to take. None takes all rows.
 
     Returns:
-        None where a row with something to score has no prompt token to score its first token from.
+        The groups. None where a row with something to score has an empty prompt, so that nothing predicts its first
+        token.
     """
     input_ids, mask = input_ids.cpu(), attention_mask.cpu().bool()
     prompt_length = input_ids.shape[1] - completion_length
@@ -146,13 +147,13 @@ def _span(start: int, shared: int, lengths: list[int]) -> Span:
 
 
 def passes(lengths: Sequence[int], per_pass: int) -> list[list[int]]:
-    """Which rows to pad to one length: the partition with the fewest padded tokens, a further part counted as so many.
+    """Choose which rows to pad to one length, so that padded tokens plus `per_pass` for each part are fewest.
 
     Returns:
         Indices into `lengths`, shorter rows in earlier parts.
     """
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    best: list[tuple[int, list[int]]] = [(0, [])]  # of the n shortest rows: tokens, and where the parts begin
+    best: list[tuple[int, list[int]]] = [(0, [])]  # for the n shortest rows: tokens, and where the parts begin
     for end, longest in enumerate(order, 1):
         costs = [cost + per_pass + (end - start) * lengths[longest] for start, (cost, _) in enumerate(best)]
         start = costs.index(min(costs))
@@ -161,7 +162,7 @@ def passes(lengths: Sequence[int], per_pass: int) -> list[list[int]]:
 
 
 def scored(groups: Sequence[Group], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """Row and column (M,) in the padded (B, T) completions of each scored token, in packed order."""
+    """Row and column, (M,) each, of the scored tokens in the padded (B, T) completions, in packed order."""
     rows = [
         torch.full((len(c),), row) for group in groups for row, c in zip(group.rows, group.completions, strict=True)
     ]
@@ -170,5 +171,5 @@ def scored(groups: Sequence[Group], device: torch.device | str = "cpu") -> tuple
 
 
 def unpack(values: Tensor, places: tuple[Tensor, Tensor], fill: Tensor) -> Tensor:
-    """(M,) values of the `scored` tokens to their places in (B, T); every other place keeps `fill` (B, T)."""
+    """Put (M,) values of the `scored` tokens into their places in (B, T). Every other place keeps `fill`, (B, T)."""
     return fill.to(values.dtype).index_put(places, values)

@@ -1,4 +1,4 @@
-"""Which form a model's rows take, decided once; and the log-probabilities of padded rows through it."""
+"""Choose the form of a model's rows, once, and compute the log-probabilities of padded rows in that form."""
 
 import logging
 import warnings
@@ -33,12 +33,12 @@ LONG_ROWS = (
 
 @dataclass(frozen=True)
 class PaddedRows:
-    """Rows as TRL has them.
+    """Padded rows as TRL has them.
 
     input_ids, attention_mask: (B, L), prompts padded on the left, completions on the right.
-    completion_length: the last T columns are completions.
-    live: which rows to forward; None: all that have a token to score.
-    fill: (B, T) log-probabilities that the others get, zeros where None.
+    completion_length: T; the last T columns are completions.
+    live: the rows to forward. None forwards all rows that have a token to score.
+    fill: (B, T) log-probabilities of rows that are not forwarded. None fills in zeros.
     """
 
     input_ids: Tensor
@@ -49,15 +49,17 @@ class PaddedRows:
 
     @property
     def completion_mask(self) -> Tensor:
-        """(B, T), 1 where there is a completion token."""
+        """1 where there is a completion token, (B, T)."""
         return self.attention_mask[:, -self.completion_length :]
 
 
 @dataclass(frozen=True)
 class Packed:
-    """logps and entropies: (B, T); an unforwarded row's entropy is the mean of the forwarded tokens'.
+    """Log-probabilities and entropies of padded rows.
 
-    tokens: how many went through the model.
+    logps: (B, T).
+    entropies: (B, T). A row that was not forwarded has the mean entropy of the forwarded tokens.
+    tokens: number of tokens that went through the model.
     """
 
     logps: Tensor
@@ -67,14 +69,14 @@ class Packed:
 
 @dataclass(frozen=True)
 class Choice:
-    """How one model's rows go through it: the form, and the head that scores them, None for the model's fused one."""
+    """Form of one model's rows, and the head that scores the rows. A head of None is the model's fused head."""
 
     form: Form
     head: Head | None
 
     @property
     def description(self) -> str:
-        """In a few words."""
+        """Form and head in a few words."""
         return f"{self.form.name} ({self.form.detail})" + (", single-pass head" if self.head else "")
 
 
@@ -83,11 +85,11 @@ class Packer:
 
     Args:
         packing: the configuration's field.
-        head: what to try for frozen heads; None: the model's fused head.
-        insist_on_head: whether to warn where the model's fused head takes its place.
+        head: the head to try where the model's head is frozen. None leaves the model's fused head.
+        insist_on_head: whether to warn where the fused head takes the place of `head`.
         gradient_check: whether the self-check can ask for a gradient.
-        no_segments: why segment attention is out of the question; None: it is not.
-        note: what else is active, for the line that says what was chosen.
+        no_segments: reason against segment attention. None where there is no reason.
+        note: what else is active, for the log line about the choice.
     """
 
     def __init__(
@@ -120,13 +122,13 @@ class Packer:
         """Log-probabilities and entropies of the rows' completions.
 
         Args:
-            model: what to call: `base`, or what wraps it.
+            model: `base`, or the wrapper to call.
             padded_logps: the forward that the first call compares with.
-            max_tokens: of one forward; None: all in one.
+            max_tokens: most tokens of one forward. None forwards all rows at once.
 
         Returns:
-            None where no form is exact, or where these rows have nothing to score, a prompt is empty, or the rows are
-            longer than the model's positions before they are rescaled.
+            None where no form is exact, the rows have nothing to score, a prompt is empty, or the rows are so long that
+            the model rescales its positions.
         """
         if rows.input_ids.shape[1] > rescaled_from(base):
             warnings.warn(LONG_ROWS, stacklevel=2)
@@ -153,12 +155,12 @@ class Packer:
         )
 
     def release(self) -> None:
-        """Leave the models with the attention that they came with."""
+        """Give the models back the attention that they came with."""
         for base in self._choices:
             uninstall_segments(base)
 
     def describe(self) -> str:
-        """What is active, in a few words."""
+        """Active form and head in a few words."""
         choice = next(iter(self._choices.values()), None)
         return "none" if choice is None else choice.description
 
@@ -192,7 +194,7 @@ class Packer:
 
 
 def forward_live(rows: PaddedRows, forward: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Packed:
-    """The live rows through a forward of padded rows: (input_ids, attention_mask) -> log-probs and entropies."""
+    """Run the live rows through a forward of padded rows, (input_ids, attention_mask) -> log-probs and entropies."""
     index = torch.tensor(rows.live, device=rows.input_ids.device)
     ids, mask = rows.input_ids[index], rows.attention_mask[index]
     logps, entropies = forward(ids, mask)
@@ -218,13 +220,13 @@ def _imputed(rows: PaddedRows, entropies: Tensor) -> Tensor:
 
 
 def base_model(model: Any) -> PreTrainedModel:
-    """The model inside a PEFT one."""
+    """Model inside a PEFT model. Any other model as it is."""
     inner: PreTrainedModel = model.get_base_model() if has_adapters(model) else model
     return inner
 
 
 def why_not_packed(model: Any) -> str | None:
-    """Why the rows of a model, PEFT included, must stay as they are; None where nothing is known against packing."""
+    """Reason why the rows of a model, PEFT included, must stay padded. None where no reason is known."""
     for config in model.peft_config.values() if has_adapters(model) else ():
         if config.is_prompt_learning:
             return "prompt-learning PEFT puts tokens of its own before every row"
@@ -234,9 +236,9 @@ def why_not_packed(model: Any) -> str | None:
 
 
 def rescaled_from(base: PreTrainedModel) -> float:
-    """Row length from which on a model's position frequencies depend on the longest row; infinite where they never do.
+    """Row length from which on a model's position frequencies depend on the longest row. Infinite where they never do.
 
-    A packed row and a pass through the cache are of other lengths than the padded rows.
+    Beyond this length packing is wrong, because a packed row and a pass through the cache have lengths of their own.
     """
     config: Any = base.config.get_text_config()
     rope: Any = getattr(config, "rope_parameters", None) or {}
@@ -246,7 +248,7 @@ def rescaled_from(base: PreTrainedModel) -> float:
 
 
 def candidates(packing: str, base: PreTrainedModel, no_segments: str | None) -> tuple[list[Form], list[str]]:
-    """Forms to try, best first, and why others are not among them."""
+    """Forms to try, best first, and reasons why other forms are not among them."""
     forms, reasons = [], []
     dropout = dropout_of(base)
     segments = no_segments or why_not_segments(base)

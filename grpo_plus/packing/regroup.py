@@ -1,4 +1,4 @@
-"""Which rows share a micro-batch: completions of one prompt together, tokens spread evenly. Index arithmetic only."""
+"""Choose the rows of each micro-batch: prompts together, tokens spread evenly. Index arithmetic only."""
 
 from collections.abc import Hashable, Sequence
 from typing import Any
@@ -8,15 +8,15 @@ from torch import Tensor
 
 
 def regroup(prompts: Sequence[Hashable], tokens: Sequence[int], micro_batches: int) -> list[int]:
-    """Order of the rows such that cutting it into equal micro-batches keeps prompts together and tokens balanced.
+    """Order the rows so that equal micro-batches keep prompts together and tokens balanced.
 
-    Every micro-batch keeps its number of rows, so that a loss that averages over them keeps its value. Groups go, the
-    largest first, to the micro-batch with the fewest tokens that has room; one that fits nowhere is split.
+    Every micro-batch keeps its number of rows, so that a loss that averages over the rows keeps its value. Groups go,
+    the largest first, to the micro-batch with the fewest tokens that has room. A group that fits nowhere is split.
 
     Args:
-        prompts: what tells the rows' prompts apart.
-        tokens: what each row costs.
-        micro_batches: a divisor of the number of rows.
+        prompts: a key for the prompt of each row.
+        tokens: the cost of each row.
+        micro_batches: number of micro-batches, a divisor of the number of rows.
     """
     groups: dict[Hashable, list[int]] = {}
     for row, prompt in enumerate(prompts):
@@ -26,10 +26,11 @@ def regroup(prompts: Sequence[Hashable], tokens: Sequence[int], micro_batches: i
     loads = [0] * micro_batches
     waiting = sorted(groups.values(), key=lambda rows: -sum(tokens[row] for row in rows))
     while waiting:
+        # The next group, and the micro-batches with room for all of it.
         rows = waiting.pop(0)
         open_batches = [index for index in range(micro_batches) if len(batches[index]) < room]
         fitting = [index for index in open_batches if len(batches[index]) + len(rows) <= room]
-        # Where it fits nowhere, the emptiest takes what it can, and the rest waits its turn.
+        # Without a fitting micro-batch, the emptiest takes what it can, and the rest of the group waits its turn.
         target = (
             min(fitting, key=lambda index: loads[index])
             if fitting
@@ -44,12 +45,12 @@ def regroup(prompts: Sequence[Hashable], tokens: Sequence[int], micro_batches: i
 
 
 def reorder(batches: Sequence[dict[str, Any]], order: Sequence[int]) -> list[dict[str, Any]]:
-    """The batches with their rows in another order, each as large as before.
+    """Put the rows of all batches into another order. Each batch stays as large as before.
 
     Args:
-        batches: of equal numbers of rows; tensors and lists have an entry per row, and whatever else is in them, such
-            as a count or None, is the same in all of them.
-        order: for each new row, which of all batches' rows it was.
+        batches: batches of equal numbers of rows. Tensors and lists have an entry per row. Any other value, such as a
+            count or None, is the same in all batches.
+        order: for each new row, its index among the rows of all batches.
     """
     size = len(order) // len(batches)
     index = torch.tensor(order)

@@ -1,4 +1,4 @@
-"""How much GPU memory a GRPO run needs, from the model's config.json alone: no weights, no GPU, no torch.
+"""Plan the GPU memory of a GRPO run from the model's config.json alone: no weights, no GPU, no torch.
 
     shape = load_shape("Qwen/Qwen3-4B")
     planned = plan(shape, Run(**QLORA, max_completion_length=1024))
@@ -6,8 +6,8 @@
     if not planned.fits(parse_bytes("12GB")):
         print(advise(shape, parse_bytes("12GB"), planned.run).text())
 
-`config_file` and `families` read what a model is made of; `run` holds the settings of a run, `memory` the
-arithmetic, `constants` what had to be measured or assumed, `advise` what to change. One GPU, transformers generates.
+The plan is for one GPU, and transformers generates. Start reading at `memory.py`, which holds the arithmetic.
+`constants.py` holds what had to be measured or assumed. `families.py` says how to add an architecture.
 """
 
 from grpo_plus.planner.advise import Advice, Suggestion, advise, largest, resized

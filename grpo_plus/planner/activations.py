@@ -1,7 +1,7 @@
-"""Bytes of what a layer computes and keeps: arithmetic on its widths, the rows of a micro-batch and the dtypes.
+"""Bytes that a layer computes and keeps, from its widths, the rows of a micro-batch and the dtypes.
 
 The facts behind the formulas were read in, or measured on, torch 2.13, transformers 5.23, peft 0.21, bitsandbytes 0.50
-and trl 1.16; `tests/planner/test_memory.py` compares them with the tensors that autograd saves.
+and trl 1.16. `tests/planner/test_memory.py` compares the formulas with the tensors that autograd saves.
 """
 
 from grpo_plus.planner.run import FULL, MIXED, Run
@@ -9,12 +9,12 @@ from grpo_plus.planner.shapes import Layer, Linear, ModelShape
 
 
 def layer_activations(shape: ModelShape, layer: Layer, run: Run) -> float:
-    """Bytes per token that autograd saves in one layer, but for what attention saves.
+    """Bytes per token that autograd saves in one layer, without what attention saves.
 
-    Norms keep their input in float32 (and, trained, what they scale); the MLP its two halves and their gate; a linear
-    layer with an adapter, or trained, its input. That input is one tensor for all that read it, unless each casts it
-    for itself: from a float32 residual under autocast, and as PEFT does for float32 adapters on a base that is not
-    quantized. Dropout gives each its own, too.
+    A norm keeps its input in float32, and a norm that trains also what it scales. The MLP keeps its two halves and
+    their gate. A linear layer that trains, or has an adapter, keeps its input. All layers that read an input share one
+    tensor, unless each layer makes a copy. Copies come from a cast of a float32 residual under autocast, from PEFT's
+    cast for float32 adapters on a base that is not quantized, and from dropout.
     """
     output = run.weight_size if run.load_in_4bit or not run.autocast else MIXED
     taken = MIXED if run.autocast else (run.adapter_size if run.lora_r else run.weight_size)
@@ -39,7 +39,7 @@ def _casts_inputs(run: Run) -> bool:
 
 
 def _shared_inputs(layer: Layer) -> int:
-    """Widths of the distinct inputs of the layer's linear modules; the output projection reads what attention saved."""
+    """Widths of the distinct inputs of the layer's linear modules. The output projection reads what attention saved."""
     distinct: dict[bool, Linear] = {}
     mixer = [linear for linear in layer.linears if not _is_feed_forward(linear)]
     feed_forward = [linear for linear in layer.linears if _is_feed_forward(linear)]
@@ -54,9 +54,9 @@ def _is_feed_forward(linear: Linear) -> bool:
 def attention_activations(shape: ModelShape, layer: Layer, run: Run) -> float:
     """Bytes that the attention of one layer saves for a micro-batch.
 
-    Fused attention saves queries, keys, values and its output. Where it has a mask, transformers repeats keys and
-    values for every query head, and torch turns the mask from booleans into numbers, per layer. Completions that share
-    a prompt each get a copy of its keys and values. Eager attention saves the softmax twice: float32, and cast.
+    Fused attention saves queries, keys, values and its output. With a mask, transformers repeats keys and values for
+    every query head, and torch turns the mask from booleans into numbers, per layer. Each completion of a shared prompt
+    gets a copy of the prompt's keys and values. Eager attention saves the softmax twice, in float32 and cast.
     """
     size = MIXED if run.autocast else run.weight_size
     rows, prompt, completion = run.per_device_train_batch_size, run.prompt_length, run.max_completion_length
@@ -75,14 +75,14 @@ def attention_activations(shape: ModelShape, layer: Layer, run: Run) -> float:
 
 
 def forward_activations(shape: ModelShape, layer: Layer, run: Run, size: int) -> float:
-    """Bytes per token alive at a time in one layer without gradients: its attention or its MLP, and the residual."""
+    """Bytes per token that live at a time in one layer without gradients: attention or MLP, and the residual."""
     attention = (4 * layer.query + 2 * layer.keys + 2 * layer.mixer) * size
     feed_forward = (3 * layer.feed_forward + layer.routed * shape.hidden) * size
     return 2 * shape.hidden * run.weight_size + max(attention, feed_forward)
 
 
 def backward_activations(shape: ModelShape, layer: Layer, run: Run) -> float:
-    """Bytes per token of derivatives alive at a time in a layer's backward: those of the MLP's two halves."""
+    """Bytes per token of derivatives that live at a time in a layer's backward: those of the MLP's two halves."""
     output = run.weight_size if run.load_in_4bit or not run.autocast else MIXED
     widened = FULL * layer.feed_forward if _casts_inputs(run) else 0
     return 2 * output * max(layer.feed_forward, layer.query, layer.mixer) + widened
@@ -91,8 +91,8 @@ def backward_activations(shape: ModelShape, layer: Layer, run: Run) -> float:
 def weight_copies(shape: ModelShape, layer: Layer, run: Run) -> float:
     """Bytes of other versions of a layer's weights that the graph keeps.
 
-    Autocast makes half-precision copies of float32 weights. PEFT adds the adapters of experts to their weights: the
-    product and the sum are as large as these.
+    Autocast makes half-precision copies of float32 weights. PEFT adds the adapters of experts to the experts' weights;
+    the product and the sum are each as large as these weights.
     """
     adapted = 2 * run.weight_size * layer.experts if run.lora_r and layer.expert_lora else 0
     if run.load_in_4bit or not run.autocast or run.weight_size != FULL:
@@ -101,14 +101,14 @@ def weight_copies(shape: ModelShape, layer: Layer, run: Run) -> float:
 
 
 def row_masks(shape: ModelShape, run: Run, size: int) -> float:
-    """Bytes of the masks that all layers share, one for each kind of attention: TRL's rows have them."""
+    """Bytes of the masks that all layers share, one mask per kind of attention. Only TRL's padded rows have masks."""
     if run.rows != "none":
         return 0
     return mask_bytes(shape, run.per_device_train_batch_size, run.prompt_length + run.max_completion_length, size)
 
 
 def mask_bytes(shape: ModelShape, rows: int, length: int, size: int) -> float:
-    """Bytes of masks of this many rows and positions, one for each kind of attention; eager ones hold numbers."""
+    """Bytes of masks of so many rows and positions, one mask per kind of attention. Eager masks hold numbers."""
     kinds = len({layer.window for layer in shape.layers if layer.query})
     return kinds * rows * length * length * (size if shape.eager else 1)
 

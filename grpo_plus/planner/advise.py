@@ -1,4 +1,4 @@
-"""What fits on a card, and the cheapest changes that make a run fit."""
+"""Find what fits on a card, and the cheapest changes that make a run fit."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -11,13 +11,13 @@ from grpo_plus.planner.run import Run, flags
 from grpo_plus.planner.shapes import ModelShape
 
 Settings = dict[str, Any]
-LONGEST = 2**20  # tokens or rows beyond which nobody asks
-WORTH = 0.01  # the share of the peak below which a change is no advice
+LONGEST = 2**20  # the most tokens or rows to look at
+WORTH = 0.01  # share of the peak that a change must save to be advice
 
 
 @dataclass(frozen=True)
 class Change:
-    """A way to need less memory. `settings` is what to set in a run, or None where it would change nothing."""
+    """A way to need less memory. `settings` gives what to set in a run, or None where that would change nothing."""
 
     cost: str
     settings: Callable[[Run], Settings | None]
@@ -28,7 +28,7 @@ Step = tuple[Change, Settings]
 
 @dataclass(frozen=True)
 class Suggestion:
-    """A change: what to set, what it costs, and the bytes that it takes off the peak after the ones before it."""
+    """A change: what to set, its cost, and the bytes that it takes off the peak after the suggestions before."""
 
     settings: Settings
     cost: str
@@ -37,7 +37,7 @@ class Suggestion:
 
 @dataclass(frozen=True)
 class Advice:
-    """What to change, in order, and what the run needs then."""
+    """Changes to make, in order, and the memory that the run needs afterwards."""
 
     suggestions: tuple[Suggestion, ...]
     plan: MemoryPlan
@@ -128,7 +128,7 @@ CHANGES = (
 def advise(
     shape: ModelShape, gpu_bytes: float, run: Run | None = None, *, constants: Constants | None = None
 ) -> Advice:
-    """The cheapest changes after which the run fits, each with the bytes that it saves; shorter completions last."""
+    """Find the cheapest changes after which the run fits, and what each saves. Shorter completions come last."""
     first = plan(shape, run, constants=constants)
     steps: list[Step] = []
     current = first
@@ -139,7 +139,7 @@ def advise(
         steps.append(step)
         current = _changed(current, step)
     if current.fits(gpu_bytes):
-        for step in reversed(steps):  # what later ones made superfluous, the dearest first
+        for step in reversed(steps):  # drop what later steps made superfluous, the dearest first
             kept = [other for other in steps if other is not step]
             replayed = _replayed(first, kept)
             if replayed is not None and replayed[-1].fits(gpu_bytes):
@@ -154,7 +154,7 @@ def _changed(current: MemoryPlan, step: Step) -> MemoryPlan:
 
 
 def _replayed(first: MemoryPlan, steps: list[Step]) -> list[MemoryPlan] | None:
-    """The plans after each step; None where one of them would not be offered there."""
+    """Plans after each step. None where a step would not be offered at its place."""
     plans = [first]
     for step in steps:
         if step[0].settings(plans[-1].run) is None:
@@ -164,7 +164,7 @@ def _replayed(first: MemoryPlan, steps: list[Step]) -> list[MemoryPlan] | None:
 
 
 def _ordered(first: MemoryPlan, steps: list[Step]) -> list[Step]:
-    """The same steps, each where it saves something if there is such a place: another phase may bind before."""
+    """Order the steps so that each saves something, where possible. Another phase may bind before that place."""
     ordered: list[Step] = []
     current, left = first, list(steps)
     while left:
@@ -196,7 +196,7 @@ def _shorter(current: MemoryPlan, gpu_bytes: float) -> Step | None:
 
 
 def _merged(steps: list[Step], plans: list[MemoryPlan]) -> list[Suggestion]:
-    """One suggestion where a setting was changed several times."""
+    """Merge the changes of one setting into one suggestion."""
     merged: dict[tuple[str, ...], Suggestion] = {}
     for (change, settings), before, after in zip(steps, plans, plans[1:], strict=False):
         key = tuple(settings)
@@ -206,10 +206,11 @@ def _merged(steps: list[Step], plans: list[MemoryPlan]) -> list[Suggestion]:
 
 
 def largest(shape: ModelShape, run: Run, gpu_bytes: float, field: str, *, constants: Constants | None = None) -> int:
-    """The largest value of a size that still fits, all else equal; 0 where none does.
+    """Largest value of a size that still fits, all else equal. 0 where no value fits.
 
-    "max_completion_length"; "num_generations", the group, with as many prompts per generation batch as before; or
-    "per_device_train_batch_size", the micro-batch, of the generation batch as it is.
+    Args:
+        field: "max_completion_length", "num_generations" (the number of prompts per generation batch stays), or
+            "per_device_train_batch_size" (the generation batch stays).
     """
 
     def fits(value: int) -> bool:
@@ -227,10 +228,10 @@ def largest(shape: ModelShape, run: Run, gpu_bytes: float, field: str, *, consta
 
 
 def resized(run: Run, field: str, value: int) -> Run:
-    """The run with another size, and what has to follow: as many prompts per generation and per optimizer step.
+    """Run with another size, and with as many prompts per generation and per optimizer step as before.
 
-    More or fewer generations, or rows per pass, take other `per_device_train_batch_size`,
-    `gradient_accumulation_steps` and, where it is set, `steps_per_generation`.
+    Another number of generations, or of rows per pass, changes `per_device_train_batch_size`,
+    `gradient_accumulation_steps` and, where set, `steps_per_generation` along.
     """
     if field == "max_completion_length":
         return replace(run, max_completion_length=value)

@@ -1,4 +1,4 @@
-"""A model's config.json, from a folder, a file or the hub."""
+"""Read a model's config.json from a folder, a file or the hub."""
 
 import json
 from pathlib import Path
@@ -9,14 +9,15 @@ from grpo_plus.planner.shapes import ModelShape
 
 
 def load_shape(model: str | Path, *, revision: str | None = None) -> ModelShape:
-    """The shape of a local folder, a config.json, or a model on the hub."""
+    """Load the shape of a model: a local folder, a config.json, or a name on the hub."""
     return shape_of(read_config(model, revision=revision), name=str(model))
 
 
 def read_config(model: str | Path, *, revision: str | None = None) -> dict[str, Any]:
-    """config.json of a local folder or file, else of the hub's model of this name.
+    """Read config.json of a local folder or file, else of the model with this name on the hub.
 
-    Raises ValueError where it cannot be read, with what to write instead.
+    Raises:
+        ValueError: the file cannot be read. The message says what to write instead.
     """
     path = Path(model)
     if path.is_dir():

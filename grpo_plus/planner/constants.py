@@ -1,4 +1,4 @@
-"""What arithmetic cannot know: measured constants, each with its source, and how to replace them by your own."""
+"""Constants that arithmetic cannot know, each with its source, and how to replace them by your own."""
 
 import json
 from collections.abc import Mapping
@@ -13,17 +13,17 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Constants:
-    """The planner's constants; `python -m benchmarks.memory` writes a file of those that it measured.
+    """Constants of the planner. `python -m benchmarks.memory` writes a file of the constants that it measured.
 
-    context_bytes: CUDA context, cuBLAS workspaces and kernels. ASSUMED: 0.6 GiB; nobody measured it here.
-    unusable_bytes: of the card, never the program's: driver, display, ECC. ASSUMED: cards sold as 8, 12, 16 and 24 GB
-        leave about 7.4, 11.3, 15.2 and 23.2 GiB.
-    fragmentation: of the caching allocator, on what comes and goes with the batch. ASSUMED: 1.08.
-    activations: factor on the bytes that a layer keeps for its backward. 1.0: `layer_activations` counts the tensors
-        that autograd saves, and agrees within 1 % with those of a Qwen3-4B layer on a CPU (161, 235 and 296 kB per
+    context_bytes: CUDA context, cuBLAS workspaces and kernels. ASSUMED: 0.6 GiB, not measured here.
+    unusable_bytes: bytes of the card that no program gets (driver, display, ECC). ASSUMED: cards sold as 8, 12, 16 and
+        24 GB leave about 7.4, 11.3, 15.2 and 23.2 GiB.
+    fragmentation: factor of the caching allocator on what comes and goes with the batch. ASSUMED: 1.08.
+    activations: factor on the bytes that a layer keeps for its backward. 1.0, because `layer_activations` counts the
+        tensors that autograd saves. The count agrees within 1 % with a Qwen3-4B layer on a CPU (161, 235 and 296 kB per
         token: bfloat16, TRL's defaults, TRL's defaults with LoRA dropout 0.05).
-    head_tokens, head_vocab: the tile of logits of TRL's fused head, TOKEN_CHUNK_SIZE and its chunk_size
-        (trl 1.16, trl/kernels/chunked_logprob.py).
+    head_tokens, head_vocab: tile of logits of TRL's fused head, its TOKEN_CHUNK_SIZE and chunk_size (trl 1.16,
+        trl/kernels/chunked_logprob.py).
     sampling_copies: float32 copies of the (rows, vocabulary) logits in a step of generation. ASSUMED: 3.
     """
 
@@ -36,7 +36,7 @@ class Constants:
     sampling_copies: int = 3
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be measured."""
+        """Refuse a value that no measurement could give."""
         for entry in fields(self):
             value = getattr(self, entry.name)
             least = 1 if entry.name in ("fragmentation", "head_tokens", "head_vocab") else 0
@@ -45,7 +45,7 @@ class Constants:
 
 
 def load_constants(path: str | Path) -> Constants:
-    """Constants from a JSON object of some of their names; the others keep their defaults."""
+    """Load constants from a JSON object. Names that it lacks keep their defaults."""
     try:
         given: Any = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:

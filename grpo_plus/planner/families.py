@@ -1,8 +1,8 @@
-"""From a model's config to its shape, for the architectures that the planner knows.
+"""Turn a model's config into its shape, for the architectures that the planner knows.
 
-To add one, write its row in `FAMILIES` and a tiny model of it in `tests/planner/test_shapes.py`, which compares every
-count with the model that transformers builds. A config may say less than a model does (which linear layers have a
-bias, how many norms a layer has): those facts are in the row.
+To add an architecture, write its row in `FAMILIES`, and a tiny model of it in `tests/planner/test_shapes.py`. The test
+compares every count with the model that transformers builds. The row holds facts that a config may leave out, such as
+which linear layers have a bias, or how many norms a layer has.
 """
 
 from collections.abc import Mapping
@@ -15,14 +15,14 @@ from grpo_plus.registry import suggestion
 
 @dataclass(frozen=True)
 class Family:
-    """What the models of one `model_type` have in common and their config.json does not say.
+    """Facts that the models of one `model_type` share and their config.json does not say.
 
-    sliding: which layers attend to a window where the config has no `layer_types`: "none", "all", "upper" (from
-        `max_window_layers`, with `use_sliding_window`), or n for all but each n-th layer; 2 for every other.
-    expert_adapters: whether PEFT's "all-linear" means the experts and the router too, as it does for old checkpoints'
-        sake where a model had a linear layer for each expert.
-    eager: no fused attention: the scores of every head exist.
-    float_norms: norms scale in float32, whatever the weights' dtype.
+    sliding: the layers that attend to a window where the config has no `layer_types`. "none", "all", "upper" (from
+        `max_window_layers` on, with `use_sliding_window`), or n for all but each n-th layer (2: every other layer).
+    expert_adapters: whether PEFT's "all-linear" includes the experts and the router. PEFT does so for old checkpoints,
+        of models that had a linear layer for each expert.
+    eager: whether there is no fused attention, so that the scores of every head exist.
+    float_norms: whether norms scale in float32, whatever the dtype of the weights.
     """
 
     head_dim: int | None = None
@@ -70,7 +70,7 @@ FAMILIES = {
 
 
 def shape_of(config: Mapping[str, Any], *, name: str = "config") -> ModelShape:
-    """The shape that a config describes. Raises ValueError for an architecture that is not in `FAMILIES`."""
+    """Get the shape that a config describes. Raises ValueError for an architecture that is not in `FAMILIES`."""
     model_type = config.get("model_type")
     if model_type not in FAMILIES:
         _refuse(config, model_type, name)
@@ -105,7 +105,7 @@ def _refuse(config: Mapping[str, Any], model_type: Any, name: str) -> None:
 
 
 class _Reader:
-    """Reads sizes from a config, and says which one is missing or no size."""
+    """Reads sizes from a config, and names a size that is missing or wrong."""
 
     def __init__(self, config: Mapping[str, Any], name: str) -> None:
         self.config, self.name = config, name
@@ -123,7 +123,7 @@ class _Reader:
 
 
 def _kinds(read: _Reader, family: Family, count: int) -> list[str]:
-    """ "full_attention", "sliding_attention" or "linear_attention" for each layer."""
+    """Kind of each layer: "full_attention", "sliding_attention" or "linear_attention"."""
     listed = read.config.get("layer_types")
     if listed is not None:
         known = {"full_attention", "sliding_attention", "linear_attention"}
@@ -194,7 +194,7 @@ def _layer(read: _Reader, family: Family, index: int, kind: str) -> Layer:
 
 
 class _FeedForward(NamedTuple):
-    """What `Layer` wants to know of an MLP or of a mixture of experts."""
+    """Facts about an MLP or a mixture of experts, for `Layer`."""
 
     linears: tuple[Linear, ...]
     width: int
@@ -219,7 +219,7 @@ def _feed_forward(read: _Reader, family: Family, index: int, hidden: int) -> _Fe
     width, count = read.size(family.expert_width), read.size(number)
     routed = read.size("num_experts_per_tok")
     biases = 2 * width + hidden if family.expert_bias else 0
-    # PEFT gives gate and up, which transformers keeps in one parameter, adapters of twice the rank.
+    # transformers keeps gate and up in one parameter, which PEFT gives adapters of twice the rank.
     lora = count * (2 * (hidden + 2 * width) + width + hidden) + hidden + count if family.expert_adapters else 0
     return _FeedForward(
         linears=(),
@@ -237,7 +237,7 @@ def _is_sparse(read: _Reader, index: int) -> bool:
 
 
 def _gated_delta_net(read: _Reader, hidden: int) -> tuple[tuple[Linear, ...], int, int, int]:
-    """Linear modules, projected width, small parameters and the state's elements of Qwen's linear attention."""
+    """Qwen's linear attention: linear modules, projected width, small parameters, elements of the state."""
     heads = read.size("linear_num_value_heads", 32)
     key_dim, value_dim = read.size("linear_key_head_dim", 128), read.size("linear_value_head_dim", 128)
     keys, values = read.size("linear_num_key_heads", 16) * key_dim, heads * value_dim

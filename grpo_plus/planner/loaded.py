@@ -1,4 +1,4 @@
-"""What the planner expects of a run whose model is loaded: its settings, read off the model and the configuration."""
+"""Plan a run whose model is loaded: its shape and settings, read off the model and the configuration."""
 
 from dataclasses import fields
 from typing import Any
@@ -12,11 +12,11 @@ PROMPT_LENGTH = Run.prompt_length
 
 
 def shape_and_run(model: Any, args: Any, prompt_length: int = PROMPT_LENGTH) -> tuple[ModelShape, Run]:
-    """What `plan` takes, of this model under this configuration, on one GPU.
+    """Get the arguments of `plan` for this model under this configuration, on one GPU.
 
     Args:
         args: the trainer's configuration, TRL's or ours.
-        prompt_length: of the longest prompt, in tokens.
+        prompt_length: tokens of the longest prompt.
 
     Raises:
         ValueError: the planner does not know the architecture or a setting; the message says which.

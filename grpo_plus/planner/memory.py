@@ -1,8 +1,8 @@
-"""Bytes of a GRPO step by phase and cause: arithmetic on a shape and the run's settings.
+"""Bytes of a GRPO step by phase and cause, from a shape and the settings of a run.
 
-Phases follow each other and free what they leave, so a run needs the largest of them, not their sum. Within a phase
-the causes are alive together. The facts behind the formulas were read in, or measured on, torch 2.13, transformers
-5.23, peft 0.21, bitsandbytes 0.50 and trl 1.16, on CPUs; what is assumed is in `constants`.
+Phases follow each other and free their memory, so a run needs the largest phase, not the sum of phases. The causes
+within a phase live together. The facts behind the formulas were read in, or measured on, torch 2.13, transformers 5.23,
+peft 0.21, bitsandbytes 0.50 and trl 1.16, on CPUs. `constants` holds what is assumed.
 """
 
 from collections.abc import Mapping
@@ -25,7 +25,8 @@ from grpo_plus.planner.shapes import Layer, ModelShape
 PHASES = ("load", "generate", "score", "update", "optimizer")
 Bytes = dict[str, float]
 
-# Bytes of a weight in nf4: half a byte, and a scale per block of 64: float32, or 8 bits with a float32 per 256 of them.
+# Bytes of a weight in nf4: half a byte, and a scale per block of 64 weights. The scale is a float32. Nested, it has 8
+# bits and shares a float32 with 255 other scales.
 NF4 = 0.5 + 4 / 64
 NF4_NESTED = 0.5 + 1 / 64 + 4 / (64 * 256)
 
@@ -40,21 +41,21 @@ class MemoryPlan:
     phases: Mapping[str, Mapping[str, float]]
 
     def phase(self, name: str) -> float:
-        """Bytes of one phase; 0 for one that the run does not have."""
+        """Bytes of one phase. 0 for a phase that the run does not have."""
         return sum(self.phases.get(name, {}).values())
 
     @property
     def binding(self) -> str:
-        """The phase that needs most."""
+        """Phase that needs most."""
         return max(self.phases, key=self.phase)
 
     @property
     def peak(self) -> float:
-        """Bytes that the run needs: those of its largest phase."""
+        """Bytes that the run needs, which are the bytes of its largest phase."""
         return self.phase(self.binding)
 
     def fits(self, gpu_bytes: float) -> bool:
-        """Whether a card of this size is enough, with what the driver keeps of it."""
+        """Whether a card of this size is enough, after the driver took its part."""
         return self.peak <= gpu_bytes - self.constants.unusable_bytes
 
     def table(self) -> str:
@@ -72,7 +73,7 @@ class MemoryPlan:
 
 
 def plan(shape: ModelShape, run: Run | None = None, *, constants: Constants | None = None) -> MemoryPlan:
-    """Bytes of each phase of a step on one GPU, where prompts and completions have their full length."""
+    """Plan the bytes of each phase of a step on one GPU, for prompts and completions of full length."""
     run, constants = run or Run(), constants or Constants()
     weights = weight_bytes(shape, run)
     trained = shape.lora(run.lora_r) if run.lora_r else shape.parameters
@@ -106,8 +107,8 @@ def _spread(causes: Bytes, constants: Constants) -> Bytes:
 def weight_bytes(shape: ModelShape, run: Run) -> float:
     """Bytes of the base model.
 
-    nf4 quantizes nn.Linear modules other than the LM head: embeddings, head, norms and experts (which transformers 5
-    keeps in plain parameters) stay in `dtype`.
+    nf4 quantizes nn.Linear modules other than the LM head. Embeddings, head, norms and experts stay in `dtype`.
+    (transformers 5 keeps experts in plain parameters.)
     """
     if not run.load_in_4bit:
         return shape.parameters * run.weight_size
@@ -117,16 +118,16 @@ def weight_bytes(shape: ModelShape, run: Run) -> float:
 
 
 def _largest_tensor(shape: ModelShape) -> int:
-    """Elements that exist twice while they are cast, quantized or, of experts, stacked."""
+    """Elements of the largest tensor, which exists twice while it is cast, quantized or, for experts, stacked."""
     linears = (linear.weights for layer in shape.layers for linear in layer.linears)
     return max(shape.embedding, *linears, *(layer.experts for layer in shape.layers))
 
 
 def generation_bytes(shape: ModelShape, run: Run, constants: Constants) -> Bytes:
-    """Generation by transformers, its rows to the full length, in the larger of its two moments.
+    """Bytes of generation by transformers, with rows of full length, at the larger of two moments.
 
-    Prefill: one layer's activations of all prompts. The last step: the whole cache, one layer's keys twice (the cache
-    grows by concatenation) and the logits.
+    The prefill holds one layer's activations of all prompts. The last step holds the whole cache, the logits, and one
+    layer's keys once more, because the cache grows by concatenation.
     """
     rows, prompt, total = run.generated_at_once, run.prompt_length, run.prompt_length + run.max_completion_length
     full = run.weight_size
@@ -144,7 +145,7 @@ def generation_bytes(shape: ModelShape, run: Run, constants: Constants) -> Bytes
 
 
 def row_bytes(shape: ModelShape, run: Run) -> float:
-    """Bytes that each row takes which is generated at the same time."""
+    """Bytes of each row that is generated at the same time."""
     constants = Constants()
     one = generation_bytes(shape, replace(run, generation_chunk_size=1), constants)
     return sum(_spread(one, constants).values())
@@ -161,7 +162,7 @@ def _cache_elements(shape: ModelShape, length: int) -> int:
 
 
 def scoring_bytes(shape: ModelShape, run: Run, constants: Constants) -> Bytes:
-    """Log-probabilities without gradients, of a micro-batch at a time."""
+    """Bytes of log-probabilities without gradients, one micro-batch at a time."""
     tokens, scored = forwarded_tokens(run), run.per_device_train_batch_size * run.max_completion_length
     size = MIXED if run.autocast else run.weight_size
     layer = max(forward_activations(shape, layer, run, size) for layer in shape.layers) * tokens
@@ -174,10 +175,11 @@ def scoring_bytes(shape: ModelShape, run: Run, constants: Constants) -> Bytes:
 
 
 def update_bytes(shape: ModelShape, run: Run, constants: Constants) -> Bytes:
-    """Forward and backward of one micro-batch, gradients aside.
+    """Bytes of forward and backward of one micro-batch, without the gradients of weights.
 
-    With checkpointing, every layer's input lives until one layer after the other is computed again; without, all that
-    the layers save. The head's tiles are gone before the first layer's backward, so the larger of the two counts.
+    With checkpointing, the inputs of all layers live while one layer after the other is computed again. Without
+    checkpointing, everything lives that the layers save. The head's tiles are gone before the first backward of a
+    layer, so the larger of head and layer counts.
     """
     tokens, scored = forwarded_tokens(run), run.per_device_train_batch_size * run.max_completion_length
     inputs = len(shape.layers) * tokens * shape.hidden * run.weight_size
@@ -201,14 +203,14 @@ def update_bytes(shape: ModelShape, run: Run, constants: Constants) -> Bytes:
 
 
 def _dequantized(shape: ModelShape, run: Run) -> float:
-    """The largest nf4 weight, dequantized twice: to multiply by, and once more as it is transposed."""
+    """Bytes of the largest nf4 weight, dequantized twice: for the product, and once more for its transpose."""
     if not run.load_in_4bit:
         return 0
     return 2 * run.weight_size * max(linear.weights for layer in shape.layers for linear in layer.linears)
 
 
 def _tile(shape: ModelShape, run: Run, scored: int, constants: Constants) -> float:
-    """A tile of logits, and the weights that it is made with where they are cast."""
+    """Bytes of a tile of logits, and of the head's weights for it where these are cast."""
     size = MIXED if run.autocast else run.weight_size
     columns = min(shape.vocab, constants.head_vocab)
     cast = columns * shape.hidden * size if run.weight_size != size else 0
@@ -216,7 +218,7 @@ def _tile(shape: ModelShape, run: Run, scored: int, constants: Constants) -> flo
 
 
 def _head_backward(shape: ModelShape, run: Run, scored: int, constants: Constants) -> float:
-    """TRL's head: hidden states of the scored positions, their gradient in float32, a tile; what trains."""
+    """Bytes of TRL's head: hidden states of scored positions, their float32 gradient, a tile, a weight that trains."""
     hidden = scored * shape.hidden * (2 * run.weight_size + FULL)
     weight = 0 if run.lora_r else shape.embedding * (FULL + run.weight_size)
     return hidden + _tile(shape, run, scored, constants) + weight

@@ -1,4 +1,4 @@
-"""The settings of a run that decide how much memory it takes, under TRL's names, and sizes such as 24GB as bytes."""
+"""Settings of a run that decide its memory, under TRL's names, and sizes such as 24GB as bytes."""
 
 import re
 from dataclasses import dataclass
@@ -11,8 +11,8 @@ MIXED = 2  # bytes of an element under autocast, in either half precision
 FULL = 4  # float32
 PACKING = ("auto", "shared_prompt", "padding_free", "none")
 
-# Of each optimizer: its states per parameter, and the bytes of one element; None: as many as the parameter has.
-# bitsandbytes keeps 8-bit states in blocks of 256 elements with one float32 maximum each, else float32.
+# By optimizer: states per parameter, and bytes of an element of a state. None means as many bytes as the parameter has.
+# bitsandbytes keeps 8-bit states in blocks of 256 elements with one float32 maximum each, other states in float32.
 BLOCKWISE_8BIT = 1 + 4 / 256
 OPTIMIZERS: dict[str, tuple[int, float | None]] = {
     "adamw_torch": (2, None),
@@ -45,12 +45,13 @@ _POSITIVE_OR_NONE = ("steps_per_generation", "generation_chunk_size", "lora_r")
 class Run:
     """Settings of a run on one GPU that generates with transformers. Defaults are TRL's, `lora_dropout` PEFT's.
 
-    prompt_length: of the longest prompt, in tokens; every completion is taken to be of `max_completion_length`.
-    lora_r: None trains all weights; else LoRA on all linear layers.
-    dtype: of the loaded weights; with `load_in_4bit`, of what is not quantized and of the products.
-    bf16, fp16: whether the training's forward runs under autocast; bf16 is TRL's default, fp16 for older cards.
-    adapter_dtype: of the adapters; None: float32. TRL alone casts those of a quantized base to "bfloat16".
-    packing: as in GRPOPlusConfig; "none" plans trl.GRPOTrainer. "auto" is taken to find shared_prompt exact.
+    prompt_length: tokens of the longest prompt. Every completion is taken to have `max_completion_length` tokens.
+    lora_r: rank of LoRA on all linear layers. None trains all weights.
+    dtype: dtype of the loaded weights. With `load_in_4bit`, of the products and of what is not quantized.
+    bf16, fp16: whether the training's forward runs under autocast. bf16 is TRL's default; fp16 is for older cards.
+    adapter_dtype: dtype of the adapters. None means float32. TRL alone casts adapters of a quantized base to
+        "bfloat16".
+    packing: as in GRPOPlusConfig. "none" plans trl.GRPOTrainer. "auto" is taken to find shared_prompt exact.
     """
 
     prompt_length: int = 512
@@ -75,7 +76,7 @@ class Run:
     adapter_dtype: str | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what no run can have; each message names the field, its value and what to write."""
+        """Refuse settings that no run can have. Each message names the field, its value and what to write."""
         for name in _POSITIVE + _POSITIVE_OR_NONE:
             value = getattr(self, name)
             if value is None and name in _POSITIVE_OR_NONE:
@@ -115,7 +116,7 @@ class Run:
 
     @property
     def rows(self) -> str:
-        """The form that the rows have: "shared_prompt", "padding_free" or "none"."""
+        """Form of the rows: "shared_prompt", "padding_free" or "none"."""
         if self.packing != "auto":
             return self.packing
         return "padding_free" if self.lora_dropout else "shared_prompt"
@@ -127,22 +128,22 @@ class Run:
 
     @property
     def scores(self) -> bool:
-        """Whether log-probabilities are computed before the update: of a reference, or of an older policy."""
+        """Whether log-probabilities of a reference or of an older policy are computed before the update."""
         return self.beta > 0 or self.gradient_accumulation_steps % self._passes_per_generation != 0
 
     @property
     def generates_within_a_step(self) -> bool:
-        """Whether a generation falls between two passes of one optimizer step, beside the gradients of the first."""
+        """Whether a generation falls between two passes of one optimizer step, where gradients already exist."""
         return self._passes_per_generation % self.gradient_accumulation_steps != 0
 
     @property
     def autocast(self) -> bool:
-        """Whether the training's forward runs in half precision, whichever."""
+        """Whether the training's forward runs in half precision, bf16 or fp16."""
         return self.bf16 or self.fp16
 
     @property
     def weight_size(self) -> int:
-        """Bytes of an element of what is not quantized."""
+        """Bytes of an element of the weights that are not quantized."""
         return DTYPES[self.dtype]
 
     @property
@@ -152,16 +153,17 @@ class Run:
 
 
 def flags(given: dict[str, Any]) -> str:
-    """Settings as they are written on the command line."""
+    """Write settings as flags of the command line."""
     return " ".join(
         f"--{name} {str(value).lower() if isinstance(value, bool) else value}" for name, value in given.items()
     )
 
 
 def parse_bytes(text: str) -> int:
-    """ "24GB" as bytes. A card's GB are 2³⁰ bytes, and so are GB here; MB and TB likewise.
+    """Convert a size such as "24GB" to bytes. A card's GB are 2³⁰ bytes, and so are GB here; MB and TB likewise.
 
-    Raises ValueError for a number without a unit, or none above 0.
+    Raises:
+        ValueError: the number has no unit, or is not above 0.
     """
     match = re.fullmatch(r"\s*([-+]?\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     units = {"m": 2**20, "g": 2**30, "t": 2**40}

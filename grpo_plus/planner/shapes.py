@@ -1,4 +1,4 @@
-"""What a model is made of: layers, widths and parameter counts, no weights."""
+"""Shape of a model: layers, widths and parameter counts, no weights."""
 
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -6,7 +6,7 @@ from functools import cached_property
 
 @dataclass(frozen=True)
 class Linear:
-    """One nn.Linear of a layer: what nf4 quantizes and, where `adapted`, LoRA's "all-linear" adapts."""
+    """One nn.Linear of a layer, which nf4 quantizes. LoRA's "all-linear" adapts it where `adapted`."""
 
     name: str
     inputs: int
@@ -24,13 +24,13 @@ class Linear:
 class Layer:
     """One decoder layer.
 
-    linears: its nn.Linear modules; the first reads the normed input, and so do those of the same input width.
-    query, keys: widths of all query heads and of all key heads together; 0 in a linear-attention layer.
-    window: how far back it attends; None: everything.
-    feed_forward: width of the MLP that one token goes through: `num_experts_per_tok` times an expert's in a mixture.
-    norms: widths of its norms, per token.
+    linears: nn.Linear modules. The first reads the normed input, and so do all modules of the same input width.
+    query, keys: widths of all query heads and of all key heads together. 0 in a linear-attention layer.
+    window: tokens back that the layer attends to. None means all tokens.
+    feed_forward: width of the MLP that one token goes through. In a mixture, an expert's times `num_experts_per_tok`.
+    norms: widths of the norms, per token.
     experts: parameters outside nn.Linear that nf4 leaves as they are.
-    state: elements that it remembers per row whatever the length (linear attention).
+    state: elements that the layer remembers per row whatever the length (linear attention).
     """
 
     linears: tuple[Linear, ...]
@@ -48,7 +48,7 @@ class Layer:
 
     @cached_property
     def weights(self) -> int:
-        """Elements of the weights of its nn.Linear modules."""
+        """Elements of the weights of the nn.Linear modules."""
         return sum(linear.weights for linear in self.linears)
 
     @cached_property
@@ -78,7 +78,7 @@ class ModelShape:
 
     @property
     def head(self) -> int:
-        """Parameters of the LM head; 0 where it is the embedding."""
+        """Parameters of the LM head. 0 where the embedding is the head."""
         return 0 if self.tied else self.vocab * self.hidden
 
     @cached_property
@@ -98,11 +98,11 @@ class ModelShape:
 
     @property
     def parameters(self) -> int:
-        """All of them."""
+        """All parameters."""
         return self.embedding + self.head + self.linear + self.experts + self.others
 
     def lora(self, rank: int) -> int:
-        """Parameters of LoRA adapters on "all-linear", the LM head aside: rank * Σ (inputs + outputs)."""
+        """Parameters of LoRA adapters on "all-linear", without the LM head: rank * Σ (inputs + outputs)."""
         linears = (linear for layer in self.layers for linear in layer.linears if linear.adapted)
         dense = sum(linear.inputs + linear.outputs for linear in linears)
         return rank * (dense + sum(layer.expert_lora for layer in self.layers))

@@ -1,14 +1,11 @@
 """QLoRA: a 4-bit base with LoRA adapters on one card, so that the adapters learn, resume and export.
 
-    recipe.py       quantization, LoRA and configuration as plain Hugging Face objects
-    checks.py       what cannot work, refused before anything is loaded
-    precision.py    the dtype of the adapters, after construction and after a checkpoint
-    lora_layers.py  the adapters' layers without PEFT's copies, while a training lasts
-    frozen.py       a callback that stops a run whose adapters do not move
-    settings.py     one screen about the run at its start, with hints
-    export.py       the trained model without bitsandbytes, checked against the one that was trained
+`qlora()` gives quantization, adapters and configuration as plain Hugging Face objects. GRPOPlusTrainer then refuses
+what cannot work, keeps the dtype of the adapters, and logs the settings with hints. `save_merged` exports the trained
+model without bitsandbytes.
 
-To add a hint, write a function in `settings.py` and put it into HINTS; to add a recipe, a function in `recipe.py`.
+To add a recipe, write a function in `recipe.py`. To add a hint, write a function in `settings.py` and put it into
+HINTS.
 """
 
 from importlib import import_module

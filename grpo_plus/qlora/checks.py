@@ -1,4 +1,4 @@
-"""What cannot work with a quantized base, refused before anything is loaded."""
+"""Refuse what cannot work with a quantized base, before anything is loaded."""
 
 import json
 import re
@@ -24,7 +24,7 @@ def require_bitsandbytes(what: str) -> None:
 
 
 def check_run(model: Any, args: Any, quantization_config: Any, peft_config: Any) -> None:
-    """Refuse combinations of a trainer's arguments that fail late, or train something else than they say.
+    """Refuse arguments of a trainer that would fail late, or would train something else than they say.
 
     Args:
         model: a name, a model, or a model with adapters.
@@ -32,7 +32,7 @@ def check_run(model: Any, args: Any, quantization_config: Any, peft_config: Any)
 
     Raises:
         ImportError: bitsandbytes is missing.
-        ValueError: anything else, with the argument's name and value.
+        ValueError: the arguments cannot work. The message has the argument's name and value.
     """
     in_args = {} if isinstance(model, nn.Module) else (getattr(args, "model_init_kwargs", None) or {})
     wanted = quantization_config or in_args.get("quantization_config")
@@ -62,7 +62,7 @@ def check_run(model: Any, args: Any, quantization_config: Any, peft_config: Any)
 
 
 def require_one_width(load_in_4bit: bool, load_in_8bit: bool) -> None:
-    """Refuse both at once."""
+    """Refuse a base in 4 bits and 8 bits at once."""
     if load_in_4bit and load_in_8bit:
         raise ValueError(
             "load_in_4bit=True and load_in_8bit=True: a base is loaded in one of the two. Drop load_in_8bit for QLoRA."
@@ -74,7 +74,7 @@ def _get(config: Any, name: str) -> bool:
 
 
 def _saved_quantization(model: str, revision: str | None) -> Any:
-    """The quantization that the model was saved with; None for none, and where TRL is about to say what is wrong."""
+    """Quantization that the model was saved with. None without one, and where TRL is about to say what is wrong."""
     try:
         return read_config(model, revision=revision).get("quantization_config")
     except ValueError:
@@ -98,7 +98,7 @@ def _bits_of_config(config: Any) -> int | None:
 
 def _check_target_modules(peft_config: Any) -> None:
     targets = getattr(peft_config, "target_modules", None) or ()
-    if isinstance(targets, str):  # PEFT takes it for an expression
+    if isinstance(targets, str):  # a regular expression for PEFT
         named: str | list[str] = targets
         hit = re.fullmatch(targets, "lm_head") or targets.split(".")[-1] == "lm_head"
     else:
@@ -111,7 +111,7 @@ def _check_target_modules(peft_config: Any) -> None:
 
 
 def check_adapter_folder(folder: str | Path, model: Any) -> None:
-    """Refuse a folder with an adapter that was trained on another base, or with other LoRA settings, than `model`.
+    """Refuse a folder whose adapter was trained on another base than `model`, or with other LoRA settings.
 
     Raises:
         ValueError: names the folder, both bases and the first weight whose shape differs.
@@ -122,7 +122,7 @@ def check_adapter_folder(folder: str | Path, model: Any) -> None:
     saved = _shapes(weights)
     from peft import get_peft_model_state_dict
 
-    # PEFT's own names: it renames some weights as it saves them, DoRA's magnitudes and an embedding's adapters.
+    # Names as in PEFT's files, where DoRA's magnitudes and an embedding's adapters are called otherwise.
     own = get_peft_model_state_dict(model, adapter_name=model.active_adapters[0], save_embedding_layers=False)
     here = {name: tuple(value.shape) for name, value in own.items()}
     wrong = [name for name, shape in saved.items() if here.get(name, shape) != shape]
@@ -138,7 +138,7 @@ def check_adapter_folder(folder: str | Path, model: Any) -> None:
 
 
 def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes from the header of a safetensors file; the weights stay on the disk."""
+    """Read names and shapes from the header of a safetensors file. The weights stay on the disk."""
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(length))

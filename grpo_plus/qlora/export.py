@@ -1,9 +1,9 @@
-"""The trained model as a folder that loads without bitsandbytes, checked against the model that was trained.
+"""Export the trained model to a folder that loads without bitsandbytes, and check the folder against the model.
 
-Adapters learn above the weights that the 4-bit codes stand for. "dequantize" writes those weights out and merges the
-adapters into them: the model that was trained, to rounding. "base" merges into the original weights, which the adapters
-never saw, so that the difference that quantization made stays in. "adapter" leaves the adapters apart. Merging into the
-4-bit codes themselves rounds most of what was learned away, and is refused.
+Adapters learn on top of the weights that the 4-bit codes stand for. "dequantize" writes out these weights with the
+adapters merged in, which gives the trained model to rounding. "base" merges into the original weights, which the
+adapters never saw, so that the result is off by what quantization changed. "adapter" leaves the adapters apart. A merge
+into the 4-bit codes themselves would round away most of what was learned, and is refused.
 """
 
 import copy
@@ -28,10 +28,10 @@ MAX_KL = 1e-3
 
 @dataclass(frozen=True)
 class Export:
-    """What was written, and how near it is to the trained model.
+    """An exported model, and its distance from the trained model.
 
-    kl:                 mean over the probed tokens of KL(trained || exported), of the folder read back from the disk.
-    kl_without_adapter: the same for the base without adapters: what a merge that loses everything would have.
+    kl:                 mean KL(trained || exported) of the probed tokens, with the folder read back from the disk.
+    kl_without_adapter: mean KL of the base without adapters, which a merge that loses everything would have.
     """
 
     path: Path
@@ -57,22 +57,22 @@ def save_merged(
     max_kl: float = MAX_KL,
     device: str = "cpu",
 ) -> Export:
-    """Save a trained model with adapters to `path`, print its KL to the trained one, and check it.
+    """Save a trained model with adapters to `path`, check its KL to the trained model, and print the KL.
 
     Args:
-        model: with adapters, such as `trainer.model`; it stays as it is.
-        path: a folder that does not exist or is empty; nothing is left there if anything fails.
+        model: a model with adapters, such as `trainer.model`. It stays as it is.
+        path: a folder that does not exist or is empty. A failure leaves nothing there.
         method: "dequantize", "base" or "adapter"; see the module.
         tokenizer: saved beside the model.
-        input_ids: (B, L) tokens to compare on, best of your own prompts and completions; None: random ones.
-        base: name or folder of the unquantized base for method="base"; None: where the quantized one was loaded from.
-        max_kl: of method="dequantize"; above it nothing is saved.
-        device: where the merged model is built and checked, in the dtype of the trained one.
+        input_ids: (B, L) tokens to compare on, best of your own prompts and completions. None takes random tokens.
+        base: name or folder of the unquantized base, for method="base". None takes the name of the quantized base.
+        max_kl: limit for method="dequantize". Above it nothing is saved.
+        device: where the merged model is built and checked, in the dtype of the trained model.
 
     Raises:
         ValueError: an unknown or lossy method, or a model without adapters.
         FileExistsError: the folder holds something.
-        RuntimeError: the exported model is further than `max_kl` from the trained one.
+        RuntimeError: the exported model is further than `max_kl` from the trained model.
     """
     _check_method(method)
     if not has_adapters(model):
@@ -102,7 +102,7 @@ def save_merged(
 
 
 def dequantized(model: Any, device: str = "cpu") -> PreTrainedModel:
-    """The base of a model with adapters as an ordinary model, with the weights that its codes stand for."""
+    """Build an ordinary model from the base of a model with adapters, with the weights that its codes stand for."""
     from peft.utils.integrations import dequantize_module_weight
 
     quantized = model.get_base_model()
@@ -127,12 +127,12 @@ def dequantized(model: Any, device: str = "cpu") -> PreTrainedModel:
 
 
 def bits_of_layer(weight: Tensor) -> bool:
-    """Whether a weight holds codes of bitsandbytes and not numbers."""
+    """Whether a weight holds codes of bitsandbytes, not numbers."""
     return type(weight).__name__ in ("Params4bit", "Int8Params")
 
 
 def token_logps(model: Any, input_ids: Tensor) -> Tensor:
-    """(B, L, V) log-probabilities in float32 on the CPU, without dropout, row by row; the model's mode stays."""
+    """Log-probabilities (B, L, V) in float32 on the CPU, without dropout, row by row. The model's mode stays."""
     training = model.training
     model.eval()
     try:
@@ -146,7 +146,7 @@ def token_logps(model: Any, input_ids: Tensor) -> Tensor:
 
 
 def kl_divergence(trained: Tensor, exported: Tensor) -> float:
-    """Mean over the tokens of Σ_v p(v) (log p(v) − log q(v)), p of the trained model and q of the exported one."""
+    """Mean over the tokens of Σ_v p(v) (log p(v) − log q(v)), with p of the trained and q of the exported model."""
     rows = ((p.double(), q.double()) for p, q in zip(trained, exported, strict=True))
     return torch.stack([(p.exp() * (p - q)).sum(-1).mean() for p, q in rows]).mean().item()
 
@@ -194,7 +194,7 @@ def _merged(dense: PreTrainedModel, model: Any, adapter: str) -> PreTrainedModel
     from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
     config = copy.deepcopy(model.peft_config[adapter])
-    config.init_lora_weights = True  # others compute a start from the base, or change it
+    config.init_lora_weights = True  # any other choice computes a start from the base, or changes the base
     wrapped = get_peft_model(dense, config, adapter_name=adapter)
     weights = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
     set_peft_model_state_dict(wrapped, weights, adapter_name=adapter)
@@ -202,7 +202,7 @@ def _merged(dense: PreTrainedModel, model: Any, adapter: str) -> PreTrainedModel
 
 
 def _kl_of_folder(folder: Path, method: str, model: Any, trained: Tensor, ids: Tensor, device: str) -> float:
-    """Read the folder back and compare; adapters are compared weight by weight."""
+    """Read the folder back and compare. Adapters are compared weight by weight."""
     if method != "adapter":
         dense = AutoModelForCausalLM.from_pretrained(folder, dtype=_dtype_of(model.get_base_model())).to(device)
         return kl_divergence(trained, token_logps(dense, ids))
@@ -217,7 +217,7 @@ def _kl_of_folder(folder: Path, method: str, model: Any, trained: Tensor, ids: T
 
 
 def _dtype_of(model: Any) -> torch.dtype:
-    """Of the weights that are not quantized: that of the embeddings."""
+    """Dtype of the weights that are not quantized, taken from the embeddings."""
     return model.get_input_embeddings().weight.dtype
 
 

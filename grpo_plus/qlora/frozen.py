@@ -1,4 +1,4 @@
-"""A run whose adapters do not move looks normal in the log: rewards vary, losses and gradient norms are printed."""
+"""Find a run whose adapters do not move. Its log looks normal: rewards vary, losses and gradient norms are printed."""
 
 import logging
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from grpo_plus.qlora.precision import require_trainable
 
 logger = logging.getLogger("grpo_plus")
 
-SAMPLED = 256  # elements that are watched of each weight
+SAMPLED = 256  # elements of each weight that are watched
 STOPS, WARNS = 0.01, 0.5  # shares of moved elements below which the run stops and warns
 
 
@@ -32,30 +32,31 @@ class Watched:
 
     @classmethod
     def of(cls, name: str, weight: nn.Parameter) -> "Watched":
-        """Remember the elements; `kind` is PEFT's name of the part, such as lora_A."""
+        """Remember the elements of a weight. `kind` is PEFT's name of its part, such as lora_A."""
         parts = [part for part in name.split(".") if part.startswith("lora_")]
         start = sample(weight.detach()).clone()
         return cls(parts[-1] if parts else "others", weight, start, torch.zeros_like(start, dtype=torch.bool))
 
     def moved(self) -> Tensor:
-        """Of the elements that have had a gradient: whether each has another value than at the start."""
+        """Whether each element that has had a gradient has left its value at the start."""
         return sample(self.weight.detach()).ne(self.start)[self.touched]
 
 
 def sample(values: Tensor) -> Tensor:
-    """At most SAMPLED elements, evenly spaced."""
+    """Take at most SAMPLED elements, evenly spaced."""
     return values.flatten()[:: -(-values.numel() // SAMPLED)]
 
 
 class FrozenAdapterCallback(TrainerCallback):
-    """Stops a run whose trainable weights do not move, and warns of one where a part of them does not.
+    """Stops a run whose trainable weights do not move, and warns where a part of the weights does not move.
 
-    It watches a sample of each weight over the first steps that have a gradient and a learning rate, and says which
-    part has stayed (lora_A, lora_B) and why. GRPOPlusTrainer adds it for adapters; it works on `trl.GRPOTrainer` too.
-    Under DeepSpeed and FSDP, where no process sees whole weights and their gradients, it says so and watches nothing.
+    The callback watches a sample of each weight over the first steps that have a gradient and a learning rate. Its
+    message says which part has stayed (lora_A, lora_B) and why. GRPOPlusTrainer adds the callback for adapters, and
+    `trl.GRPOTrainer` can take it too. Under DeepSpeed and FSDP no process sees whole weights and their gradients, so
+    the callback says so and watches nothing.
 
     Args:
-        steps: such steps before it judges.
+        steps: number of such steps before the verdict.
     """
 
     def __init__(self, steps: int = 10) -> None:
@@ -81,7 +82,7 @@ class FrozenAdapterCallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: Arguments, state: State, control: Control, optimizer: Any = None, **kwargs: Any
     ) -> None:
-        """See which elements this step is going to move."""
+        """Note which elements this step is going to move."""
         self.live = False
         rates = [group["lr"] for group in optimizer.param_groups]
         if self.watched and all(entry.weight.grad is None for entry in self.watched):
@@ -138,7 +139,7 @@ class FrozenAdapterCallback(TrainerCallback):
 
 
 def moved_shares(watched: list[Watched]) -> dict[str, float]:
-    """Of each kind of weight, the share of elements that have moved among those that have had a gradient."""
+    """Share of moved elements by kind of weight, among the elements that have had a gradient."""
     shares = {}
     for kind in {entry.kind for entry in watched}:
         moved = torch.cat([entry.moved().cpu() for entry in watched if entry.kind == kind])

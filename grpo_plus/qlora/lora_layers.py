@@ -1,9 +1,9 @@
-"""PEFT's LoRA layers on `kernels.lora_linear` while a training lasts; their modules stay what and where they are.
+"""Compute PEFT's LoRA layers by `kernels.lora_linear` while a training lasts. The modules stay what and where they are.
 
-Only `forward` of the instances is another, and it asks at every call whether PEFT's own would do anything else than
-add one plain adapter: with the adapters disabled or merged, with another set of adapters, a hook or a dropout, it is
-PEFT's, and so it is token by token in generation. State dicts, `disable_adapter`, `set_adapter`, merging, saving and
-loading see nothing of it.
+Only `forward` of the instances is replaced. At every call, the new forward asks whether PEFT's own forward would do
+anything but add one plain adapter, and if so calls PEFT's own. That is the case with adapters disabled or merged, with
+another set of adapters, and with a hook or a dropout. Generation token by token takes PEFT's own forward too. State
+dicts, `disable_adapter`, `set_adapter`, merging, saving and loading see nothing of the replacement.
 """
 
 import warnings
@@ -21,10 +21,10 @@ from grpo_plus.models.adapters import has_adapters
 
 @contextmanager
 def fused_lora(model: nn.Module) -> Iterator[None]:
-    """Inside, every LoRA layer of the model that `unfit` has nothing against is computed by `kernels.lora_linear`."""
+    """Compute, inside, every LoRA layer of the model by `kernels.lora_linear`, except those with an `unfit` reason."""
     fused = [layer for layer in _layers(model) if "forward" not in vars(layer) and unfit(layer) is None]
     for layer in fused:
-        # A partial and no bound method: copies and pickles of the layer call it on themselves.
+        # A partial and no bound method, so that copies and pickles of the layer call it on themselves.
         layer.forward = partial(_forward, layer)
     try:
         yield
@@ -35,12 +35,12 @@ def fused_lora(model: nn.Module) -> Iterator[None]:
 
 
 def has_lora(model: Any) -> bool:
-    """Whether the model is one of PEFT's with a LoRA layer in it."""
+    """Whether the model is a PEFT model with a LoRA layer."""
     return has_adapters(model) and any(True for _ in _layers(model))
 
 
 def why_not_fused(model: Any) -> list[str]:
-    """Why layers of the model stay on PEFT's own forward, each reason once; empty where all can be fused."""
+    """Reasons why layers of the model stay on PEFT's own forward, each once. Empty where all layers can be fused."""
     if not has_adapters(model):
         return ["the model has no adapters"]
     if not has_lora(model):
@@ -49,18 +49,18 @@ def why_not_fused(model: Any) -> list[str]:
 
 
 def fits_any(model: Any) -> bool:
-    """Whether there is a layer to fuse."""
+    """Whether the model has a layer to fuse."""
     return has_adapters(model) and any(unfit(layer) is None for layer in _layers(model))
 
 
 def unfit(layer: Any) -> str | None:
-    """Why a LoRA layer, as it is now, is more than a frozen linear layer plus one plain adapter; None if it is not."""
+    """Reason why a LoRA layer is now more than a frozen linear layer plus one plain adapter. None if it is not."""
     base = layer.base_layer
     if "forward" in vars(layer) and not _is_ours(layer.forward):
         return "their forward has been replaced by another"
     if not _is_plain_linear(layer, base):
         return f"{type(layer).__name__} over {type(base).__name__} is no linear layer that is known here"
-    # Others bring products of their own, torchao's NF4Tensor for one, which a plain torch.mm does not call.
+    # Another kind of weight brings products of its own, as torchao's NF4Tensor does. A plain torch.mm would miss them.
     if type(base) is nn.Linear and type(base.weight) is not nn.Parameter:
         return f"the weight of the base is a {type(base.weight).__name__}"
     names = [name for name in layer.active_adapters if name in layer.lora_A]
@@ -124,19 +124,20 @@ def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def _generates(x: Tensor) -> bool:
-    """Whether x is one token of each row and nothing is kept: asking the rest takes longer than PEFT's copies."""
+    """Whether x is one token per row without a graph. Further questions would take longer than PEFT's copies."""
     return not torch.is_grad_enabled() and x.dim() == 3 and x.shape[1] == 1
 
 
 def _mixes(layer: Any, x: Tensor) -> bool:
-    """Whether autocast's dtype and that of a quantized layer's output would meet in a wider one: fp16 and bf16."""
+    """Whether autocast's dtype and the dtype of a quantized layer's output would widen each other: fp16 and bf16."""
     kind = x.device.type
     if not torch.is_autocast_enabled(kind) or type(layer.base_layer) is nn.Linear:
         return False
     cast = torch.get_autocast_dtype(kind)
     if torch.promote_types(x.dtype, cast) == x.dtype:
         return False
-    # Python shows it once. Before the first forward nobody knows in which dtype the hidden states arrive.
+    # Python shows the warning once. It cannot come earlier, because only a forward knows the dtype of the hidden
+    # states.
     warnings.warn(
         f"lora_backend: PEFT's own forward in a 4-bit layer. Autocast is in {cast}, its input in {x.dtype}; load the "
         "model in autocast's dtype.",

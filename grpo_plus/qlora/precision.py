@@ -1,7 +1,7 @@
-"""The dtype of the adapters: bf16 holds three digits, so a step of 1e-6 rounds to nothing on most weights.
+"""Dtype of the adapters. bf16 holds three digits, so a step of 1e-6 rounds to nothing on most weights.
 
-TRL casts the trainable weights of a quantized base to bf16, and Adam's state follows them; a checkpoint comes back in
-float32, whatever was saved. Here both end in the dtype that the run asks for, without a rounding in between.
+TRL casts the trainable weights of a quantized base to bf16, and Adam's state follows the weights. A checkpoint comes
+back in float32, whatever was saved. Here both end in the dtype that the run asks for, without a rounding in between.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ from grpo_plus.models.adapters import ADAPTER_DTYPES, adapter_parameters, bits_o
 
 
 def require_trainable(model: Any) -> None:
-    """Refuse adapters none of which trains: with `beta` the log of such a run looks normal."""
+    """Refuse adapters of which none trains, because with `beta` the log of such a run looks normal."""
     if has_adapters(model) and not any(True for _ in adapter_parameters(model)):
         raise ValueError(
             f"None of the weights of the PeftModel (adapter {', '.join(model.peft_config)}) requires a gradient, so "
@@ -22,9 +22,9 @@ def require_trainable(model: Any) -> None:
 
 
 def chosen_dtype(adapter_dtype: str | None, model: nn.Module) -> torch.dtype | None:
-    """The dtype that `adapter_dtype` means for this model; None: leave the adapters alone.
+    """Dtype that `adapter_dtype` means for this model. None leaves the adapters alone.
 
-    None is float32 above a base that bitsandbytes has quantized, where TRL would leave bf16.
+    An `adapter_dtype` of None means float32 above a base that bitsandbytes has quantized. TRL would leave bf16 there.
     """
     if adapter_dtype is None:
         return torch.float32 if bits_of(model) and has_adapters(model) else None
@@ -37,7 +37,7 @@ def chosen_dtype(adapter_dtype: str | None, model: nn.Module) -> torch.dtype | N
 
 
 def restore_adapters(model: nn.Module, dtype: torch.dtype, exact: dict[str, Tensor] | None = None) -> None:
-    """Bring every trainable weight to `dtype`, in place, from `exact` where it holds the value before a rounding."""
+    """Bring every trainable weight to `dtype`, in place. `exact` holds values from before a rounding, by name."""
     for name, weight in adapter_parameters(model):
         if weight.is_floating_point():
             weight.data = (exact or {}).get(name, weight.data).to(device=weight.device, dtype=dtype)
@@ -46,11 +46,12 @@ def restore_adapters(model: nn.Module, dtype: torch.dtype, exact: dict[str, Tens
 def keep_gradients_on_the_cpu(model: Any) -> None:
     """Keep bitsandbytes from repacking 4-bit weights on CPUs with AVX512-BF16.
 
-    It does so in the first forward in eval mode, and the packed product has no gradient with respect to its input: a
-    run that evaluates on the CPU would train the layers above the first on wrong gradients without a word.
+    bitsandbytes repacks in the first forward in eval mode. The packed product has no gradient with respect to its
+    input. A run that evaluates on the CPU would then train on wrong gradients, in every linear layer but the last,
+    without a word.
 
     Raises:
-        ValueError: the weights are packed already; taking that back would not give the same weights.
+        ValueError: the weights are packed already. Unpacking would not give the same weights.
     """
     for layer in model.modules():
         if getattr(layer, "support_avx512bf16_for_cpu", False):

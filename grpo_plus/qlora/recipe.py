@@ -1,4 +1,4 @@
-"""Recipes: functions that return plain Hugging Face objects, to be inspected, changed and passed on.
+"""Recipes as plain Hugging Face objects: inspect them, change them, pass them on.
 
 recipe = qlora(r=16)
 GRPOPlusTrainer(
@@ -13,25 +13,28 @@ GRPOPlusTrainer(
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from transformers import BitsAndBytesConfig
+
 from grpo_plus.qlora.checks import require_bitsandbytes
 
 if TYPE_CHECKING:
     from peft import LoraConfig
-    from transformers import BitsAndBytesConfig
 
 DTYPES = ("bfloat16", "float16")
+# Fields of GRPOPlusConfig that nobody changes in this recipe.
+FIXED: dict[str, Any] = {"gradient_checkpointing": True, "adapter_dtype": "float32"}
 
 
 @dataclass
 class QLoRA:
     """What makes a run a QLoRA run.
 
-    quantization_config: of the base, for the trainer's argument of the same name.
-    peft_config:         of the adapters, likewise.
+    quantization_config: how the base is quantized, for the trainer's argument of the same name.
+    peft_config:         the adapters, for the trainer's argument of the same name.
     config:              keyword arguments of GRPOPlusConfig.
     """
 
-    quantization_config: "BitsAndBytesConfig"
+    quantization_config: BitsAndBytesConfig
     peft_config: "LoraConfig"
     config: dict[str, Any]
 
@@ -48,25 +51,26 @@ def qlora(
     """A 4-bit base (nf4) with LoRA on every linear layer.
 
     Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs" (https://huggingface.co/papers/2305.14314), with
-    two changes for GRPO: no dropout, which would make the sampled and the trained policy differ, and adapters in
-    float32, in which small steps are not rounded away. Unset, the weights that are not quantized, the computation and
-    with them the cache of the generation are float32 in TRL: twice the memory.
+    two changes for GRPO. There is no dropout, because dropout makes the sampled policy and the trained policy differ.
+    The adapters are float32, so that small steps are not rounded away.
+
+    The recipe sets `dtype` because TRL's default is float32. That default holds for the weights that are not quantized
+    and for the computation. The cache of the generation follows, and takes twice the memory.
 
     Args:
         r: rank of the adapters.
-        alpha: their scale times r; None: 2 r.
-        dtype: of computation and of the weights that stay unquantized; "float16" for cards before Ampere (T4, RTX 20).
+        alpha: scale of the adapters times r. None means 2 r.
+        dtype: dtype of the computation and of all weights that stay unquantized. Cards before Ampere (T4, RTX 20) need
+            "float16".
         double_quant: quantize the scales too, which saves 0.37 bits per weight.
-        optim: "adamw_8bit" keeps Adam's state in 8 bits; "adamw_torch_fused" is TRL's.
+        optim: "adamw_8bit" keeps Adam's state in 8 bits. TRL's default is "adamw_torch_fused".
 
     Raises:
         ImportError: bitsandbytes is missing.
-        ValueError: a rank below 1, or a dtype that 4-bit computation is slow in.
+        ValueError: a rank below 1, or a dtype in which 4-bit computation is slow.
     """
     require_bitsandbytes("qlora()")
-    import torch
     from peft import LoraConfig
-    from transformers import BitsAndBytesConfig
 
     if r < 1:
         raise ValueError(f"r={r} is no rank of an adapter. Use 8 to 64.")
@@ -75,31 +79,17 @@ def qlora(
             f"dtype={dtype!r} is not one that 4-bit weights are computed in. Use 'bfloat16', or 'float16' on cards "
             "before Ampere."
         )
-    half = dtype == "float16"
-    return QLoRA(
-        quantization_config=BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=double_quant,
-            bnb_4bit_compute_dtype=getattr(torch, dtype),
-        ),
-        peft_config=LoraConfig(
-            r=r,
-            lora_alpha=alpha or 2 * r,
-            lora_dropout=0.0,
-            target_modules=target_modules,
-            bias="none",
-            task_type="CAUSAL_LM",
-        ),
-        config={
-            "model_init_kwargs": {"dtype": dtype},
-            "bf16": not half,
-            "fp16": half,
-            "optim": optim,
-            "gradient_checkpointing": True,
-            "adapter_dtype": "float32",
-        },
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=dtype,
     )
+    adapters = LoraConfig(
+        r=r, lora_alpha=alpha or 2 * r, lora_dropout=0.0, target_modules=target_modules, task_type="CAUSAL_LM"
+    )
+    precision = {"model_init_kwargs": {"dtype": dtype}, "bf16": dtype == "bfloat16", "fp16": dtype == "float16"}
+    return QLoRA(quantization, adapters, {**precision, "optim": optim, **FIXED})
 
 
 def qlora_flags() -> dict[str, Any]:
@@ -115,6 +105,5 @@ def qlora_flags() -> dict[str, Any]:
         "lora_dropout": 0.0,
         "lora_target_modules": ["all-linear"],
         "optim": "adamw_8bit",
-        "gradient_checkpointing": True,
-        "adapter_dtype": "float32",
+        **FIXED,
     }

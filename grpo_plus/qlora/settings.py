@@ -1,4 +1,4 @@
-"""One screen at the start of a run with adapters: what is quantized, which dtype trains, its memory, what will hurt."""
+"""Screen at the start of a run with adapters: what is quantized, which dtype trains, its memory, what will hurt."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -19,7 +19,7 @@ logger = logging.getLogger("grpo_plus")
 
 
 def setting_check(model: Any, args: Any) -> tuple[list[str], list[str]]:
-    """The screen about a model with adapters, and the hints, each with the line that mends it.
+    """Describe a model with adapters: lines for the screen, and hints, each with the setting that mends it.
 
     Args:
         args: the trainer's configuration, TRL's or ours.
@@ -28,7 +28,7 @@ def setting_check(model: Any, args: Any) -> tuple[list[str], list[str]]:
 
 
 def log_setting_check(model: Any, args: Any) -> None:
-    """The screen at INFO and the hints at WARNING, from the logger "grpo_plus"."""
+    """Log the screen at INFO and the hints at WARNING, by the logger "grpo_plus"."""
     overview, hints = setting_check(model, args)
     logger.info("\n".join(overview))
     for hint in hints:
@@ -67,7 +67,7 @@ def _expected_peak(model: Any, args: Any) -> str:
 
 
 def _groups(model: Any) -> dict[str, list[nn.Parameter]]:
-    """Weights by what they are: embeddings and head, quantized codes, adapters, and the rest."""
+    """Weights by kind: embeddings and head, linear layers, norms and others, adapters."""
     embeddings = {id(weight) for weight in _embeddings(model)}
     groups: dict[str, list[nn.Parameter]] = {"embeddings": [], "linear layers": [], "norms, others": [], "adapters": []}
     for weight in model.parameters():
@@ -87,7 +87,7 @@ def _embeddings(model: Any) -> list[nn.Parameter]:
 
 
 def _elements(weight: Tensor) -> int:
-    """Two 4-bit codes share a byte."""
+    """Number of weights. Two 4-bit codes share a byte, so `numel` would be half of it."""
     state = getattr(weight, "quant_state", None)
     return weight.numel() if state is None else state.shape.numel()
 

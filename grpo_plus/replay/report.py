@@ -176,8 +176,8 @@ def _agreement(replay: Replay) -> list[Block]:
 def _by_likeness(correlation: np.ndarray) -> list[int]:
     """An order in which like stands beside like: along the direction in which the rows differ most."""
     filled = np.nan_to_num(correlation)
-    centred = filled - filled.mean(0)
-    return np.argsort(np.linalg.svd(centred)[0][:, 0], kind="stable").tolist()
+    centered = filled - filled.mean(0)
+    return np.argsort(np.linalg.svd(centered)[0][:, 0], kind="stable").tolist()
 
 
 def _drivers(replay: Replay) -> list[Block]:
@@ -198,7 +198,7 @@ def _drivers(replay: Replay) -> list[Block]:
         }
         drawn.append(
             Figure(
-                "Share of Σ|A| by reward: each completion's |A| split in proportion to its centred, weighted rewards "
+                "Share of Σ|A| by reward: each completion's |A| split in proportion to its centered, weighted rewards "
                 "(divided by their std for estimators that do so).",
                 stacked(shares, label="share of Σ|A| by reward"),
             )

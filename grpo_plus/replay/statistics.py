@@ -110,7 +110,7 @@ class Statistics:
     def reward_share(self) -> Tensor:
         """(E, K) share of Σ|A| that each reward accounts for.
 
-        A completion's |A| is split over the rewards in proportion to |cᵢₖ|, its weighted, centred rewards, which are
+        A completion's |A| is split over the rewards in proportion to |cᵢₖ|, its weighted, centered rewards, which are
         divided by the reward's std in the group for an estimator that does so. What no reward explains, such as the
         push that some estimators give to groups without spread, is in no share: they sum to 1 at most.
         """

@@ -26,7 +26,7 @@ def test_zero_spread_counts_groups_per_function():
     assert shares == pytest.approx({"correct": 1 / 3, "format": 2 / 3, "total": 2 / 3})
 
 
-def test_reward_shares_weigh_and_centre():
+def test_reward_shares_weigh_and_center():
     # |c|: correct .5 x 4 = 2; format .5 x 2 x weight 3 = 3
     assert metrics.reward_shares(rewards_of(VALUES, [1.0, 3.0])) == pytest.approx({"correct": 0.4, "format": 0.6})
 
@@ -132,7 +132,7 @@ def test_zero_spread_may_be_that_of_the_steps():
 
 
 def test_shares_of_rewards_that_are_normalized_do_not_depend_on_their_unit():
-    # Centred: correct ±.5 in both groups, format ±50 in the first; z-scores are alike.
+    # Centered: correct ±.5 in both groups, format ±50 in the first; z-scores are alike.
     rewards = rewards_of([[[1, 100], [0, 0]], [[1, 50], [0, 50]]])
     assert metrics.reward_shares(rewards)["format"] == pytest.approx(100 / 102)
     assert metrics.reward_shares(rewards, normalizes_each=True) == pytest.approx({"correct": 2 / 3, "format": 1 / 3})

@@ -29,7 +29,7 @@ def test_gate_passes_from_its_threshold_on_in_float32():
 
 
 def test_gate_leaves_abstentions_alone():
-    # Neither a verdict that is missing nor a gated reward that is missing becomes a judgement.
+    # Neither a verdict that is missing nor a gated reward that is missing becomes a judgment.
     rewards = gate(graded([[[None, 1], [0, None], [None, None]]]), by="correctness")
     assert rewards.values[0, 0, 1] == 1
     assert rewards.values[0, 1:, 1].isnan().all()

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from grpo_plus.advantages.reductions import centre, cosine, count, has_spread, mean, others, std
+from grpo_plus.advantages.reductions import center, cosine, count, has_spread, mean, others, std
 from tests.close import assert_close
 
 NAN = float("nan")
@@ -29,7 +29,7 @@ def test_a_weight_counts_an_entry_so_many_times():
     assert count(values, weights).item() == 4
     assert_close("mean", mean(values, weights), mean(repeated), rtol=1e-6)
     assert_close("std", std(values, weights=weights), std(repeated), rtol=1e-6)
-    assert_close("centred", centre(values, weights)[:2], torch.tensor([-0.75, 2.25]), rtol=1e-6)
+    assert_close("centered", center(values, weights)[:2], torch.tensor([-0.75, 2.25]), rtol=1e-6)
 
 
 def test_others_leave_out_one_entry_each():

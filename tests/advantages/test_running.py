@@ -81,8 +81,8 @@ def test_spo_tracks_each_prompt():
     assert state == {"a": pytest.approx([5.6, 3.6]), "b": pytest.approx([3.6, 5.6])}
     advantages = run("spo", [[[1, 0], [1, 0]]], state, prompts=("a", "b"))
     p = 5.6 / 9.2
-    centred = torch.tensor([[1 - p, -p], [p, p - 1]], dtype=torch.float64)
-    assert_close("advantages", advantages, centred / (centred.std() + 1e-8), rtol=1e-9)
+    centered = torch.tensor([[1 - p, -p], [p, p - 1]], dtype=torch.float64)
+    assert_close("advantages", advantages, centered / (centered.std() + 1e-8), rtol=1e-9)
 
 
 @pytest.mark.parametrize("name", STATEFUL)

@@ -18,14 +18,14 @@ def test_help_answers_in_under_a_second_and_loads_no_torch():
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         best = min(best, time.perf_counter() - start)
     assert done.stdout.endswith("[]\n")
-    assert all(f"\n    {verb} " in done.stdout for verb in cli.VERBS)
+    assert [verb for verb in cli.VERBS if f"\n    {verb} " not in done.stdout] == []
     assert best < 1
 
 
 def test_ls_names_everything(capsys):
     assert cli.main(["ls"]) == 0
     output = capsys.readouterr().out
-    assert all(f"{name} " in output for name in (*ESTIMATORS, *TRL_LOSSES))
+    assert [name for name in (*ESTIMATORS, *TRL_LOSSES) if f"{name} " not in output] == []
     assert "https://huggingface.co/papers/2503.20783" in output
 
 

@@ -26,7 +26,8 @@ def test_training_with_trls_flags_and_ours(workplace, capsys):
     tables = [pd.read_parquet(path) for path in (workplace / "out" / "completions").glob("*.parquet")]
     for table in tables:
         groups = [table["advantage"][start : start + 4] for start in (0, 4)]
-        assert all(abs((group**2).mean() - (1 if group.any() else 0)) < 1e-2 for group in groups)
+        for group in groups:
+            assert (group**2).mean() == pytest.approx(1 if group.any() else 0, abs=1e-2)
 
 
 def test_training_from_a_config_file(workplace, capsys):

@@ -21,7 +21,7 @@ def test_the_installed_trl_is_the_tested_one():
 def test_each_minor_of_the_supported_window_was_recorded():
     minors = {Version(known).release[:2] for known in contract.known_fingerprints()}
     assert minors == {(1, 15), (1, 16)}
-    assert all(names.TESTED_TRL.contains(known) for known in contract.known_fingerprints())
+    assert [known for known in contract.known_fingerprints() if not names.TESTED_TRL.contains(known)] == []
 
 
 @pytest.mark.parametrize("name", [name for name in vars(seam.TRLSeam) if name in names.RELIED_ON])

@@ -43,8 +43,8 @@ def test_no_set_of_digits_is_both_trained_on_and_held_out(seed):
 def test_rows_are_prompts_with_their_sorted_digits_and_never_repeat():
     rows = task.dataset("train", 5000, seed=0)
     assert len(set(rows["prompt"])) == 5000
-    assert all(row["prompt"] == f"sort {row['prompt'][5:9]} = " for row in rows)
-    assert all("".join(sorted(row["prompt"][5:9])) == row["answer"] for row in rows)
+    assert [row for row in rows if row["prompt"] != f"sort {row['prompt'][5:9]} = "] == []
+    assert [row for row in rows if "".join(sorted(row["prompt"][5:9])) != row["answer"]] == []
 
 
 def test_the_seed_decides_the_rows():
@@ -62,7 +62,7 @@ def test_a_size_that_the_split_cannot_give_is_refused(size):
 def test_the_warm_up_shows_the_form_and_the_digits_but_not_their_order():
     examples = task.format_examples(2000, seed=0)
     completions = [completion for _, completion in examples]
-    assert all(sorted(prompt[5:9]) == sorted(completion[1:-1]) for prompt, completion in examples)
+    assert [example for example in examples if sorted(example[0][5:9]) != sorted(example[1][1:-1])] == []
     assert task.format_reward(completions) == [1.0] * 2000
     in_order = sum(list(completion[1:-1]) == sorted(completion[1:-1]) for completion in completions)
     # By chance 1 in 24 where the four digits differ, more often where some are equal: 6 % on average.

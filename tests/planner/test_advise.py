@@ -48,7 +48,7 @@ def test_each_suggestion_saves_something_where_it_stands():
     advice = advise(QWEN, 8 * GIB, run)
     assert settings_of(advice)[0] == ("generation_chunk_size",)
     assert advice.fits
-    assert all(made.saves > 0.1 * GIB for made in advice.suggestions)
+    assert [made for made in advice.suggestions if made.saves <= 0.1 * GIB] == []
 
 
 def test_no_suggestion_is_superfluous():

@@ -48,7 +48,8 @@ def test_a_random_model_is_the_shape_that_was_planned():
         run = Run(**QLORA) if quantized else Run(dtype="bfloat16")
         model = random_model(TINY, run, "cpu")
         shape = shape_of(TINY)
-        assert not any(parameter.is_meta for parameter in (*model.parameters(), *model.buffers()))
+        tensors = dict([*model.named_parameters(), *model.named_buffers()])
+        assert [name for name, tensor in tensors.items() if tensor.is_meta] == []
         assert model.lm_head.weight is model.model.embed_tokens.weight
         codes = [parameter for parameter in model.parameters() if parameter.dtype == torch.uint8]
         assert sum(code.numel() for code in codes) == (shape.linear // 2 if quantized else 0)

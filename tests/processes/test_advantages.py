@@ -76,7 +76,7 @@ def test_two_ranks_of_different_widths_train_the_tokens_that_the_whole_table_giv
     )
     for rank, rows in enumerate(ranks):
         (width,) = widths[rank]
-        assert all(len(advantages) == width for _, _, advantages in rows)
+        assert {len(advantages) for _, _, advantages in rows} == {width}
         mine = range(6 * rank, 6 * rank + 6)
         logged = sorted((table["prompt"][row], expected[row, :width].tolist()) for row in mine)
         for (prompt, advantages), (known, values) in zip(sorted((p, a) for p, _, a in rows), logged, strict=True):
@@ -104,7 +104,8 @@ def test_a_group_across_two_ranks_is_refilled_on_both(runs):
     ranks, calls = read(folder, "rows"), read(folder, "calls")
     judge = Judge()
     judge.calls = [[tuple(row) for row in [*first, *second]] for first, second in zip(*calls, strict=True)]
-    assert all(len({prompt for prompt, _ in group}) == 1 for call in judge.calls for group in groups_of(call))
+    prompts = [{prompt for prompt, _ in group} for call in judge.calls for group in groups_of(call)]
+    assert [mixed for mixed in prompts if len(mixed) != 1] == []
     log = read(folder, "log")[0]
     refills = [int(entry["sampling/refills"]) for entry in log if "sampling/refills" in entry]
     batches, firsts = expected_batches(judge, refills), [sum(refills[:step]) + step for step in range(3)]

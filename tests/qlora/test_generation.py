@@ -51,7 +51,7 @@ def test_completions_are_sampled_without_dropout(tmp_path, base):
         config = GREEDY | ({"packing": "none", "lora_backend": "peft"} if name == "ours" else {})
         trainer = make_qlora_trainer(tmp_path, model, trainer_class=trainer_class, config_class=config_class, **config)
         made[name, rate], _ = completions(trainer)
-        assert all(module.training for module in trainer.model.modules())
+        assert [name for name, module in trainer.model.named_modules() if not module.training] == []
     assert made["ours", 0.5] == made["ours", 0.0]
     assert made["trl", 0.5] != made["trl", 0.0]
 
@@ -132,6 +132,23 @@ def test_auto_halves_the_rows_that_memory_does_not_hold(tmp_path, base, caplog):
     assert made[:8] == whole
     warned = [record.getMessage() for record in caplog.records if "ran out of memory" in record.getMessage()]
     assert [message.split(". ")[1] for message in warned] == ["From here on: 4", "From here on: 2"]
+
+
+def test_half_of_an_odd_number_of_rows_is_rounded_up(caplog):
+    called = []
+
+    def complete(part):
+        called.append(len(part))
+        if len(part) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return part
+
+    chunks = Chunks(None)
+    with caplog.at_level(logging.WARNING, logger="grpo_plus"):
+        assert chunks.generate(complete, [[row] for row in range(7)]) == [[row] for row in range(7)]
+    assert called == [7, 4, 3]
+    assert "generation_chunk_size=4" in caplog.text
+    assert chunks.fitting(1) == 4
 
 
 def test_one_row_that_does_not_fit_and_a_number_that_was_asked_for_stay_errors():

@@ -9,6 +9,7 @@ from trl import GRPOConfig, GRPOTrainer
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
 from grpo_plus.qlora import qlora
 from grpo_plus.qlora.precision import keep_gradients_on_the_cpu
+from tests.close import differing
 from tests.qlora.models import load_nf4, lora, make_qlora_trainer, trained_weights
 from tests.training import make_trainer
 
@@ -40,7 +41,7 @@ def test_bfloat16_trains_what_trl_trains_to_the_last_bit(tmp_path, base):
     trls = make_qlora_trainer(tmp_path / "trl", base, config_class=GRPOConfig, trainer_class=GRPOTrainer)
     trls.train()
     theirs = trained_weights(trls)
-    assert all(torch.equal(weight, theirs[name]) for name, weight in trained_weights(ours).items())
+    assert differing(trained_weights(ours), theirs) == []
 
 
 def test_adapters_that_were_passed_keep_every_digit(tmp_path, base):
@@ -50,7 +51,7 @@ def test_adapters_that_were_passed_keep_every_digit(tmp_path, base):
             weight.data.normal_()
     before = {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
     after = trained_weights(make_qlora_trainer(tmp_path, model))
-    assert all(torch.equal(weight, after[name]) for name, weight in before.items())
+    assert differing(before, after) == []
     assert any(not torch.equal(weight, weight.bfloat16().float()) for weight in before.values())
 
 
@@ -140,7 +141,7 @@ def test_resuming_passed_adapters_with_a_reference_copy(tmp_path, base):
     resumed = make_qlora_trainer(tmp_path, passed(), **config)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     expected = trained_weights(whole)
-    assert all(torch.equal(weight, expected[name]) for name, weight in trained_weights(resumed).items())
+    assert differing(trained_weights(resumed), expected) == []
 
 
 class Moved(TrainerCallback):
@@ -175,7 +176,7 @@ def gradients_and_evaluation(model):
         model.train()
         model.zero_grad()
         model(input_ids=ids, labels=ids).loss.backward()
-        return [weight.grad.clone() for weight in model.parameters() if weight.requires_grad]
+        return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.requires_grad}
 
     def evaluate():
         model.eval()
@@ -192,7 +193,7 @@ def test_gradients_after_an_evaluation_are_those_of_before(base):
     expected = gradients()
     keep_gradients_on_the_cpu(model)
     evaluate()
-    assert all(torch.equal(gradient, wanted) for gradient, wanted in zip(gradients(), expected, strict=True))
+    assert differing(gradients(), expected) == []
 
 
 def test_a_model_whose_weights_are_packed_already_is_refused(tmp_path, base):
@@ -212,4 +213,4 @@ def test_an_adapter_reloaded_for_more_training_goes_on_in_float32(tmp_path, base
     second = make_qlora_trainer(tmp_path / "second", model)
     assert {weight.dtype for weight in trained_weights(second).values()} == {torch.float32}
     expected = trained_weights(first)
-    assert all(torch.equal(weight, expected[name]) for name, weight in trained_weights(second).items())
+    assert differing(trained_weights(second), expected) == []

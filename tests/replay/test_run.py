@@ -96,8 +96,8 @@ def test_rank_correlation_is_spearmans_with_ties(tmp_path):
     # a: 1, 0, 0, 0 and b: 0, .1, .2, 1 -> totals 1, .1, .2, 1; maxrl and dr_grpo agree, best_minus_second sees a tie.
     write_rewards(tmp_path, 1, {"r": [3.0, 1.0, 2.0, 0.0, 3.0, 3.0, 0.0, 0.0]}, size=4)
     result = replay(Rollouts(tmp_path), ["dr_grpo", "best_minus_second"])
-    # dr_grpo: 1.5 -.5 .5 -1.5 1.5 1.5 -1.5 -1.5, centred ranks 2.5 -.5 .5 -2.5 2.5 2.5 -2.5 -2.5
-    # best_minus_second: only the first is not 0, centred ranks 3.5 and -.5 x 7
+    # dr_grpo: 1.5 -.5 .5 -1.5 1.5 1.5 -1.5 -1.5, centered ranks 2.5 -.5 .5 -2.5 2.5 2.5 -2.5 -2.5
+    # best_minus_second: only the first is not 0, centered ranks 3.5 and -.5 x 7
     first, second = torch.tensor([2.5, -0.5, 0.5, -2.5, 2.5, 2.5, -2.5, -2.5]), torch.tensor([3.5] + [-0.5] * 7)
     expected = (first @ second / first.norm() / second.norm()).item()
     assert rows_of(result, "rank_correlation", versus="dr_grpo") == {"best_minus_second": pytest.approx(expected)}
@@ -147,11 +147,9 @@ def test_a_users_estimator_by_dotted_path_with_its_keywords(small):
 def test_a_registered_estimator_is_replayed_without_being_named(small):
     from grpo_plus.advantages import register
 
-    register("of_this_test")(doubled)
-    try:
+    with ESTIMATORS.temporarily():
+        register("of_this_test")(doubled)
         assert "of_this_test" in replay(small).names
-    finally:
-        del ESTIMATORS._entries["of_this_test"]
 
 
 def test_an_unknown_estimator_is_an_error(small):

@@ -7,6 +7,7 @@ from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer, StepProfile
+from tests.close import differing
 from tests.training import PROMPTS, brevity, logs_of, make_trainer, vowels, weights_of
 
 PHASES = ("generate_s", "score_s", "update_s")
@@ -38,7 +39,7 @@ def test_the_phases_make_up_the_step(tmp_path, classes, accumulation):
     assert min(min(step) for step in steps) > 0
     # TRL's own figure leaves out the optimizer; the run's has all steps and what lies between them.
     training_steps = [entry["step_time"] for entry in trainer.state.log_history if "step_time" in entry]
-    assert all(sum(step) >= training_step for step, training_step in zip(steps, training_steps, strict=True))
+    assert [(step, whole) for step, whole in zip(steps, training_steps, strict=True) if sum(step) < whole] == []
     assert sum(map(sum, steps)) <= trainer.state.log_history[-1]["train_runtime"]
 
 
@@ -153,7 +154,7 @@ def test_the_largest_peak_stays_in_the_log(tmp_path):
     assert len(peaks) == 3
     assert peaks == sorted(peaks)
     phases = [logged(trainer, f"{phase}_peak_gb") for phase in MEMORY_PHASES]
-    assert all(phase == sorted(phase) for phase in phases)
+    assert [phase for phase in phases if phase != sorted(phase)] == []
 
 
 def test_an_evaluations_memory_is_no_phases(tmp_path):
@@ -179,7 +180,7 @@ def test_without_a_resettable_peak_only_the_whole_is_logged(tmp_path, monkeypatc
     trainer = profiled(tmp_path)
     trainer.train()
     assert logged(trainer, "peak_memory_gb")[-1] > 0
-    assert not any("_peak_gb" in key for entry in trainer.state.log_history for key in entry)
+    assert [key for entry in trainer.state.log_history for key in entry if "_peak_gb" in key] == []
 
 
 @pytest.mark.parametrize("classes", TRAINERS)
@@ -190,8 +191,7 @@ def test_training_is_the_same_with_and_without(tmp_path, classes):
     observed.train()
     stripped = [{k: v for k, v in entry.items() if not k.startswith("profile/")} for entry in logs_of(observed)]
     assert stripped == logs_of(plain)
-    before, after = weights_of(plain), weights_of(observed)
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert differing(weights_of(observed), weights_of(plain)) == []
 
 
 class Wrapped(TrainerCallback):

@@ -1,8 +1,8 @@
-"""From hidden states to log-probabilities of tokens and entropies: the LM head and what is read off its logits.
+"""Log-probabilities of tokens and entropies from hidden states: the LM head, and what is read off its logits.
 
-`reference` builds all logits. The others build a tile of them at a time, once, and need a head that does not train:
-`single_pass` ("torch") anywhere, `triton` ("triton") on a GPU. `frozen` holds what they share; `why_not` says whether a
-model's head will do, `why_not_on` whether a device will.
+`reference` builds all logits. The backends build one tile of logits at a time, each tile once, and need a head that
+does not train: `single_pass` ("torch") runs anywhere, `triton` ("triton") on a GPU. `frozen` holds what the backends
+share. `why_not` says whether a model's head will do, and `why_not_on` whether a device will do.
 """
 
 from importlib import import_module
@@ -16,12 +16,12 @@ BACKENDS = ("torch", "triton")
 
 
 def backend(name: str) -> Any:
-    """The `linear_logprob` of a backend; Triton is imported here and not before."""
+    """Get `linear_logprob` of a backend. Triton is imported here and not before."""
     return linear_logprob if name == "torch" else _triton().linear_logprob
 
 
 def why_not_on(name: str, device: str) -> str | None:
-    """Why a backend cannot run on a kind of device; None if it can."""
+    """Reason why a backend cannot run on a kind of device. None if it can."""
     if name == "torch":
         return None
     if find_spec("triton") is None:

@@ -1,12 +1,12 @@
-"""A head that does not train: what every single pass over it takes and refuses, and its backward.
+"""A head that does not train: what every single pass over such a head takes and refuses, and its backward.
 
-The log-probability of a token depends on its own hidden state and no other. For a frozen head, all that backward will
-ever need is therefore one H-vector per token,
+The log-probability of a token depends on that token's hidden state alone. With a frozen head, backward therefore needs
+only one H-vector per token,
 
     d logp_i / d hidden_i = (W[y_i] - p_i W) * logit_scale / temperature
 
-which a forward can compute while it holds the logits, whatever the loss; backward scales it. Two matrix products of the
-size N x V x H, where a head that rebuilds its logits in backward, as TRL's, needs three.
+The forward can compute this vector while it holds the logits, whatever the loss is. Backward only scales the vector.
+That takes two matrix products of size N x V x H. A head that rebuilds its logits in backward, as TRL's, needs three.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Head(NamedTuple):
-    """What turns hidden states into the logits of a tempered softmax."""
+    """LM head: turns hidden states into the logits of a tempered softmax."""
 
     weight: Tensor  # (V, H)
     bias: Tensor | None  # (V,)
@@ -34,7 +34,7 @@ Score = Callable[[Tensor, Tensor, Head, bool], tuple[Tensor, Tensor, Tensor | No
 
 
 def frozen_logprob(score: Score, hidden: Tensor, targets: Tensor, head: Head) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and entropies from `score`; only `hidden` gets a gradient.
+    """Log-probabilities and entropies from `score`. Only `hidden` gets a gradient.
 
     Raises:
         ValueError: the weight or the bias trains, or the weight is not a plain floating tensor.
@@ -46,7 +46,7 @@ def frozen_logprob(score: Score, hidden: Tensor, targets: Tensor, head: Head) ->
 
 
 def why_not(lm_head: nn.Module) -> str | None:
-    """Why this head cannot be computed in a single pass; None if it can."""
+    """Reason why this head cannot be computed in a single pass. None if it can."""
     # LoRA, quantized layers and offloading each bring a forward of their own.
     if (
         not isinstance(lm_head, nn.Linear)

@@ -1,4 +1,4 @@
-"""The specification: all logits at once, and autograd."""
+"""Specification of the head: all logits at once, and autograd."""
 
 import torch
 import torch.nn.functional as F
@@ -15,15 +15,15 @@ def linear_logprob(
     softcap: float | None = None,
     logit_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities (N,) of `targets` and entropies (N,) without gradient.
+    """Log-probabilities (N,) of `targets`, and entropies (N,) without gradient.
 
     z = logit_scale * (hidden Wᵀ + bias),  z = softcap * tanh(z / softcap),  logp = log_softmax(z / temperature)
 
     Args:
-        hidden: (N, H), in the dtype to compute in unless autocast names another.
+        hidden: (N, H), in the dtype to compute in, unless autocast names another dtype.
         weight: (V, H).
         targets: (N,) token ids.
-        softcap: None where the model does not cap its logits.
+        softcap: cap of the logits. None where the model does not cap its logits.
 
     Returns:
         float32, or float64 for float64 hidden states.

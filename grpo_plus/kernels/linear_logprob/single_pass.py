@@ -1,4 +1,4 @@
-"""The frozen head in torch: each tile of logits is built once, and its softmax worked on in place.
+"""Frozen head in torch: each tile of logits is built once, and its softmax is computed in place.
 
 For a tile of rows, over the whole vocabulary at once:
     logits = transform(states @ W.T + bias);  p = softmax(logits);  logp, entropy = logits' own
@@ -11,11 +11,11 @@ from torch import Tensor
 from grpo_plus.kernels.linear_logprob.frozen import Head, frozen_logprob
 from grpo_plus.kernels.products import add_product, compute_dtype
 
-# Logits that live at a time; TRL's tile of 4096 x 32768 has as many bytes in bf16.
+# Bytes of the logits that live at a time. TRL's tile of 4096 x 32768 has as many bytes in bf16.
 TILE_BYTES = 2**28
-# Columns of the weight per product, of which a copy is made where autocast or a float32 head asks for another dtype.
+# Columns of the weight per product. They are copied where autocast or a float32 head asks for another dtype.
 VOCAB_CHUNK = 32768
-# The softmax of a tile goes through it in blocks: on a CPU of the cache's size, elsewhere few and large.
+# The softmax goes through a tile in blocks. On a CPU a block fits the cache; elsewhere blocks are few and large.
 BLOCK_BYTES = {"cpu": 2**20}
 LARGE_BLOCK_BYTES = 2**26
 
@@ -30,20 +30,22 @@ def linear_logprob(
     softcap: float | None = None,
     logit_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """What `reference.linear_logprob` computes, without the (N, V) logits. Only `hidden` gets a gradient.
+    """Compute `reference.linear_logprob` without the (N, V) logits. Only `hidden` gets a gradient.
 
-    Under autocast it computes in autocast's dtype, else in that of `hidden`, and the softmax always in float32. Raises
-    ValueError for a weight or bias that trains, or a weight that is not a plain floating tensor.
+    Computes in autocast's dtype where autocast is on, else in the dtype of `hidden`. The softmax is always in float32.
+
+    Raises:
+        ValueError: the weight or the bias trains, or the weight is not a plain floating tensor.
     """
     return frozen_logprob(_score, hidden, targets, Head(weight, bias, temperature, softcap, logit_scale))
 
 
 def _score(hidden: Tensor, targets: Tensor, head: Head, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Log-probabilities (N,), entropies (N,) and the derivatives (N, H) of the former, tile by tile."""
+    """Log-probabilities (N,), entropies (N,) and derivatives of the log-probabilities (N, H), tile by tile."""
     device, dtype = hidden.device, compute_dtype(hidden)
     count, vocab = hidden.shape[0], head.weight.shape[0]
     most = max(1, TILE_BYTES // (vocab * dtype.itemsize))
-    rows = -(-count // max(1, -(-count // most)))  # as many in each tile, so that the last one is no remnant
+    rows = -(-count // max(1, -(-count // most)))  # tiles of one height, so that the last is no remnant
     logps = torch.empty(count, dtype=torch.promote_types(dtype, torch.float32), device=device)
     entropy = torch.empty_like(logps)
     vectors = torch.empty_like(hidden) if with_gradient else None
@@ -68,7 +70,7 @@ def _project(states: Tensor, head: Head, tile: Tensor) -> None:
 
 
 def _fold(tile: Tensor, targets: Tensor, head: Head, logps: Tensor, entropy: Tensor, with_gradient: bool) -> None:
-    """Read log-probabilities and entropies off the tile, and leave d(-logp)/dz in it if there is a gradient to form."""
+    """Read log-probabilities and entropies off the tile. With a gradient to form, leave d(-logp)/dz in the tile."""
     vocab = tile.shape[1]
     rows = max(1, BLOCK_BYTES.get(tile.device.type, LARGE_BLOCK_BYTES) // (vocab * logps.itemsize))
     scratch = torch.empty((min(rows, tile.shape[0]), vocab), dtype=logps.dtype, device=tile.device)
@@ -83,7 +85,7 @@ def _fold(tile: Tensor, targets: Tensor, head: Head, logps: Tensor, entropy: Ten
         logps[part] = logits.gather(1, target).squeeze(1) - total.log()
         entropy[part] = total.log() - logits.mul_(probs).sum(-1) / total
         if with_gradient:
-            # Before rounding to bf16: of a token that is almost certain, 1 - p is all there is.
+            # Before rounding to bf16, which would lose the small 1 - p of an almost certain token.
             probs.div_(total.unsqueeze(1)).scatter_add_(1, target, torch.full_like(target, -1, dtype=probs.dtype))
             if slope is not None:
                 probs.mul_(slope)
@@ -91,7 +93,7 @@ def _fold(tile: Tensor, targets: Tensor, head: Head, logps: Tensor, entropy: Ten
 
 
 def _transform(logits: Tensor, head: Head, with_gradient: bool) -> Tensor | None:
-    """Scale, cap and temper the logits in place; the slope of the cap, where it has one that is needed."""
+    """Scale, cap and temper the logits in place. Returns the slope of the cap, None where no slope is needed."""
     slope = None
     if head.logit_scale != 1.0:
         logits.mul_(head.logit_scale)
@@ -106,7 +108,7 @@ def _transform(logits: Tensor, head: Head, with_gradient: bool) -> Tensor | None
 
 
 def _times_weight(tile: Tensor, head: Head) -> Tensor:
-    """Derivatives (n, H) of the log-probabilities, from d(-logp)/dz; summed over the vocabulary in float32."""
+    """Derivatives of the log-probabilities, (n, H), from d(-logp)/dz. The sum over the vocabulary is in float32."""
     wide = torch.promote_types(tile.dtype, torch.float32)
     total = torch.zeros((tile.shape[0], head.weight.shape[1]), dtype=wide, device=tile.device)
     for chunk in _vocab_chunks(head):

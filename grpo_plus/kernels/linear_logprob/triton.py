@@ -1,14 +1,16 @@
-"""The frozen head on a GPU: the products by the vendor's library, all between them in one Triton pass over each tile.
+"""Frozen head on a GPU: the vendor's library computes the products, and one Triton pass over each tile does the rest.
 
-For a tile of rows, chunk after chunk of the vocabulary; m: the largest logit so far, y: the target, left out of e:
+For a tile of rows, chunk after chunk of the vocabulary. m is the largest logit so far, y the target; e leaves y out:
     z = transform(states @ W[chunk].T + bias[chunk]);  e = exp(z - m) * slope;  total = total * rescale + e @ W[chunk]
     vectors = ((1 - p[y]) * slope[y] * W[y] - total / sum(exp(z - m))) * logit_scale / temperature
 
-Why not one kernel for all of it: `total` takes a row of H float32 per token, 10 KB at H = 2560, which no block of rows
-large enough for the tensor cores keeps in registers or shared memory. Why chunks and not whole rows of logits: the
-softmax is an online one, so that a tile may be as tall as TRL's, which fills the GPU in the second product too, reads W
-once for each product, has aligned rows at any vocabulary, and takes half the memory. The target stays out of the sums
-until the end: 1 - p[y] is then a sum of small numbers and not a difference of large ones, which bf16 would lose.
+Why not one kernel for all of it: `total` takes a row of H float32 per token, 10 KB at H = 2560. No block of rows that
+is large enough for the tensor cores keeps that in registers or shared memory.
+Why chunks and not whole rows of logits: with an online softmax, a tile may be as tall as TRL's. Such a tile fills the
+GPU in the second product too, reads W once for each product, has aligned rows at any vocabulary, and takes half the
+memory.
+Why the target stays out of the sums until the end: 1 - p[y] is then a sum of small numbers. bf16 would lose 1 - p[y] as
+a difference of large numbers.
 """
 
 from typing import NamedTuple
@@ -21,26 +23,27 @@ from torch import Tensor
 from grpo_plus.kernels.linear_logprob.frozen import Head, frozen_logprob
 from grpo_plus.kernels.products import add_product, compute_dtype
 
-# Of a tile of logits: 128 MiB in bf16, half of TRL's. Multiples of 64 columns keep its rows aligned, and of 16 rows
-# whatever is cut along with it: Triton compiles anew for pointers that 16 does not divide.
+# Size of a tile of logits: 128 MiB in bf16, half of TRL's. Multiples of 64 columns keep its rows aligned. Multiples of
+# 16 rows align the slices of the other tensors, because Triton compiles anew for pointers that 16 does not divide.
 ROWS = 4096
 COLUMNS = 16384
 ALIGNMENT = (16, 64)
-# A finite stand-in for the largest of no logits at all: with infinity the first rescaling would be NaN.
+# A finite stand-in for the largest of no logits at all. With an infinite one the first rescaling would be NaN.
 LOWEST = tl.constexpr(-1e30)
 
 
 class Blocks(NamedTuple):
-    """How a program goes through its row of a tile: columns at a time, and warps that share them."""
+    """Walk of a program along its row of a tile: columns at a time, and warps that share them."""
 
     columns: int
     warps: int
 
 
-# By compute capability. Memory bounds these kernels. 16 columns per thread are two loads of 16 bytes in bf16; with the
-# registers that the compiler reports, a multiprocessor of every card since Ampere has 20 KB or more of them under way;
-# 8 KB keep a consumer card's memory busy. Turing's 1024 threads all fit with 8 columns each. Derived from the
-# compiler's reports: no figure of a GPU is behind them, `python -m benchmarks.kernels --blocks` measures others.
+# By compute capability. Memory bounds these kernels. 16 columns per thread are two loads of 16 bytes in bf16. With the
+# registers that the compiler reports, a multiprocessor of every card since Ampere has 20 KB or more of loads under way,
+# and 8 KB keep a consumer card's memory busy. Turing's 1024 threads all fit with 8 columns each. These sizes are
+# derived from the compiler's reports, not measured on a GPU; `python -m benchmarks.kernels --blocks` measures other
+# sizes.
 DEFAULT_BLOCKS = Blocks(2048, 4)
 BLOCKS = {(7, 5): Blocks(1024, 4)}
 
@@ -55,7 +58,7 @@ def linear_logprob(
     softcap: float | None = None,
     logit_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """What `reference.linear_logprob` computes, without the (N, V) logits. Only `hidden` gets a gradient.
+    """Compute `reference.linear_logprob` without the (N, V) logits. Only `hidden` gets a gradient.
 
     Dtypes and errors as in `single_pass.linear_logprob`.
     """
@@ -63,14 +66,14 @@ def linear_logprob(
 
 
 def why_not_on(device: torch.device | str) -> str | None:
-    """Why these kernels cannot run on a device; None if they can."""
+    """Reason why these kernels cannot run on a device. None if they can."""
     interpreted = not isinstance(_fold, triton.runtime.JITFunction)
     kind = torch.device(device).type
     return None if interpreted or kind in ("cuda", "xpu") else f"Triton compiles no kernels for the device {kind!r}"
 
 
 class Sums(NamedTuple):
-    """Of each row, over the vocabulary so far: (n,) each, without the target in the first three.
+    """Sums of each row over the vocabulary so far, (n,) each. The first three leave the target out.
 
     highest: the largest logit, after scale, cap and temperature.
     total: sum of exp(logit - highest).
@@ -85,7 +88,7 @@ class Sums(NamedTuple):
 
 
 def _score(hidden: Tensor, targets: Tensor, head: Head, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Log-probabilities (N,), entropies (N,) and the derivatives (N, H) of the former, tile by tile."""
+    """Log-probabilities (N,), entropies (N,) and derivatives of the log-probabilities (N, H), tile by tile."""
     device, dtype = hidden.device, compute_dtype(hidden)
     wide = torch.promote_types(dtype, torch.float32)
     (count, width), vocab = hidden.shape, head.weight.shape[0]
@@ -121,7 +124,7 @@ def _score(hidden: Tensor, targets: Tensor, head: Head, with_gradient: bool) -> 
 
 
 def _pass(states: Tensor, targets: Tensor, head: Head, tile: Tensor, products: Tensor, with_gradient: bool) -> Sums:
-    """The vocabulary, chunk by chunk, over one tile of rows; leaves the sum of e @ W in `products`."""
+    """Go through the vocabulary, chunk by chunk, for one tile of rows. Leaves the sum of e @ W in `products`."""
     blocks = _blocks(states.device)
     sums = Sums(*(torch.empty(len(states), dtype=products.dtype, device=states.device) for _ in Sums._fields))
     vocab, columns = head.weight.shape[0], tile.shape[1]
@@ -155,7 +158,7 @@ def _pass(states: Tensor, targets: Tensor, head: Head, tile: Tensor, products: T
 
 
 def _even(count: int, most: int, multiple: int) -> int:
-    """As many at a time in each step as `most` allows, so that the last step is no remnant."""
+    """Size of equal steps of about `most` at a time, so that the last step is no remnant."""
     steps = max(1, -(-count // most))
     return max(1, -(-count // (steps * multiple))) * multiple
 
@@ -169,7 +172,7 @@ def _blocks(device: torch.device) -> Blocks:
 @triton.jit
 def _logits(projected, bias, offsets, inside, wide, HAS_BIAS: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr,
             TEMPERATURE: tl.constexpr):  # fmt: skip
-    """The tempered logits of a projection, and the derivative of the capped by the uncapped ones."""
+    """Tempered logits of a projection, and the derivative of capped logits by uncapped logits."""
     z = projected.to(wide)
     if HAS_BIAS:
         z += tl.load(bias + offsets, mask=inside, other=0.0).to(wide)
@@ -186,7 +189,7 @@ def _logits(projected, bias, offsets, inside, wide, HAS_BIAS: tl.constexpr, SCAL
 def _fold(tile, tile_stride, targets, bias, highest_ptr, total_ptr, weighted_ptr, target_ptr, products,
           start, columns, width, FIRST: tl.constexpr, HAS_BIAS: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr,
           TEMPERATURE: tl.constexpr, WITH_GRADIENT: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """One row of a tile: fold its logits into the sums, and put e in their place if there is a gradient to form."""
+    """Fold the logits of one row of a tile into the sums. With a gradient to form, put e in their place."""
     row = tl.program_id(0).to(tl.int64)
     wide: tl.constexpr = highest_ptr.dtype.element_ty
     tile += row * tile_stride
@@ -247,7 +250,7 @@ def _fold(tile, tile_stride, targets, bias, highest_ptr, total_ptr, weighted_ptr
 def _finish(highest_ptr, total_ptr, weighted_ptr, target_ptr, logps, entropy, targets, weight, weight_stride,
             column_stride, products, vectors, width, SCALE: tl.constexpr, CAP: tl.constexpr,
             TEMPERATURE: tl.constexpr, WITH_GRADIENT: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """One row: bring the target into the sums, and the products to the derivative."""
+    """Bring the target of one row into the sums, and turn its products into the derivative."""
     row = tl.program_id(0).to(tl.int64)
     highest, own = tl.load(highest_ptr + row), tl.load(target_ptr + row)
     others, weighted = tl.load(total_ptr + row), tl.load(weighted_ptr + row)
@@ -258,7 +261,7 @@ def _finish(highest_ptr, total_ptr, weighted_ptr, target_ptr, logps, entropy, ta
     tl.store(logps + row, own - peak - tl.log(total))
     tl.store(entropy + row, tl.log(total) - weighted / total)
     if WITH_GRADIENT:
-        p = rescale / total  # of what e = 1 stands for
+        p = rescale / total  # the probability that e = 1 stands for
         at_target = p * others
         if CAP is not None:
             tanh = own * TEMPERATURE / CAP

@@ -1,18 +1,18 @@
-"""A linear layer with an adapter as one step of autograd, each product added into the buffer of the one before.
+"""Linear layer with an adapter as one step of autograd: each product is added into the buffer of the one before.
 
-    y = project(x);           small = x @ A.T;           y += scaling * small @ B.T
-    grad_x = grad_y @ W;      grad_small = scaling * grad_y @ B;      grad_x += grad_small @ A
+    y = project(x);           small = x @ a.T;           y += scaling * small @ b.T
+    grad_x = grad_y @ W;      grad_small = scaling * grad_y @ b;      grad_x += grad_small @ a
     grad_a = grad_small.T @ x;                           grad_b = scaling * grad_y.T @ small
 
-PEFT writes the same as five modules: a clone of y (4-bit), the adapter's output, its scaled and its rounded copy and
-the sum, all (N, out), and as many in backward. Here each product is added into what is there. Between forward and
-backward live x, once for all layers that share it or, under autocast, as that has rounded it, and the (N, r) `small`.
-A quantized weight is dequantized once per product that needs it.
+PEFT writes the same as five modules. They make a clone of y (4-bit), the adapter's output, its scaled copy, its rounded
+copy and the sum, all (N, out), and as many in backward. Here each product is added into what is there. Between forward
+and backward only x and the (N, r) `small` live. Layers that share an input share one x. Under autocast, x is kept as
+autocast has rounded it. A quantized weight is dequantized once per product that needs it.
 
-No Triton: what is left are products of the vendor's library, whose epilogue does the adding. A kernel that dequantized
-inside the product would save a write and a read of W, 4 bytes per weight next to 2 operations per weight and token: on
-paper, at 165 TFLOP/s and 1 TB/s, 4 % of the product's time for 8192 tokens, 16 % for 2048; and only if it came closer
-than that to the library's speed in the rest.
+No Triton: what is left are products of the vendor's library, whose epilogue does the adding. A kernel that dequantizes
+inside the product would save a write and a read of W, 4 bytes per weight next to 2 operations per weight and token. On
+paper, at 165 TFLOP/s and 1 TB/s, that is 4 % of the product's time for 8192 tokens and 16 % for 2048. The kernel would
+gain that only if its product came closer than that to the library's speed.
 """
 
 from typing import Any
@@ -26,7 +26,7 @@ from grpo_plus.kernels.products import compute_dtype
 
 
 def lora_linear(x: Tensor, base: Base, a: Tensor, b: Tensor, *, scaling: float) -> Tensor:
-    """What `reference.lora_linear` computes, in its dtypes; only x, a and b get gradients."""
+    """Compute `reference.lora_linear`, in its dtypes. Only x, a and b get gradients."""
     if torch.is_grad_enabled():
         return _LoraLinear.apply(x, a, b, base, scaling)
     return _forward(x, a, b, base, scaling)[0]
@@ -54,7 +54,7 @@ class _LoraLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, base: Base, scaling: float) -> Tensor:
         output, rows, small = _forward(x, a, b, base, scaling)
         ctx.base, ctx.scaling, ctx.x_dtype = base, scaling, x.dtype
-        # As it came, layers that share an input share what is saved; but the adapter's own copy where that is narrower.
+        # Layers that share an input share the saved x, unless the adapter's own copy is narrower.
         kept = rows if rows.element_size() < x.element_size() else x
         ctx.save_for_backward(kept if ctx.needs_input_grad[1] else None, small, a, b)
         return output
