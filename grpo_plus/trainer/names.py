@@ -1,6 +1,6 @@
 """What we call by TRL's private names, and the versions of TRL in which those names were read.
 
-When TRL moves, this file, `seam.py` and `trl_fingerprints.json` change, and nothing else should have to.
+When TRL moves, this file, `seam.py`, `saving.py` and `trl_fingerprints.json` change, and nothing else should have to.
 """
 
 import inspect

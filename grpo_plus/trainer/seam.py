@@ -5,14 +5,12 @@ Nothing of TRL is copied or patched. `names.py` has TRL's names and the versions
 
 import inspect
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from accelerate.utils import gather
 from torch import Tensor
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 
 from grpo_plus.advantages import Rewards, checked
@@ -21,11 +19,8 @@ from grpo_plus.config.plain import own_fields
 from grpo_plus.losses import TRL_LOSSES, LossInputs
 from grpo_plus.models.adapters import adapter_values
 from grpo_plus.packing import Packed, PaddedRows, base_model, forward_live
-from grpo_plus.qlora.checks import check_adapter_folder, check_run
-from grpo_plus.qlora.precision import chosen_dtype, keep_gradients_on_the_cpu, restore_adapters
-from grpo_plus.trainer.checkpoints import begin_checkpoint, refuse_unfinished, saved_state
+from grpo_plus.qlora.checks import check_run
 from grpo_plus.trainer.generation import generating
-from grpo_plus.trainer.hooks import Hooks
 from grpo_plus.trainer.names import (
     MULTIMODAL,
     SAMPLER_RATIO,
@@ -39,14 +34,14 @@ from grpo_plus.trainer.names import (
 from grpo_plus.trainer.refills import Refills
 from grpo_plus.trainer.regrouping import regrouped
 from grpo_plus.trainer.sampler_ratio import SamplerRatio
+from grpo_plus.trainer.saving import SavingSeam
 from grpo_plus.trainer.speed import speed_of
 
 
-class TRLSeam(Hooks, GRPOTrainer):
+class TRLSeam(SavingSeam):
     """GRPOTrainer that asks the hooks: translates TRL's private data for the hooks, and their answers for TRL.
 
     Attributes:
-        plus: the configuration with our fields; under a plain GRPOConfig a view in which all of them are off.
         speed: what makes the run cheaper.
         rewards: of the last generation batch, of all processes.
     """
@@ -67,11 +62,6 @@ class TRLSeam(Hooks, GRPOTrainer):
         self.speed = speed_of(self, self.plus)
         self._refills = Refills(self, self.plus.max_refills)
         self._sampler = SamplerRatio(self, in_update=self.speed.drops_old_policy_pass)
-
-    @property
-    def has_own_fields(self) -> bool:
-        """Whether `args` is a GRPOPlusConfig; a plain GRPOConfig trains what TRL trains to the last bit."""
-        return self.plus is self.args
 
     def _calculate_rewards(
         self, inputs: list[dict[str, Any]], prompts: list, completions: list, completion_ids_list: list[list[int]]
@@ -293,35 +283,3 @@ class TRLSeam(Hooks, GRPOTrainer):
         sums = torch.stack([(values * weights).sum(), weights.sum()]).float()
         total, count = self.accelerator.reduce(sums, reduction="sum").tolist()
         metrics_of(self)[name].append(total / max(count, 1.0))
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        if self.args.should_save:
-            folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            begin_checkpoint(folder, self.running_state())
-        super()._save_checkpoint(model, trial)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        refuse_unfinished(resume_from_checkpoint)
-        check_adapter_folder(resume_from_checkpoint, self.model)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._adapters_as_trained({})
-
-    def _load_best_model(self) -> None:
-        super()._load_best_model()
-        self._adapters_as_trained({})
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            self.load_running_state(saved_state(checkpoint))
-
-    def _adapters_as_trained(self, exact: dict[str, Tensor]) -> None:
-        """Bring the adapters to `adapter_dtype`. TRL casts them at construction, and PEFT when it loads a checkpoint.
-
-        Args:
-            exact: trainable weights by name, as they were before TRL rounded them. Empty for adapters that TRL
-                created, and after a checkpoint.
-        """
-        keep_gradients_on_the_cpu(self.model)
-        if self.has_own_fields and (dtype := chosen_dtype(self.plus.adapter_dtype, self.model)):
-            restore_adapters(self.model, dtype, exact)
