@@ -66,7 +66,7 @@ def _measured(task: Task, trainer: GRPOPlusTrainer, arm: Arm) -> ArmResult:
 
 
 def identity(arm: Arm) -> dict[str, Any]:
-    """What makes the arm this one."""
+    """The label and the settings by which an arm's folder is recognized."""
     return {"label": arm.variant.label, **arm.overrides}
 
 
@@ -93,7 +93,7 @@ def held_out_scores(task: Task, trainer: GRPOPlusTrainer, seed: int) -> dict[str
 
 
 def check_scores(scores: Scores, before: Scores) -> None:
-    """Raise ValueError where an arm was not judged by what judged the start."""
+    """Refuse, with a ValueError, scores whose names or numbers of items are not those of the start."""
     there, here = ({name: len(values) for name, values in each.items()} for each in (before, scores))
     if here != there:
         raise ValueError(

@@ -98,7 +98,7 @@ class Comparison:
 
     @property
     def paired_seeds(self) -> list[int]:
-        """The seeds on which all of those are finished, so that they can be compared."""
+        """The seeds on which every variant of `finished` has a result, so that the variants can be compared."""
         return [seed for seed in self.seeds if all(Arm(variant, seed) in self.results for variant in self.finished)]
 
     @property

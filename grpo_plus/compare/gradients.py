@@ -1,8 +1,8 @@
 """How much of a gradient is signal: each estimator's first gradient at the common start, on the same completions.
 
 At the first update of a batch the policy is still the one that sampled it, all ratios are 1, and the gradient of every
-clipped loss with a token mean is that of  sum_i A_i sum_t log p(token t of completion i) / tokens. It stands for all
-variants: their losses, and fields other than the estimator's, do not enter.
+clipped loss with a token mean is that of  sum_i A_i sum_t log p(token t of completion i) / tokens. The measurement is
+shared by all variants of one estimator, with its keywords and modifiers. Losses and other fields do not enter.
 """
 
 import math
@@ -47,12 +47,12 @@ def signal_to_noise(gradients: GradientSum) -> float:
 
         SNR = (|m|² - V/N) / V,   m = mean of g_n,   V = sum_n |g_n - m|² / (N - 1)
 
-    over the gradients g_1 .. g_N of N groups. V is the trace of the groups' covariance; |m|² on its own is too large by
-    V/N on average, which the numerator takes off (it is cut off at 0). The gradient of a batch of B groups has B times
-    this ratio, so 1 / SNR is the number of groups whose mean gradient is half signal, the "simple noise scale" of
+    over the gradients g_1 .. g_N of N groups. V is the trace of the groups' covariance. |m|² alone is too large by V/N
+    on average, so the numerator subtracts V/N, and is cut off at 0. The mean gradient of B groups has B times this
+    ratio. With B = 1 / SNR groups, signal and noise are equally large. That B is the "simple noise scale" of
     McCandlish et al., "An Empirical Model of Large-Batch Training" (https://huggingface.co/papers/1812.06162), Eq. 2.9
-    and appendix A.1. It does not depend on the size of the advantages. Advantages that are normalized over a batch make
-    its groups slightly dependent, which this ignores. NaN where there is no gradient.
+    and appendix A.1. The ratio does not depend on the size of the advantages. A normalization over the batch makes the
+    groups of the batch slightly dependent, which the ratio ignores. NaN where there is no gradient.
     """
     count = gradients.count
     mean = (gradients.sum.double() / max(count, 1)).square().sum().item()

@@ -28,7 +28,7 @@ class HeldOutTrainer(GRPOPlusTrainer):
         self._evaluated: list[Rewards] = []
 
     def prompt_key(self, prompt: Any) -> str | None:
-        """A digest of the prompt in evaluation too, to put the prompts into one order."""
+        """A digest of the prompt. In evaluation every run has digests, to sort the prompts by."""
         if self.model.training:
             return super().prompt_key(prompt)
         return hashlib.sha256(json.dumps(prompt, sort_keys=True, default=repr).encode()).hexdigest()
@@ -42,8 +42,8 @@ class HeldOutTrainer(GRPOPlusTrainer):
     def held_out_scores(self, rows: Any) -> dict[str, list[float]]:
         """Evaluate `rows`: the mean reward of each prompt's completions, in total and by function.
 
-        NaN for a prompt that a function did not judge. The prompts are in an order of their own, the same for every
-        trainer: TRL shuffles them by the seed.
+        NaN for a prompt that a function did not judge. TRL shuffles the prompts by the seed, so they are sorted by
+        their digests: every trainer returns the same order.
         """
         self._evaluated = []
         self.evaluate(rows)

@@ -123,8 +123,8 @@ def _counts(resamples: int, size: int, generator: torch.Generator) -> Tensor:
 def t_quantile(degrees: int, level: float = LEVEL) -> float:
     """The t with P(|T| < t) = `level` for Student's T.
 
-    T = sqrt(k) tan(a) turns its density with k degrees of freedom into one proportional to cos(a)^(k-1) on a finite
-    range, which is summed up.
+    Write T = sqrt(k) tan(a), for k degrees of freedom. The angle a then has a density proportional to cos(a)^(k-1), on
+    a finite range. That density is integrated numerically.
     """
     angles = torch.linspace(0, math.pi / 2, 200_001, dtype=torch.float64)
     area = torch.cumulative_trapezoid(angles.cos() ** (degrees - 1), angles)

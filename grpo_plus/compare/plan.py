@@ -1,4 +1,4 @@
-"""What a comparison trains: variants, which differ in estimator, loss or other fields; an arm is one on a seed."""
+"""What a comparison trains: variants, which differ in estimator, loss or other fields, each on every seed: the arms."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ ESTIMATOR, LOSS, SEED = "advantage_estimator", "loss_type", "seed"
 
 @dataclass(frozen=True)
 class Variant:
-    """One of the things that are compared.
+    """An estimator, with a loss and further fields, that is compared with others.
 
     Attributes:
         estimator: a name that `grpo-plus ls advantages` prints, or a dotted path.

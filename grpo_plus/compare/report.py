@@ -117,7 +117,7 @@ def _drawn_scores(verdict: ScoreVerdict) -> list[Block]:
 
 
 def _drawn_differences(verdict: ScoreVerdict) -> tuple[list[Difference], str]:
-    """All of them, or where they are many, those to the highest mean: the bounds hold together, so one may choose."""
+    """The differences to draw. Of many, those to the highest mean: all bounds hold at once, so one may choose."""
     if len(verdict.differences) <= OPEN_DIFFERENCES:
         return verdict.differences, ""
     best = max(verdict.means, key=lambda name: verdict.means[name].estimate)

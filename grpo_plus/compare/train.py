@@ -104,7 +104,7 @@ class _Trainings:
 
     @cached_property
     def start(self) -> Start:
-        """Made where something is left to do, and once."""
+        """The model that every arm starts from, loaded on first use. A finished comparison loads none."""
         start = Start(self.task.start())
         path = self.folder / "start"
         agree(path / "weights.json", {"sha256": start.digest(), "trainable": start.size}, "a start")
@@ -123,7 +123,7 @@ class _Trainings:
             waiting = left
 
     def comparison(self) -> Comparison:
-        """What there is."""
+        """The results and the failures so far."""
         results = {arm: result for arm in self.arms if (result := read_arm(arm_folder(self.folder, arm))) is not None}
         start = read_json(self.folder / "start" / RESULT)
         failures = {arm: text for arm, text in self.failures.items() if arm not in results}
@@ -131,7 +131,7 @@ class _Trainings:
         return Comparison(self.folder, self.shared, self.arms, start["scores"], signal, results, failures)
 
     def _settle(self, arm: Arm) -> bool:
-        """Whether the arm is finished or has failed; trains it where no other process does."""
+        """Train the arm, unless it is finished. False, without training, while another process holds the arm."""
         folder = arm_folder(self.folder, arm)
         with claim(folder) as mine:
             if not mine:
@@ -188,7 +188,7 @@ def _brief(result: ArmResult) -> str:
 
 
 def _until_claimed(folder: Path) -> Iterator[None]:
-    """One round, in which this process holds the folder; before it, wait while another one does."""
+    """Wait while another process holds the folder. Then hold it for one round of the caller's loop."""
     while True:
         with claim(folder) as mine:
             if mine:

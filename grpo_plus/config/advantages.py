@@ -31,7 +31,7 @@ def check_advantages(config: "GRPOPlusConfig") -> None:
 
 
 def check_refills(config: "GRPOPlusConfig") -> None:
-    """Refuse a number that is none, and TRL's advantages where they depend on groups that a refill would replace."""
+    """Refuse a number that counts no batches, and TRL's advantages where they depend on groups that get replaced."""
     refills = config.max_refills
     if not isinstance(refills, int) or isinstance(refills, bool) or refills < 0:
         raise ValueError(f"max_refills={refills!r} is not a number of batches. Use 0 (off) or a small one such as 2.")

@@ -30,8 +30,8 @@ class GRPOPlusConfig(GRPOConfig):
         max_refills: dynamic sampling. Up to so many further generation batches replace groups whose advantages are all
             0, which teach nothing. 0: off. A refill draws a whole batch of prompts from `train_dataset`, by seed and
             step. Live groups that are not needed are lost, and groups that are dead after the last refill stay. With
-            `filter_zero_std` by the correctness these are the groups of DAPO
-            (https://huggingface.co/papers/2503.14476, section 3.2), which has no bound. Estimators, their memory,
+            `filter_zero_std` by the correctness, the groups of DAPO are replaced
+            (https://huggingface.co/papers/2503.14476, section 3.2). DAPO has no bound. Estimators, their memory,
             `advantages/` and the table of completions see the final batch. TRL's own figures in the log describe
             everything that was generated, and `sampling/` says what the refills cost.
         task_column: the dataset column that names each prompt's task. `ema_task` and `popart` then keep one scale per
@@ -43,8 +43,8 @@ class GRPOPlusConfig(GRPOConfig):
         kl_estimator: "k1", "k2" or "k3", of the KL to the reference under a loss that TRL lacks.
         kl_target: the KL per token that `beta` is steered towards, under any loss. `beta` then is only the start and
             moves after each optimizer step (Ziegler et al.'s controller). None: `beta` stays.
-        kl_horizon: completions after which a KL that is off by 20 % or more has changed `beta` by about a fifth. One
-            step changes `beta` by a fifth at most.
+        kl_horizon: how slowly `beta` moves, in completions. A KL that is off by 20 % or more changes `beta` by about a
+            fifth in so many completions. One step changes `beta` by a fifth at most.
 
         packing: how rows go through the model. "shared_prompt": without padding, and each prompt once for all of its
             completions. "padding_free": without padding. "none": as TRL does. "auto": the first of these that a check

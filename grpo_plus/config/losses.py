@@ -73,7 +73,7 @@ def check_kl_target(config: "GRPOPlusConfig") -> None:
 
 
 def _check_kl_estimator(config: "GRPOPlusConfig") -> None:
-    """Refuse an estimator without effect, and warn of one whose gradient is another than its name says."""
+    """Refuse a KL estimator without effect or with a gradient of 0, and warn of k2 times the ratio."""
     given = f"kl_estimator={config.kl_estimator!r}"
     if config.beta == 0 and config.kl_estimator != OURS_ONLY["kl_estimator"]:
         raise ValueError(f"{given} has no effect with beta=0. Set beta, or drop kl_estimator.")

@@ -15,7 +15,7 @@ from grpo_plus.registry import suggestion
 def check_estimator(
     config: GRPOPlusConfig, names: Sequence[str], weights: Sequence[float], *, num_generations: int
 ) -> None:
-    """Refuse an estimator or a modifier that names no reward function of the run, or one of two.
+    """Refuse two reward functions of one name, and an estimator or a modifier that names none of the run's.
 
     Args:
         names: the run's reward functions.

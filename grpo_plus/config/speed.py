@@ -30,7 +30,7 @@ def check_speed(config: "GRPOPlusConfig") -> None:
 
 
 def check_adapter_dtype(config: "GRPOPlusConfig") -> None:
-    """Refuse a dtype that is none, and the one that a float16 run cannot unscale."""
+    """Refuse an unknown dtype, and bfloat16 in a float16 run, whose scaler takes no such gradients."""
     if config.adapter_dtype is not None and config.adapter_dtype not in ADAPTER_DTYPES:
         raise ValueError(
             f"Unknown adapter_dtype {config.adapter_dtype!r}.{suggestion(str(config.adapter_dtype), ADAPTER_DTYPES)}"

@@ -16,7 +16,7 @@ SHOWN = {CORRECTNESS: "correct", FORMAT: "format", ACCURACY: "held-out"}
 
 
 class HeldOutAccuracy(TrainerCallback):
-    """Adds the accuracy on held-out rows to every tenth of the log, and to its last entry."""
+    """Adds the accuracy on held-out rows to the log: about ten times, at even distances, and at the end."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> None:
         self.tokenizer = tokenizer

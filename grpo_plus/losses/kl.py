@@ -75,8 +75,8 @@ class AdaptiveBeta:
 
     β ← β · (1 + clip(KL / target − 1, ±0.2) · min(completions / horizon, 1))
 
-    Fixes the distance and not its price, because a fixed beta means another distance for another scale of rewards. The
-    minimum is ours. Without it, a step of more completions than the horizon could make beta jump or turn negative.
+    Keeps the KL where it should be. Under a fixed beta, the KL depends on the scale of the rewards. The minimum with 1
+    is ours. Without that minimum, a step of more completions than the horizon could make beta jump or turn negative.
     Ziegler et al., "Fine-Tuning Language Models from Human Preferences" (https://huggingface.co/papers/1909.08593),
     section 2.2.
 

@@ -27,7 +27,7 @@ SUSPICIOUS = 0.2
 def sampler_ratio(
     logps: Tensor, sampler_logps: Tensor, mask: Tensor, *, mode: SamplerMode, low: float | None, high: float | None
 ) -> Tensor:
-    """Bounded ratio of the policy π to the engine μ, in the probability of what the engine sampled.
+    """Bounded ratio of the probabilities that the policy π and the engine μ give to what the engine sampled.
 
     ρₜ = π(oₜ) / μ(oₜ),  or ∏ₜ ρₜ for the sequence        outside [low, high]: truncated to the bound, or masked to 0
 

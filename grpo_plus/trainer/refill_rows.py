@@ -45,8 +45,8 @@ def draw_prompts(seed: str, size: int, prompts: int, refills: int) -> Iterator[l
 def fill(dead: Tensor, live: Tensor) -> Tensor:
     """The group that each slot holds next.
 
-    Slot i keeps group i, or takes the new group j, written P + j. Dead slots take the live new groups in order, as in
-    DAPO's buffer.
+    Slot i keeps its group, with index i, or takes new group j, with index P + j. Dead slots take the live new groups in
+    order, as in DAPO's buffer.
 
     Args:
         dead: (P,) bool, of the groups that are there.
