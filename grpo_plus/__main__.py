@@ -3,5 +3,7 @@
 import sys
 
 from grpo_plus.cli import main
+from grpo_plus.cli.own_modules import leave_the_working_directory
 
+leave_the_working_directory()
 sys.exit(main())

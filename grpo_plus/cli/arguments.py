@@ -3,12 +3,11 @@
 `grpo-plus train` and `grpo-plus compare` share this file.
 """
 
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from grpo_plus.cli.own_modules import search_own_modules
 from grpo_plus.registry import import_function, suggestion
 
 if TYPE_CHECKING:
@@ -44,11 +43,11 @@ def parse(verb: str, rest: list[str], config_class: type["GRPOPlusConfig"], **de
 
     from grpo_plus.qlora.recipe import qlora_flags
 
-    sys.path.insert(0, os.getcwd())  # dotted paths name the user's own modules, as in `trl grpo`
     arguments = _with_config_file(rest)
     inputs: list[Any] = [RecipeArguments, GRPOScriptArguments, ModelConfig, DatasetMixtureConfig]
     parser = TrlParser([*inputs, config_class], prog=f"grpo-plus {verb}")
     if not {"-h", "--help"} & set(arguments):
+        search_own_modules(_typed_names(arguments))
         _check_width(arguments)
         # GRPOPlusConfig comes later: its own complaint (no GPU, say) would hide the more basic one.
         early = TrlParser(inputs, add_help=False).parse_args_and_config(arguments, return_remaining_strings=True)
@@ -139,6 +138,23 @@ def _refuse(verb: str, unknown: list[str]) -> None:
         f"Neither TRL nor grpo_plus takes {words}. If that is for the launcher, run "
         f"`accelerate launch {words} -m grpo_plus {verb} ...`."
     )
+
+
+@dataclass
+class Named:
+    """The flags whose values may be dotted paths to functions of the user's."""
+
+    reward_funcs: list[str] = field(default_factory=list)
+    advantage_estimator: str | None = None
+    loss_type: str | None = None
+
+
+def _typed_names(arguments: list[str]) -> list[str | None]:
+    """What the command line and its --config file name by these flags."""
+    from trl import TrlParser
+
+    named = TrlParser([Named], add_help=False).parse_args_and_config(arguments, return_remaining_strings=True)[0]
+    return [*(named.reward_funcs or ()), named.advantage_estimator, named.loss_type]
 
 
 @dataclass

@@ -2,10 +2,9 @@
 
 import argparse
 import json
-import os
-import sys
 from typing import TYPE_CHECKING
 
+from grpo_plus.cli.own_modules import search_own_modules
 from grpo_plus.cli.words import keywords_by_estimator, words
 
 if TYPE_CHECKING:
@@ -54,9 +53,9 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
     from grpo_plus.compare.verdict import check_baseline, in_short
     from grpo_plus.demo.run import one_thread
 
-    sys.path.insert(0, os.getcwd())  # dotted paths name the user's own modules
     if args.num_held_out is not None and args.num_held_out < 1:
         raise ValueError(f"--num_held_out {args.num_held_out} judges no arm. Hold out 1 prompt or more.")
+    search_own_modules([*(words(args.estimators) or ()), *(words(args.losses) or ())])
     variants = _variants(args)
     check_baseline(variants, args.baseline)
     with warnings.catch_warnings():

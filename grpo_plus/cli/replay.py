@@ -2,9 +2,8 @@
 
 import argparse
 import json
-import os
-import sys
 
+from grpo_plus.cli.own_modules import search_own_modules
 from grpo_plus.cli.words import keywords_by_estimator, words
 
 HELP = "Compare advantage estimators on the completions that a run logged (log_completions=True)."
@@ -34,7 +33,8 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
     from grpo_plus.replay import Rollouts, replay, write_replay
     from grpo_plus.replay.report import summary_lines
 
-    sys.path.insert(0, os.getcwd())  # dotted paths name the user's own modules
+    names = words(args.estimators) or list(ESTIMATORS)
+    search_own_modules(names)
     weights = words(args.reward_weights)
     rollouts = Rollouts(
         args.run_dir,
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
         reward_names=words(args.rewards),
         reward_weights=None if weights is None else [float(word) for word in weights],
     )
-    estimators = keywords_by_estimator(args.advantage_kwargs, words(args.estimators) or list(ESTIMATORS))
+    estimators = keywords_by_estimator(args.advantage_kwargs, names)
     result = replay(rollouts, estimators, groups=[_group(word) for word in words(args.groups) or []], progress=True)
     written = write_replay(result, args.output)
     for line in summary_lines(result):

@@ -14,7 +14,7 @@ from transformers import TrainingArguments as Arguments
 from grpo_plus.compare.comparison import ArmResult
 from grpo_plus.compare.plan import Arm
 from grpo_plus.compare.start import Start
-from grpo_plus.compare.store import LOG, RESULT, begin, write_json
+from grpo_plus.compare.store import LOG, RESULT, as_json, begin, write_json
 from grpo_plus.compare.task import Scores, Task
 from grpo_plus.config import GRPOPlusConfig
 from grpo_plus.trainer import GRPOPlusTrainer
@@ -31,7 +31,7 @@ def train_arm(task: Task, start: Start, arm: Arm, folder: Path, before: Scores, 
         before: the scores of the start; the arm's must have the same names, and as many items.
     """
     begin(folder)
-    write_json(folder, {"arm.json": identity(arm)})
+    write_json(folder, {"arm.json": as_json(identity(arm))})
     trainer = quiet_trainer(task, start, configuration(task, arm, folder))
     if progress:
         trainer.add_callback(ArmBar(arm.name))

@@ -7,6 +7,7 @@ from typing import Any
 
 from grpo_plus.advantages import ESTIMATORS
 from grpo_plus.losses import LOSSES
+from grpo_plus.report.secrets import masked
 
 ESTIMATOR, LOSS, SEED = "advantage_estimator", "loss_type", "seed"
 
@@ -38,7 +39,7 @@ class Variant:
             object.__setattr__(self, "label", self._described())
 
     def _described(self) -> str:
-        given = ", ".join(f"{name}={value}" for name, value in self.fields.items())
+        given = ", ".join(f"{name}={value}" for name, value in masked(self.fields).items())
         loss = f" + {self.loss}" if self.loss is not None else ""
         return f"{self.estimator}{loss}{f' ({given})' if given else ''}"
 

@@ -16,6 +16,7 @@ from grpo_plus.report.curves import curves, intervals
 from grpo_plus.report.figures import bars, heatmap, histograms
 from grpo_plus.report.files import write_report
 from grpo_plus.report.page import Block, Figure, Quote, Section, Table, Text
+from grpo_plus.report.secrets import masked
 
 OPEN_DIFFERENCES = 12  # differences that are shown without being asked for
 METHOD = (
@@ -252,7 +253,7 @@ def _failures(comparison: Comparison) -> list[Block]:
 
 def _configuration(comparison: Comparison) -> list[Block]:
     shared = comparison.shared
-    variants = [(variant.label, str(variant.overrides)) for variant in comparison.variants]
+    variants = [(variant.label, str(masked(variant.overrides))) for variant in comparison.variants]
     facts = [(name, str(value)) for name, value in shared["facts"].items()]
     fields = [(name, str(value)) for name, value in shared["config"].items()]
     trained: dict[str, dict[str, Any]] = {}

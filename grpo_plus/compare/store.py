@@ -21,6 +21,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from grpo_plus.report.files import write_files
+from grpo_plus.report.secrets import masked
 
 RESULT, LOG, ERROR, LOCK = "result.json", "log.jsonl", "error.txt", "lock"
 ABSENT = "nothing"
@@ -49,11 +50,18 @@ def agree(path: Path, wanted: Mapping[str, Any], what: str) -> None:
     Raises:
         OtherComparisonError: it says something else; names what differs.
     """
-    wanted = as_json(wanted)
+    check(path, wanted, what)
+    kept = read_json(path) if path.exists() else None
+    clean = as_json(wanted) if kept is None else masked(kept)  # an earlier release may have written a token
+    if clean != kept:
+        write_json(path.parent, {path.name: clean})
+
+
+def check(path: Path, wanted: Mapping[str, Any], what: str) -> None:
+    """`agree` without writing anything. Another token is no other comparison."""
     if not path.exists():
-        write_json(path.parent, {path.name: wanted})
         return
-    there, here = _flattened(read_json(path)), _flattened(wanted)
+    there, here = _flattened(masked(read_json(path))), _flattened(as_json(wanted))
     differing = [
         f"{name}: {there.get(name, ABSENT)} there, {here.get(name, ABSENT)} here"
         for name in sorted({*there, *here})
@@ -64,12 +72,6 @@ def agree(path: Path, wanted: Mapping[str, Any], what: str) -> None:
             f"{path.parent} holds {what} of another configuration ({'; '.join(differing)}). Choose another output "
             "directory, remove this one, or ask for what it holds."
         )
-
-
-def check(path: Path, wanted: Mapping[str, Any], what: str) -> None:
-    """`agree` without writing anything."""
-    if path.exists():
-        agree(path, wanted, what)
 
 
 def begin(folder: Path) -> None:
@@ -108,8 +110,8 @@ def _write(path: Path, *, name: str, value: Any) -> None:
 
 
 def as_json(value: Any) -> Any:
-    """The value as it comes back from a file."""
-    return json.loads(json.dumps(value, default=str))
+    """The value as it comes back from a file, without secrets."""
+    return masked(json.loads(json.dumps(value, default=str)))
 
 
 def _flattened(values: Mapping[str, Any]) -> dict[str, str]:

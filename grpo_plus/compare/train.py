@@ -31,6 +31,7 @@ from grpo_plus.compare.plan import SEED, Arm, Variant, planned_arms
 from grpo_plus.compare.start import Start
 from grpo_plus.compare.store import ERROR, RESULT, agree, as_json, check, claim, read_json, write_json
 from grpo_plus.compare.task import Scores, Task
+from grpo_plus.report.secrets import masked_text, secrets_of
 
 COMPARISON, ARM = "comparison.json", "arm.json"
 # Fields of a configuration that do not change what is learned.
@@ -147,9 +148,10 @@ class _Trainings:
             result = train_arm(self.task, self.start, arm, folder, self._before(), progress=self.progress)
         # Any error of the user's model, rewards or estimator is this arm's, and the others must not pay for it.
         except Exception as error:
-            self.failures[arm] = traceback.format_exc()
+            secrets = secrets_of([self.task.facts, vars(configuration(self.task, arm, folder))])
+            self.failures[arm] = masked_text(traceback.format_exc(), secrets)
             (folder / ERROR).write_text(self.failures[arm], encoding="utf-8")
-            self._say(arm, f"failed: {type(error).__name__}: {error}")
+            self._say(arm, masked_text(f"failed: {type(error).__name__}: {error}", secrets))
         else:
             self._say(arm, f"{_brief(result)}, {result.seconds:.0f} s")
 

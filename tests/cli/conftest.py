@@ -8,6 +8,12 @@ from grpo_plus.demo.tiny import tiny_model, tiny_tokenizer
 REWARDS = "def vowels(completions, **_):\n    return [float(sum(c in 'aeiou' for c in text)) for text in completions]\n"
 
 
+@pytest.fixture(autouse=True)
+def _finders(monkeypatch):
+    """A command lets modules of its working directory be found; the next test has another one."""
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+
+
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
     """A folder with a model, a dataset and a reward function, as a user would have."""
@@ -21,4 +27,5 @@ def workplace(tmp_path, monkeypatch):
     (tmp_path / "data" / "train.jsonl").write_text("\n".join(lines))
     (tmp_path / "my_rewards.py").write_text(REWARDS)
     yield tmp_path
-    sys.modules.pop("my_rewards", None)
+    for name in ("my_rewards", "my_estimators"):
+        sys.modules.pop(name, None)

@@ -13,11 +13,12 @@ from peft import LoraConfig, get_peft_model
 
 from grpo_plus import GRPOPlusConfig
 from grpo_plus.compare import train
-from grpo_plus.compare.store import claim, read_json
+from grpo_plus.compare.report import write_comparison
+from grpo_plus.compare.store import agree, claim, read_json
 from grpo_plus.compare.train import Arm, Variant, compare
 from grpo_plus.demo.tiny import tiny_model
 from tests.compare import small
-from tests.compare.small import TOKENIZER, small_task
+from tests.compare.small import TOKENIZER, sizes, small_task
 
 CHANGING = {"train_runtime", "train_samples_per_second", "train_steps_per_second", "step_time", "train_loss"}
 
@@ -231,3 +232,32 @@ def test_a_result_says_what_it_cost(tmp_path):
     assert set(result.versions) == {"grpo_plus", "trl", "transformers", "torch", "python"}
     assert read_json(tmp_path / "comparison.json")["config"]["num_generations"] == 4
     assert isinstance(small_task().config(output_dir="x"), GRPOPlusConfig)
+
+
+def failing(token):
+    def evaluate(trainer):
+        if trainer.state.global_step:
+            raise OSError(f"401: the hub does not know {token}")
+        return sizes(trainer)
+
+    return evaluate
+
+
+def test_a_token_is_in_no_file_of_a_comparison(tmp_path):
+    token = "open-sesame-17"
+    task = small_task(evaluate=failing(token), facts={"loading": {"nested": {"token": token}}})
+    task = replace(task, config=functools.partial(task.config, model_init_kwargs={"token": token}, max_steps=1))
+    variant = Variant("rloo", fields={"hub_token": token})
+    comparison = compare(task, [variant], [0], tmp_path)
+    write_comparison(comparison, tmp_path)
+    texts = {path.name: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert {"comparison.json", "report.html", "error.txt", "arm.json"} <= set(texts)
+    assert b"the hub does not know ***" in texts["error.txt"]
+    assert [name for name, text in texts.items() if token.encode() in text] == []
+
+
+def test_another_token_is_no_other_comparison_and_an_old_file_loses_its_token(tmp_path):
+    path = tmp_path / "comparison.json"
+    path.write_text('{"config": {"api_key": "old", "x": 1}}')
+    agree(path, {"config": {"api_key": "new", "x": 1}}, "a comparison")
+    assert read_json(path) == {"config": {"api_key": "***", "x": 1}}
