@@ -1,0 +1,45 @@
+"""Whether the numbers of a model are finite: its trained weights, and their gradients."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
+
+
+def nonfinite_weights(model: nn.Module) -> list[str]:
+    """Names of the trained weights that hold a NaN or an infinity. [] where all are finite.
+
+    Where the weights are spread over processes, each process looks at its own parts: let all processes agree.
+    """
+    trained = {name: _local(weight) for name, weight in model.named_parameters() if weight.requires_grad}
+    trained = {name: weight for name, weight in trained.items() if _has_numbers(weight)}
+    if not trained:
+        return []
+    device = next(iter(trained.values())).device
+    # One wait for the device, whatever the number of weights.
+    finite = torch.stack([_largest([weight]).isfinite().to(device) for weight in trained.values()]).tolist()
+    return [name for name, sound in zip(trained, finite, strict=True) if not sound]
+
+
+def gradients_are_finite(model: nn.Module) -> Tensor:
+    """Whether the gradients that this process holds are finite, () bool on their device. Nothing waits for it."""
+    gradients = [_local(weight.grad) for weight in model.parameters() if weight.grad is not None]
+    return _largest(filter(_has_numbers, gradients)).isfinite()
+
+
+def _largest(values: Iterable[Tensor]) -> Tensor:
+    """The largest magnitude, () on the device of the first; NaN where one is NaN, and 0 of nothing."""
+    return get_total_norm([value.detach() for value in values], float("inf"))
+
+
+def _has_numbers(values: Tensor) -> bool:
+    # A process may hold an empty part of a weight, which has no largest number.
+    return values.numel() > 0 and values.is_floating_point() and not values.is_meta
+
+
+def _local(values: Any) -> Tensor:
+    """This process's part of a weight that FSDP or ZeRO-3 has spread; the weight itself elsewhere."""
+    values = getattr(values, "ds_tensor", values)
+    return values.to_local() if hasattr(values, "to_local") else values
