@@ -35,8 +35,11 @@ def rounding(values: Tensor) -> Tensor:
 def has_spread(values: Tensor) -> Tensor:
     """Whether the entries differ by more than float32 rounding of the largest entry: (..., n) -> (..., 1) bool.
 
-    The test is relative because rounding is relative. Eight rewards of 0.7 have a float32 std of 6e-8, not of 0.
+    The test is relative because rounding is relative. Eight rewards of 0.7 have a float32 std of 6e-8, not of 0. No
+    entries at all have no spread.
     """
+    if values.shape[-1] == 0:  # amin and amax refuse an empty axis
+        return torch.zeros((*values.shape[:-1], 1), dtype=torch.bool, device=values.device)
     judged = ~values.isnan()
     low = values.where(judged, torch.inf).amin(-1, keepdim=True)
     high = values.where(judged, -torch.inf).amax(-1, keepdim=True)

@@ -126,8 +126,9 @@ class ArmBar(TrainerCallback):
 
     def on_log(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
         """Show the newest reward."""
-        if "reward" in state.log_history[-1]:
-            self.bar.set_postfix(reward=f"{state.log_history[-1]['reward']:.2f}")
+        reward = state.log_history[-1].get("reward")
+        if reward is not None:  # TRL logs None where no completion was judged
+            self.bar.set_postfix(reward=f"{reward:.2f}")
 
     def on_train_end(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
         """Clear it."""

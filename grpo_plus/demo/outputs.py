@@ -76,5 +76,5 @@ def draw_learning_curve(
 
 
 def _points(log_history: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    found = [(entry["step"], entry[name]) for entry in log_history if name in entry]
+    found = [(entry["step"], entry[name]) for entry in log_history if entry.get(name) is not None]
     return [step for step, _ in found], [value for _, value in found]

@@ -49,6 +49,7 @@ class RewardsOnTheBar(ProgressCallback):
     def on_log(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
         """Show the newest value of each quantity."""
         entry = state.log_history[-1]
-        self.shown |= {short: f"{entry[name]:.2f}" for name, short in SHOWN.items() if name in entry}
+        # TRL logs None for a reward that judged no completion.
+        self.shown |= {short: f"{entry[name]:.2f}" for name, short in SHOWN.items() if entry.get(name) is not None}
         if self.training_bar is not None:
             self.training_bar.set_postfix(self.shown)

@@ -4,6 +4,7 @@ Nothing of TRL is copied or patched. `names.py` has TRL's names and the versions
 """
 
 import inspect
+import math
 from contextlib import nullcontext
 from typing import Any
 
@@ -14,12 +15,12 @@ from torch import Tensor
 from trl import GRPOTrainer
 
 from grpo_plus.advantages import Rewards, checked
-from grpo_plus.advantages.metrics import share_with_absent_tasks
 from grpo_plus.config.plain import own_fields
 from grpo_plus.losses import TRL_LOSSES, LossInputs
 from grpo_plus.models.adapters import adapter_values
 from grpo_plus.packing import Packed, PaddedRows, base_model, forward_live
 from grpo_plus.qlora.checks import check_run
+from grpo_plus.trainer.figures import Figures
 from grpo_plus.trainer.generation import generating
 from grpo_plus.trainer.names import (
     MULTIMODAL,
@@ -61,6 +62,7 @@ class TRLSeam(SavingSeam):
         self._adapters_as_trained(exact)
         self.speed = speed_of(self, self.plus)
         self._refills = Refills(self, self.plus.max_refills)
+        self._figures = Figures(self)
         self._sampler = SamplerRatio(self, in_update=self.speed.drops_old_policy_pass)
 
     def _calculate_rewards(
@@ -109,7 +111,8 @@ class TRLSeam(SavingSeam):
                 output, self.rewards = self._refills.fill_up(inputs, generate)
             else:
                 output, _ = generate(inputs)
-        self._sampler.compare(output)
+        with self._figures.guarded("The comparison of sampler and policy"):
+            self._sampler.compare(output)
         advantages = self.estimate_advantages(self.rewards)
         if advantages is None:
             trained = self._trls_advantages()
@@ -117,7 +120,7 @@ class TRLSeam(SavingSeam):
             advantages = checked("hook estimate_advantages", advantages, self.rewards)
             trained = self._replace_advantages(output, advantages)
         if trained is not None:
-            self._log_advantage_metrics(trained)
+            self._figures.log_advantages(self.rewards, lambda: self.advantage_metrics(self.rewards, trained))
         return output
 
     def _trls_advantages(self) -> Tensor | None:
@@ -151,14 +154,6 @@ class TRLSeam(SavingSeam):
         output["advantages"] = local.to(output["advantages"])
         return per_completion
 
-    def _log_advantage_metrics(self, advantages: Tensor) -> None:
-        figures = self.advantage_metrics(self.rewards, advantages)
-        values = {f"advantages/{name}": value for name, value in figures.items()}
-        logged = metrics_of(self)
-        share_with_absent_tasks(logged, values)
-        for name, value in values.items():
-            logged[name].append(value)
-
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         before = self._buffered_inputs
         inputs: dict[str, Any] = super()._prepare_inputs(generation_batch)
@@ -172,6 +167,12 @@ class TRLSeam(SavingSeam):
             alive=self._alive,
         )
         return batches[self._step % self.args.steps_per_generation]
+
+    def _determine_best_metric(self, metrics: dict[str, Any], trial: Any) -> bool:
+        # TRL's figure is None where no completion was judged; transformers would compare None with a number.
+        worst = -math.inf if self.args.greater_is_better else math.inf
+        measured = {name: worst if value is None else value for name, value in metrics.items()}
+        return super()._determine_best_metric(measured, trial)
 
     def _alive(self, inputs: dict[str, Any]) -> list[bool]:
         alive = self.speed.live_rows(inputs["advantages"]) if self.model.training else None
