@@ -75,10 +75,28 @@ def test_every_path_that_contributing_names_exists():
     assert [path for path in sorted(named) if not (ROOT / path).exists()] == []
 
 
-def test_no_shape_letter_is_given_away_twice():
+def shape_letters(text: str) -> set[str]:
+    """Capital letters in what reads as a shape: (P, G), (C*P, G, K), (N,)."""
+    size = r"(?:[A-Z](?:\*[A-Z])?|[a-z]+|\d+|\.\.\.)"
+    shapes = re.findall(rf"\({size},(?: {size}(?:, {size})*)?\)", text)
+    return {letter for shape in shapes for letter in re.findall(r"\b[A-Z]\b", shape)}
+
+
+def test_the_table_of_shape_letters_has_every_letter_of_the_package_once():
     table = CONTRIBUTING.read_text(encoding="utf-8").split("| letter | counts |")[1].split("\n\n")[0]
     letters = re.findall(r"^\| `(\w)` \|", table, flags=re.MULTILINE)
-    assert sorted(letters) == sorted(set("PGKBLTNHVDJMSIR"))
+    used = {
+        letter: path.name
+        for path in sorted((ROOT / "grpo_plus").rglob("*.py"))
+        for letter in shape_letters(path.read_text(encoding="utf-8"))
+    }
+    assert len(used) > 10
+    assert {letter: name for letter, name in used.items() if letter not in letters} == {}
+    assert len(letters) == len(set(letters))
+
+
+def test_a_shape_is_told_from_other_parentheses():
+    assert shape_letters("(P, G) of (C*P, 2, K), or (N,); p(A), f(x, y), (An, A)") == {"P", "G", "C", "K", "N"}
 
 
 def test_the_changelog_and_the_citation_name_the_version_and_its_date():

@@ -26,7 +26,7 @@ NUMBERS = 2**31  # the most that are remembered: per estimator the sum of the gr
 class GradientSum:
     """Group gradients of one estimator, added up as they come.
 
-    sum: (D,) of the gradients. squares: the sum of their squared norms.
+    sum: (n,) of the gradients by the n trained weights. squares: the sum of their squared norms.
     """
 
     def __init__(self, size: int) -> None:
@@ -45,11 +45,11 @@ class GradientSum:
 def signal_to_noise(gradients: GradientSum) -> float:
     """The share of a single group's gradient that is common to all groups, as a ratio of squared norms.
 
-        SNR = (|m|² - V/N) / V,   m = mean of g_n,   V = sum_n |g_n - m|² / (N - 1)
+        SNR = (|m|² - v/n) / v,   m = mean of g_i,   v = sum_i |g_i - m|² / (n - 1)
 
-    over the gradients g_1 .. g_N of N groups. V is the trace of the groups' covariance. |m|² alone is too large by V/N
-    on average, so the numerator subtracts V/N, and is cut off at 0. The mean gradient of B groups has B times this
-    ratio. With B = 1 / SNR groups, signal and noise are equally large. That B is the "simple noise scale" of
+    over the gradients g_1 .. g_n of n groups. v is the trace of the groups' covariance. |m|² alone is too large by v/n
+    on average, so the numerator subtracts v/n, and is cut off at 0. The mean gradient of k groups has k times this
+    ratio. With k = 1 / SNR groups, signal and noise are equally large. That k is the "simple noise scale" of
     McCandlish et al., "An Empirical Model of Large-Batch Training" (https://huggingface.co/papers/1812.06162), Eq. 2.9
     and appendix A.1. The ratio does not depend on the size of the advantages. A normalization over the batch makes the
     groups of the batch slightly dependent, which the ratio ignores. NaN where there is no gradient.
