@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from transformers.utils import is_peft_available
 
 ADAPTER_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# PEFT's ways to start an adapter that subtract the start from the weights of the base.
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def has_adapters(model: Any) -> bool:
@@ -34,3 +36,9 @@ def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 def adapter_values(model: Any) -> dict[str, Tensor]:
     """Trainable weights of a model with adapters, as they are, for `restore_adapters`. Empty for other models."""
     return {name: weight.data for name, weight in adapter_parameters(model)} if has_adapters(model) else {}
+
+
+def changed_by_init(peft_config: Any) -> str | None:
+    """The `init_lora_weights` of a PEFT configuration that changes the base, as PiSSA does. None for the others."""
+    init = getattr(peft_config, "init_lora_weights", None)
+    return init if isinstance(init, str) and init.lower().startswith(CHANGES_BASE) else None

@@ -2,7 +2,7 @@
 
 `qlora()` gives quantization, adapters and configuration as plain Hugging Face objects. GRPOPlusTrainer then refuses
 what cannot work, keeps the dtype of the adapters, and logs the settings with hints. `save_merged` exports the trained
-model without bitsandbytes.
+model without bitsandbytes. `load_trained` reads adapters back from the disk.
 
 To add a recipe, write a function in `recipe.py`. To add a hint, write a function in `settings.py` and put it into
 HINTS.
@@ -15,17 +15,19 @@ _HOMES = {
     "Export": "export",
     "FrozenAdapterCallback": "frozen",
     "QLoRA": "recipe",
+    "load_trained": "reloaded",
     "qlora": "recipe",
     "save_merged": "export",
     "setting_check": "settings",
 }
 
-__all__ = ["Export", "FrozenAdapterCallback", "QLoRA", "qlora", "save_merged", "setting_check"]
+__all__ = ["Export", "FrozenAdapterCallback", "QLoRA", "load_trained", "qlora", "save_merged", "setting_check"]
 
 if TYPE_CHECKING:
     from grpo_plus.qlora.export import Export, save_merged
     from grpo_plus.qlora.frozen import FrozenAdapterCallback
     from grpo_plus.qlora.recipe import QLoRA, qlora
+    from grpo_plus.qlora.reloaded import load_trained
     from grpo_plus.qlora.settings import setting_check
 
 

@@ -49,7 +49,7 @@ def check_run(model: Any, args: Any, quantization_config: Any, peft_config: Any)
     bits = bits_of(model) or _bits_of_config(wanted)
     uses_vllm = getattr(args, "use_vllm", False)
     if isinstance(model, str) and (wanted is not None or uses_vllm) and not (bits and uses_vllm):
-        saved = _saved_quantization(model, in_args.get("revision"))
+        saved = saved_quantization(model, in_args.get("revision"))
         _check_second(model, saved, wanted)
         bits = bits or _bits_of_config(saved)
     if bits is not None and uses_vllm:
@@ -73,7 +73,7 @@ def _get(config: Any, name: str) -> bool:
     return bool(config.get(name) if isinstance(config, dict) else getattr(config, name, False))
 
 
-def _saved_quantization(model: str, revision: str | None) -> Any:
+def saved_quantization(model: str, revision: str | None) -> Any:
     """Quantization that the model was saved with. None without one, and where TRL is about to say what is wrong."""
     try:
         return read_config(model, revision=revision).get("quantization_config")
