@@ -94,7 +94,7 @@ class TRLSeam(SavingSeam):
         has_tool_images: bool = False,
     ) -> tuple[list[list[int]], list | None]:
         generate = super()._generate_single_turn
-        with generating(self) if self.has_own_fields else nullcontext():
+        with generating(self) if self.has_own_fields else nullcontext(), self.speed.adapters.held():
             if self.speed.chunks is None or images or multimodal_fields:  # images are not laid out by row
                 return generate(prompt_ids, images, multimodal_fields, num_generations, has_tool_images)
             parts = self.speed.chunks.generate(lambda part: generate(part, None, {}, num_generations)[0], prompt_ids)
@@ -174,6 +174,11 @@ class TRLSeam(SavingSeam):
         measured = {name: worst if value is None else value for name, value in metrics.items()}
         return super()._determine_best_metric(measured, trial)
 
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Train on one micro-batch, during whose forward and backward the adapters do not change."""
+        with self.speed.adapters.step():
+            return super().training_step(*args, **kwargs)
+
     def _alive(self, inputs: dict[str, Any]) -> list[bool]:
         alive = self.speed.live_rows(inputs["advantages"]) if self.model.training else None
         return [True] * len(inputs["advantages"]) if alive is None else alive.tolist()
@@ -204,15 +209,17 @@ class TRLSeam(SavingSeam):
         forward = super()._get_per_token_logps_and_entropies
         rows = PaddedRows(input_ids, attention_mask, logits_to_keep, *self._live_rows())
         packed = None
-        if not compute_aux_loss and all(value is None for value in multimodal.values()):
-            packed = self._packed_logps(model, rows, batch_size)
-            if packed is None and rows.live is not None:
-                packed = forward_live(rows, lambda ids, mask: forward(model, ids, mask, logits_to_keep, None, True)[:2])
-        if packed is None:
-            arguments = (logits_to_keep, batch_size, compute_entropy, compute_aux_loss)
-            scores = forward(model, input_ids, attention_mask, *arguments, **multimodal)
-        else:
-            scores = packed.logps, packed.entropies, None
+        with self.speed.adapters.forward():
+            if not compute_aux_loss and all(value is None for value in multimodal.values()):
+                packed = self._packed_logps(model, rows, batch_size)
+                if packed is None and rows.live is not None:
+                    live = (logits_to_keep, None, True)
+                    packed = forward_live(rows, lambda ids, mask: forward(model, ids, mask, *live)[:2])
+            if packed is None:
+                arguments = (logits_to_keep, batch_size, compute_entropy, compute_aux_loss)
+                scores = forward(model, input_ids, attention_mask, *arguments, **multimodal)
+            else:
+                scores = packed.logps, packed.entropies, None
         if packed is not None and self.model.training and torch.is_grad_enabled():
             log_value(self, "packing/token_ratio", input_ids.numel() / packed.tokens)
             log_value(self, "packing/live_fraction", len(rows.live or input_ids) / len(input_ids))

@@ -9,7 +9,7 @@ rows generate at a time.
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -20,6 +20,7 @@ from grpo_plus.config.speed import AUTO_CHUNKS, switched_on, why_not_regroup, wh
 from grpo_plus.kernels.linear_logprob import BACKENDS, why_not_on
 from grpo_plus.models.dropout import dropout_of
 from grpo_plus.packing import Head, Packer, base_model, single_pass_head, why_not_packed, why_not_single_pass
+from grpo_plus.qlora.adapter_products import Products
 from grpo_plus.qlora.lora_layers import fits_any, fused_lora, has_lora, why_not_fused
 from grpo_plus.trainer.generation import Chunks, rows_that_fit
 
@@ -35,6 +36,7 @@ class Speed:
         fuses_lora: linear layers with plain adapters are computed without PEFT's buffers while training.
         keeps_prompts_together: the completions of a prompt meet in one micro-batch.
         chunks: how many rows transformers generates for at a time. None: the whole generation batch.
+        adapters: what fused layers keep while nothing about them can change. Empty outside of a training.
     """
 
     packer: Packer | None
@@ -43,6 +45,7 @@ class Speed:
     fuses_lora: bool
     keeps_prompts_together: bool
     chunks: Chunks | None
+    adapters: Products = field(default_factory=Products)
 
     def live_rows(self, advantages: Tensor) -> Tensor | None:
         """(B,) booleans: rows that can have a gradient. None: all rows.
@@ -56,7 +59,7 @@ class Speed:
     def around_training(self, model: Any) -> Iterator[None]:
         """Train with the layers of `lora_backend`, and leave the model with its own attention and layers."""
         try:
-            with fused_lora(model) if self.fuses_lora else nullcontext():
+            with fused_lora(model, self.adapters) if self.fuses_lora else nullcontext():
                 yield
         finally:
             if self.packer is not None:
@@ -190,6 +193,8 @@ def _fuses_lora(trainer: GRPOTrainer, config: GRPOPlusConfig) -> bool:
 def _why_not_own_layers(trainer: GRPOTrainer) -> str | None:
     if reason := _why_not_whole_weights(trainer):
         return reason
+    if trainer.args.n_gpu > 1:
+        return "torch's DataParallel copies the layers to other devices"
     return "torch_compile compiles PEFT's layers itself" if trainer.args.torch_compile else None
 
 
