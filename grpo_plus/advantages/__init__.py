@@ -35,7 +35,7 @@ from grpo_plus.advantages import (  # noqa: F401  (they register themselves)
     running,
     unnormalized,
 )
-from grpo_plus.advantages.checks import check_keywords, check_rewards, check_state, checked
+from grpo_plus.advantages.checks import check_keywords, check_rewards, check_state, check_weights, checked
 from grpo_plus.advantages.estimator import ESTIMATORS, Estimator, State, register
 from grpo_plus.advantages.modifiers import (
     MODIFIERS,
@@ -62,6 +62,7 @@ __all__ = [
     "check_keywords",
     "check_modifiers",
     "check_state",
+    "check_weights",
     "checked",
     "clip_limits",
     "estimate",

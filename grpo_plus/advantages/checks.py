@@ -1,6 +1,7 @@
 """Refuse hyper-parameters that cannot work, infinite rewards, and advantages that no loss could use."""
 
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -38,7 +39,8 @@ def check_keywords(
                 f"The advantage estimator {estimator.name!r} takes no keyword {keyword!r}."
                 f"{suggestion(keyword, estimator.keywords)}"
             )
-    names = names or list(keywords.get("bounds") or {}) or ["sample"]
+    bounds = keywords.get("bounds")
+    names = names or list(bounds if isinstance(bounds, Mapping) else ()) or ["sample"]
     try:
         # Rewards at the bounds that the keywords give: any other reward would be refused for the wrong reason.
         low, high = keywords.get("low", 0.0), keywords.get("high", 1.0)
@@ -93,6 +95,27 @@ def check_state(name: str, state: Any) -> None:
                 f"The state of the advantage estimator {where} is a {type(value).__name__}, which a checkpoint cannot "
                 "hold. Store numbers, strings, lists and dictionaries: a tensor's .tolist() or .item()."
             )
+
+
+def check_weights(weights: Sequence[Any]) -> list[float]:
+    """The reward weights as floats.
+
+    Raises:
+        ValueError: a weight is no finite number. A NaN or an infinite weight would drop its reward without a word.
+    """
+    numbers = []
+    for place, weight in enumerate(weights):
+        try:
+            number = float(weight)
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise ValueError(
+                f"reward_weights[{place}]={weight!r} is no weight. Use finite numbers, and 0 for a reward that is only "
+                "watched."
+            )
+        numbers.append(number)
+    return numbers
 
 
 def check_rewards(rewards: Rewards) -> None:

@@ -5,6 +5,8 @@ prompt train that no completion solved. All four give every prompt about the sam
 vary: a group whose rewards differ by 0.01 moves the policy as much as a group whose rewards differ by 1.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -70,6 +72,8 @@ def ngrpo(rewards: Rewards, *, r_max: float = 1.0, eps: float = 1e-6) -> Tensor:
     Args:
         r_max: the best weighted sum of rewards that a completion can reach. Another value gives meaningless advantages.
     """
+    if not math.isfinite(r_max):
+        raise ValueError(f"r_max={r_max!r} is no reward that a completion can reach. Use a finite number such as 1.0.")
     total = rewards.total()
     virtual = torch.full_like(total[:, :1], r_max)
     return zscore(torch.cat([total, virtual], dim=-1), ddof=1, eps=eps)[:, :-1]

@@ -5,6 +5,7 @@ and `sa_mrpo` keep the difference. They also keep a reward with a large spread f
 spread. `dvao` only rescales the sum, by the spreads of its parts.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -124,9 +125,11 @@ def _over_batch(summed: Tensor, *, ddof: int, eps: float, batch_over: str) -> Te
 def _bounds(rewards: Rewards, bounds: Mapping[str, Sequence[float]]) -> tuple[Tensor, Tensor]:
     """(K,) least and greatest value of each reward."""
     table = torch.tensor([[0.0, 1.0]] * len(rewards.names), dtype=torch.float64)
+    if not isinstance(bounds, Mapping):
+        raise ValueError(f"bounds={bounds!r} is no table of rewards. Write {{name: [low, high]}}.")
     for name, pair in bounds.items():
         column = rewards.index(name)
-        if len(pair) != 2 or not pair[0] < pair[1]:
+        if len(pair) != 2 or not -math.inf < pair[0] < pair[1] < math.inf:
             raise ValueError(f"bounds[{name!r}]={pair!r} bounds nothing. Write [low, high] with low < high.")
         table[column] = torch.tensor(pair, dtype=torch.float64)
     return table[:, 0], table[:, 1]

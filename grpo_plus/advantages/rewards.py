@@ -87,6 +87,10 @@ class Rewards:
                 "per_device_train_batch_size x processes x steps_per_generation a multiple of num_generations; in "
                 "evaluation, per_device_eval_batch_size x processes a multiple of num_generations_eval."
             )
+        if not weights.isfinite().all():
+            raise ValueError(
+                f"The reward weights are {weights.tolist()}. Use finite numbers, 0 for a reward that is only watched."
+            )
         groups = rows // num_generations
         lengths = None if lengths is None else lengths.detach().cpu().view(groups, num_generations)
         return cls(

@@ -35,12 +35,11 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
 
     names = words(args.estimators) or list(ESTIMATORS)
     search_own_modules(names)
-    weights = words(args.reward_weights)
     rollouts = Rollouts(
         args.run_dir,
         num_generations=args.num_generations,
         reward_names=words(args.rewards),
-        reward_weights=None if weights is None else [float(word) for word in weights],
+        reward_weights=words(args.reward_weights),
     )
     estimators = keywords_by_estimator(args.advantage_kwargs, names)
     result = replay(rollouts, estimators, groups=[_group(word) for word in words(args.groups) or []], progress=True)

@@ -8,6 +8,7 @@ from trl import GRPOConfig
 from grpo_plus.config.advantages import check_advantages, check_refills
 from grpo_plus.config.keywords import as_dictionary
 from grpo_plus.config.losses import check_kl_target, check_loss
+from grpo_plus.config.numbers import check_numbers, check_reward_timeout
 from grpo_plus.config.speed import check_adapter_dtype, check_speed
 from grpo_plus.version import __version__
 
@@ -36,6 +37,9 @@ class GRPOPlusConfig(GRPOConfig):
             everything that was generated, and `sampling/` says what the refills cost.
         task_column: the dataset column that names each prompt's task. `ema_task` and `popart` then keep one scale per
             task, and the log shows each task's share of the advantages. None: the whole run is one task.
+        reward_timeout: seconds that one call of a reward function may take. A call that takes longer ends the run with
+            an error that names the function. The functions then run in a thread of their own, where timeouts by
+            signals (SIGALRM) do not work. Reward models are not timed. None: no bound, and no thread.
         loss_kwargs: hyper-parameters of a `loss_type` that TRL lacks. On the command line: JSON. Such a loss does not
             read TRL's fields (`epsilon`, `delta`, ...).
         loss_reduction: how a loss that TRL lacks is summed, in the words of `grpo_plus.losses.reduce`. None: as its
@@ -103,6 +107,13 @@ class GRPOPlusConfig(GRPOConfig):
     task_column: str | None = field(
         default=None,
         metadata={"help": "Dataset column with each prompt's task, for estimators and metrics that keep tasks apart."},
+    )
+    reward_timeout: float | None = field(
+        default=None,
+        metadata={
+            "help": "Seconds that one call of a reward function may take before the run ends with its name; unset: no "
+            "bound."
+        },
     )
     loss_kwargs: dict[str, Any] | str | None = field(
         default=None,
@@ -177,7 +188,9 @@ class GRPOPlusConfig(GRPOConfig):
 
     def __post_init__(self) -> None:
         """Check the fields of ours and those of TRL's that they meet."""
+        check_numbers(self)
         super().__post_init__()
+        check_reward_timeout(self)
         self.loss_kwargs = as_dictionary("loss_kwargs", self.loss_kwargs)
         check_loss(self)
         check_kl_target(self)

@@ -13,6 +13,7 @@ OFF: dict[str, Any] = {
     "advantage_modifiers": {},
     "max_refills": 0,
     "task_column": None,
+    "reward_timeout": None,
     "loss_kwargs": {},
     "loss_reduction": None,
     "kl_estimator": "k3",

@@ -92,10 +92,10 @@ class AdaptiveBeta:
 
     def __post_init__(self) -> None:
         for name in ("beta", "target_kl", "horizon"):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(
                     f"AdaptiveBeta({name}={getattr(self, name)!r}): beta moves by factors to a positive target, so "
-                    f"{name} must be positive."
+                    f"{name} must be positive and finite."
                 )
 
     def update(self, kl: float, completions: int = 1) -> "AdaptiveBeta":

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from grpo_plus.advantages.checks import check_weights
 from grpo_plus.advantages.rewards import Rewards
 from grpo_plus.advantages.steps import Steps
 from grpo_plus.registry import suggestion
@@ -91,7 +92,7 @@ class Rollouts:
     run_dir: str | Path
     num_generations: int | None = None
     reward_names: Sequence[str] | None = None
-    reward_weights: Sequence[float] | None = None
+    reward_weights: Sequence[float | str] | None = None
     findings: dict[str, Finding] = field(default_factory=dict)
     length_unit: str = "characters"
 
@@ -101,9 +102,8 @@ class Rollouts:
         self.paths = _files(Path(self.run_dir))
         first = self._first_table()
         self.names = self._names_of(first.schema)
-        self.weights = torch.tensor(
-            [1.0] * len(self.names) if self.reward_weights is None else list(self.reward_weights), dtype=torch.float64
-        )
+        given = [1.0] * len(self.names) if self.reward_weights is None else check_weights(self.reward_weights)
+        self.weights = torch.tensor(given, dtype=torch.float64)
         if len(self.weights) != len(self.names):
             raise ValueError(
                 f"{len(self.weights)} reward weights were given for the rewards {', '.join(self.names)}. Give one each."

@@ -129,6 +129,23 @@ def gathered_steps(trainer: GRPOTrainer, rows: int) -> tuple[list, list] | None:
     return [pair and pair[0] for pair in pairs], [pair and pair[1] for pair in pairs]
 
 
+def complete_table_columns(trainer: GRPOTrainer, rows: int) -> list[str]:
+    """Give TRL's table of completions one value per row in every column that a reward function fills.
+
+    TRL keeps an old batch's values where a column gets none, and cannot write a table of unequal columns.
+
+    Returns:
+        The columns that got too few or too many values in this batch.
+    """
+    pending = trainer._pending_extra_logs
+    wrong = sorted(name for name, values in pending.items() if len(values) != rows)
+    for name in wrong:
+        pending[name] = [*pending[name], *[None] * rows][:rows]
+    for name in trainer._logs["extra"]:
+        pending.setdefault(name, [None] * rows)
+    return wrong
+
+
 def whole_rows(inputs: dict[str, Any]) -> tuple[Tensor, Tensor, int]:
     """Ids and attention mask (B, L) of prompts with their completions, and how many of the tokens are completion's."""
     ids, mask = (torch.cat([inputs[f"prompt_{name}"], inputs[f"completion_{name}"]], dim=1) for name in ("ids", "mask"))

@@ -15,6 +15,7 @@ from torch import Tensor
 from trl import GRPOTrainer
 
 from grpo_plus.advantages import Rewards, checked
+from grpo_plus.config.numbers import check_numbers
 from grpo_plus.config.plain import own_fields
 from grpo_plus.losses import TRL_LOSSES, LossInputs
 from grpo_plus.models.adapters import adapter_values
@@ -25,6 +26,7 @@ from grpo_plus.trainer.generation import generating
 from grpo_plus.trainer.names import (
     MULTIMODAL,
     SAMPLER_RATIO,
+    complete_table_columns,
     gathered_labels,
     gathered_steps,
     log_value,
@@ -34,6 +36,7 @@ from grpo_plus.trainer.names import (
 )
 from grpo_plus.trainer.refills import Refills
 from grpo_plus.trainer.regrouping import regrouped
+from grpo_plus.trainer.reward_calls import RewardCalls
 from grpo_plus.trainer.sampler_ratio import SamplerRatio
 from grpo_plus.trainer.saving import SavingSeam
 from grpo_plus.trainer.speed import speed_of
@@ -55,6 +58,7 @@ class TRLSeam(SavingSeam):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         given = inspect.signature(GRPOTrainer).bind(*args, **kwargs).arguments
+        check_numbers(given.get("args"))
         check_run(*(given.get(name) for name in ("model", "args", "quantization_config", "peft_config")))
         exact = adapter_values(given["model"])
         super().__init__(*args, **kwargs)
@@ -63,12 +67,14 @@ class TRLSeam(SavingSeam):
         self.speed = speed_of(self, self.plus)
         self._refills = Refills(self, self.plus.max_refills)
         self._figures = Figures(self)
+        self._reward_calls = RewardCalls(self, self.plus.reward_timeout)
         self._sampler = SamplerRatio(self, in_update=self.speed.drops_old_policy_pass)
 
     def _calculate_rewards(
         self, inputs: list[dict[str, Any]], prompts: list, completions: list, completion_ids_list: list[list[int]]
     ) -> Tensor:
-        rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        with self._reward_calls.checked(len(prompts)):
+            rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         lengths = torch.tensor([len(ids) for ids in completion_ids_list], device=rewards_per_func.device)
         tasks = [self.task_of(example) for example in inputs]
         if tasks[0] is not None and "task" not in (*self._pending_extra_logs, *self.reward_func_names):
@@ -83,6 +89,12 @@ class TRLSeam(SavingSeam):
             prompts=gathered_labels([self.prompt_key(prompt) for prompt in prompts]),
             steps=gathered_steps(self, len(prompts)),
         )
+        if columns := complete_table_columns(self, len(prompts)):
+            self._figures.warn(
+                "columns",
+                f"log_extra got no list of one value per completion for {', '.join(map(repr, columns))}. The table of "
+                "completions shows nothing where a value is missing.",
+            )
         return rewards_per_func
 
     def _generate_single_turn(

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from accelerate import PartialState
 from peft import LoraConfig
@@ -38,6 +39,11 @@ class Recorder(GRPOPlusTrainer):
         return super().compute_loss(model, inputs, *arguments, **keywords)
 
 
+def forgetful(completions: list[str], **_: Any) -> list[float]:
+    """One reward too few on the second process, and a judge that is down there for the rest."""
+    return [0.0] * (len(completions) - PartialState().process_index)
+
+
 def train(output_dir: Path, config: dict[str, Any]) -> None:
     output_dir.mkdir(parents=True, exist_ok=True)
     resume_from = config.pop("resume_from", None)
@@ -46,6 +52,8 @@ def train(output_dir: Path, config: dict[str, Any]) -> None:
     task = {"reward_funcs": [stepwise] if stepped else [vowels, brevity]}
     if config.pop("half_dead", False):
         task = {"reward_funcs": [judge], "train_dataset": MIXED}
+    if fails := config.pop("fails", False):
+        task = {"reward_funcs": [forgetful]}
     adapter = LoraConfig(r=4, target_modules="all-linear") if config.pop("lora", False) else None
     trainer = make_trainer(
         output_dir,
@@ -56,8 +64,13 @@ def train(output_dir: Path, config: dict[str, Any]) -> None:
         **task,
         **config,
     )
-    trainer.train(resume_from_checkpoint=resume_from and str(output_dir.parent / resume_from))
     rank = PartialState().process_index
+    if fails:
+        with pytest.raises((RuntimeError, ValueError)) as raised:
+            trainer.train()
+        (output_dir / f"error_{rank}.json").write_text(json.dumps(str(raised.value)))
+        return
+    trainer.train(resume_from_checkpoint=resume_from and str(output_dir.parent / resume_from))
     written = {
         "rows": trainer.rows,
         "calls": judge.calls,

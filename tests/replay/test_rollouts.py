@@ -118,6 +118,9 @@ def test_an_unknown_reward_is_an_error_with_a_suggestion(tmp_path):
         Rollouts(tmp_path, reward_names=["corect"])
     with pytest.raises(ValueError, match="2 reward weights were given for the rewards correct"):
         Rollouts(tmp_path, reward_weights=[1.0, 2.0])
+    for weight in ("nan", float("inf"), "heavy"):
+        with pytest.raises(ValueError, match=r"reward_weights\[0\]=.* is no weight. Use finite numbers"):
+            Rollouts(tmp_path, reward_weights=[weight])
 
 
 def test_truncated_files_are_left_out_and_counted(tmp_path):
