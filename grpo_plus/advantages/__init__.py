@@ -35,7 +35,14 @@ from grpo_plus.advantages import (  # noqa: F401  (they register themselves)
     running,
     unnormalized,
 )
-from grpo_plus.advantages.checks import check_keywords, check_rewards, check_state, check_weights, checked
+from grpo_plus.advantages.checks import (
+    check_keywords,
+    check_rewards,
+    check_state,
+    check_trls_range,
+    check_weights,
+    checked,
+)
 from grpo_plus.advantages.estimator import ESTIMATORS, Estimator, State, register
 from grpo_plus.advantages.modifiers import (
     MODIFIERS,
@@ -61,7 +68,9 @@ __all__ = [
     "apply_to_rewards",
     "check_keywords",
     "check_modifiers",
+    "check_rewards",
     "check_state",
+    "check_trls_range",
     "check_weights",
     "checked",
     "clip_limits",

@@ -118,14 +118,46 @@ def check_weights(weights: Sequence[Any]) -> list[float]:
     return numbers
 
 
-def check_rewards(rewards: Rewards) -> None:
-    """Refuse an infinite reward, with a ValueError that names the reward function."""
+def check_rewards(rewards: Rewards, completions: Sequence[Any] | None = None) -> None:
+    """Refuse an infinite reward, with a ValueError that names the reward function and the completion.
+
+    Args:
+        completions: all B of them, to be shown.
+    """
     infinite = rewards.values.isinf()
     if infinite.any():
         prompt, completion, k = (int(index) for index in infinite.nonzero()[0])
+        row = prompt * rewards.values.shape[1] + completion
+        shown = "" if completions is None else f", {str(completions[row])[:200]!r}"
         raise ValueError(
             f"The reward function {rewards.names[k]!r} returned {rewards.values[prompt, completion, k].item()} for "
-            f"completion {completion} of group {prompt}. Return a finite number, or None where it cannot judge."
+            f"completion {completion} of group {prompt}{shown}. Rewards are float32, which ends at 3.4e38. Return a "
+            "finite number, or None where it cannot judge."
+        )
+
+
+def check_trls_range(rewards: Rewards, scale_rewards: str, aggregation: str) -> None:
+    """Refuse finite rewards for which TRL's own advantages overflow in float32, with a ValueError.
+
+    TRL puts 0, or the largest number, in the place of an advantage that has become NaN or infinite.
+    """
+    total = rewards.total().unsqueeze(-1)  # (P, G, 1)
+    summed = aggregation == "sum_then_normalize"
+    parts = [(rewards.values * rewards.weights).abs(), total.abs().nansum(1)]
+    scaled = total if summed else rewards.values
+    deviations = scaled - scaled.nanmean(1, keepdim=True)
+    if not summed or scale_rewards == "group":
+        parts.append(deviations.square().nansum(1))
+    elif scale_rewards == "batch":
+        parts.append((total - total.nanmean()).square().nansum())
+    largest = max(part.nan_to_num(0.0).max().item() for part in parts)
+    if largest > torch.finfo(torch.float32).max:
+        reward = rewards.values.abs().nan_to_num(0.0).flatten(0, 1).amax(0)  # (K,)
+        k = int((reward * rewards.weights.abs()).argmax())
+        raise ValueError(
+            f"The reward function {rewards.names[k]!r} returned numbers as large as {reward[k].item():.3g}. With "
+            f"scale_rewards={scale_rewards!r} TRL sums or squares them in float32, which ends at 3.4e38. Return "
+            "smaller rewards, or set an advantage_estimator, which computes in float64."
         )
 
 

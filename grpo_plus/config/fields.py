@@ -6,6 +6,7 @@ from typing import Any
 from trl import GRPOConfig
 
 from grpo_plus.config.advantages import check_advantages, check_refills
+from grpo_plus.config.guard import check_guard
 from grpo_plus.config.keywords import as_dictionary
 from grpo_plus.config.losses import check_kl_target, check_loss
 from grpo_plus.config.numbers import check_numbers, check_reward_timeout
@@ -72,6 +73,10 @@ class GRPOPlusConfig(GRPOConfig):
         adapter_dtype: of the adapters and of Adam's state, "float32" or "bfloat16". None: float32 above a base that
             bitsandbytes quantized, else as PEFT made them. TRL takes bfloat16 above such a base, where a step of a
             small learning rate rounds to nothing.
+
+        max_nonfinite_steps: optimizer steps in a row that may have a loss or a gradient that is not finite. Each is
+            skipped: the weights and Adam's moments stay, and `guard/skipped_steps` in the log counts it. The last one
+            ends the run with an error that names its prompts, after a checkpoint, and with its rows in a file.
 
     Raises:
         ValueError: an unknown estimator, loss or keyword, a keyword's value out of range, or a setting of TRL's that
@@ -186,6 +191,14 @@ class GRPOPlusConfig(GRPOConfig):
         metadata={"help": "What computes linear layers with LoRA during training: peft, torch, or auto."},
     )
 
+    max_nonfinite_steps: int = field(
+        default=5,
+        metadata={
+            "help": "Optimizer steps in a row with a loss or a gradient that is not finite, each of them skipped, that "
+            "end the run."
+        },
+    )
+
     def __post_init__(self) -> None:
         """Check the fields of ours and those of TRL's that they meet."""
         check_numbers(self)
@@ -196,6 +209,7 @@ class GRPOPlusConfig(GRPOConfig):
         check_kl_target(self)
         check_speed(self)
         check_adapter_dtype(self)
+        check_guard(self)
         self.advantage_kwargs = as_dictionary("advantage_kwargs", self.advantage_kwargs)
         self.advantage_modifiers = as_dictionary("advantage_modifiers", self.advantage_modifiers)
         check_refills(self)

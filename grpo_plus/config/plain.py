@@ -6,11 +6,12 @@ from trl import GRPOConfig
 
 from grpo_plus.config.fields import GRPOPlusConfig
 
-# What each field of ours has to be for a run that is TRL's to the last bit.
+# What each field of ours has to be for a run that is TRL's to the last bit. The guard of a run without a NaN is.
 OFF: dict[str, Any] = {
     "advantage_estimator": None,
     "advantage_kwargs": {},
     "advantage_modifiers": {},
+    "max_nonfinite_steps": 5,
     "max_refills": 0,
     "task_column": None,
     "reward_timeout": None,

@@ -19,8 +19,8 @@ from grpo_plus.trainer.refill_rows import Padding
 
 TESTED_TRL = SpecifierSet(">=1.15,<1.17")
 
-# Fingerprinted for each tested version. The first ten are overridden. Of the others the seam assumes what they do:
-# `log` writes the advantages out, `_log_completion_extra` keeps the columns of a reward function.
+# Fingerprinted for each tested version. The last is not overridden: it keeps the columns of a reward function. The seam
+# assumes of `log` that it writes the advantages out.
 RELIED_ON = (
     "_calculate_rewards",
     "_generate_and_score_completions",
@@ -46,6 +46,9 @@ STEP_COLUMNS = ("step_rewards", "step_ends")
 
 # Images and what belongs to them, under the names that TRL's dictionaries and its forward share.
 MULTIMODAL = tuple(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)[8:]
+
+# What TRL and we move after each optimizer step, by what the step has measured.
+CONTROLLERS = ("beta", "entropy_coef", "_last_world_entropy")
 
 # What a row of text is made of.
 ROWS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "tool_mask")
@@ -155,3 +158,10 @@ def whole_rows(inputs: dict[str, Any]) -> tuple[Tensor, Tensor, int]:
 def trained_tokens(inputs: dict[str, Any]) -> Tensor:
     """(B, T), 1 at the tokens that the policy sampled and the loss counts: neither padding nor a tool's."""
     return inputs["completion_mask"] * inputs.get("tool_mask", 1)
+
+
+def overflow_found(trainer: GRPOTrainer) -> bool | None:
+    """Whether fp16's scaler found a gradient that is not finite in this step; None where it has not looked."""
+    scaler = trainer.accelerator.scaler
+    found = {} if scaler is None else scaler._found_inf_per_device(trainer.optimizer.optimizer)
+    return any(value.item() > 0 for value in found.values()) if found else None

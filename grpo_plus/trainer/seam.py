@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import gather
+from accelerate.utils import gather, gather_object
 from torch import Tensor
 from trl import GRPOTrainer
 
-from grpo_plus.advantages import Rewards, checked
+from grpo_plus.advantages import Rewards, check_rewards, check_trls_range, checked
 from grpo_plus.config.numbers import check_numbers
 from grpo_plus.config.plain import own_fields
 from grpo_plus.losses import TRL_LOSSES, LossInputs
@@ -23,6 +23,8 @@ from grpo_plus.packing import Packed, PaddedRows, base_model, forward_live
 from grpo_plus.qlora.checks import check_run
 from grpo_plus.trainer.figures import Figures
 from grpo_plus.trainer.generation import generating
+from grpo_plus.trainer.guard import Guard
+from grpo_plus.trainer.guarding import GuardedSeam
 from grpo_plus.trainer.names import (
     MULTIMODAL,
     SAMPLER_RATIO,
@@ -38,11 +40,10 @@ from grpo_plus.trainer.refills import Refills
 from grpo_plus.trainer.regrouping import regrouped
 from grpo_plus.trainer.reward_calls import RewardCalls
 from grpo_plus.trainer.sampler_ratio import SamplerRatio
-from grpo_plus.trainer.saving import SavingSeam
 from grpo_plus.trainer.speed import speed_of
 
 
-class TRLSeam(SavingSeam):
+class TRLSeam(GuardedSeam):
     """GRPOTrainer that asks the hooks: translates TRL's private data for the hooks, and their answers for TRL.
 
     Attributes:
@@ -63,6 +64,7 @@ class TRLSeam(SavingSeam):
         exact = adapter_values(given["model"])
         super().__init__(*args, **kwargs)
         self.plus = own_fields(self.args)
+        self._guard = Guard(self, self.plus.max_nonfinite_steps)
         self._adapters_as_trained(exact)
         self.speed = speed_of(self, self.plus)
         self._refills = Refills(self, self.plus.max_refills)
@@ -95,6 +97,8 @@ class TRLSeam(SavingSeam):
                 f"log_extra got no list of one value per completion for {', '.join(map(repr, columns))}. The table of "
                 "completions shows nothing where a value is missing.",
             )
+        if self.rewards.values.isinf().any():  # every process sees the whole table, so all of them are here
+            check_rewards(self.rewards, gather_object(completions))
         return rewards_per_func
 
     def _generate_single_turn(
@@ -127,6 +131,7 @@ class TRLSeam(SavingSeam):
             self._sampler.compare(output)
         advantages = self.estimate_advantages(self.rewards)
         if advantages is None:
+            check_trls_range(self.rewards, self.scale_rewards, self.multi_objective_aggregation)
             trained = self._trls_advantages()
         else:
             advantages = checked("hook estimate_advantages", advantages, self.rewards)
@@ -261,7 +266,9 @@ class TRLSeam(SavingSeam):
             self._micro_batch = None
         if self.beta != 0.0 and self.model.training and self.accelerator.sync_gradients:
             rows = inputs["completion_ids"].shape[0] * self.current_gradient_accumulation_steps
-            self.beta = self.next_beta(self._metrics["train"]["kl"][-1], rows * self.accelerator.num_processes)
+            kl = self._metrics["train"]["kl"][-1]
+            if math.isfinite(kl):  # else the guard skips the step
+                self.beta = self.next_beta(kl, rows * self.accelerator.num_processes)
         return loss
 
     def _compute_our_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:

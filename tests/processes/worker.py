@@ -1,9 +1,12 @@
 """One rank of trainings under `accelerate launch`: writes the rows it trained on and what it logged."""
 
+import functools
 import json
+import math
+import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -44,6 +47,31 @@ def forgetful(completions: list[str], **_: Any) -> list[float]:
     return [0.0] * (len(completions) - PartialState().process_index)
 
 
+class Spoiled(Recorder):
+    """Breaks on one rank: the loss of some micro-batches by their number from 0, all rewards, or by a signal."""
+
+    spoiled: ClassVar[dict[str, Any]] = {}
+    infinite: ClassVar[dict[str, Any]] = {}
+    signalled: ClassVar[dict[str, Any]] = {}
+
+    def compute_loss(self, model, inputs, *arguments, **keywords):
+        loss = super().compute_loss(model, inputs, *arguments, **keywords)
+        rank, call = self.accelerator.process_index, len(self.tokens) - 1
+        if self.signalled.get("rank") == rank and self.state.global_step + 1 == self.signalled["step"]:
+            signal.raise_signal(signal.SIGTERM)
+        return loss * (math.nan if self.spoiled.get("rank") == rank and call in self.spoiled["calls"] else 1.0)
+
+
+def infinite(reward):
+    """The reward function, with an infinity in the first place."""
+
+    @functools.wraps(reward)
+    def spoiled(completions, **keywords):
+        return [math.inf, *reward(completions, **keywords)[1:]]
+
+    return spoiled
+
+
 def train(output_dir: Path, config: dict[str, Any]) -> None:
     output_dir.mkdir(parents=True, exist_ok=True)
     resume_from = config.pop("resume_from", None)
@@ -54,10 +82,14 @@ def train(output_dir: Path, config: dict[str, Any]) -> None:
         task = {"reward_funcs": [judge], "train_dataset": MIXED}
     if fails := config.pop("fails", False):
         task = {"reward_funcs": [forgetful]}
+    faults = {name: config.pop(name) for name in ("spoiled", "infinite", "signalled") if name in config}
+    saves_alone = config.pop("saves_alone", False)
+    if faults.get("infinite", {}).get("rank") == PartialState().process_index:
+        task = {"reward_funcs": [infinite(vowels), brevity]}
     adapter = LoraConfig(r=4, target_modules="all-linear") if config.pop("lora", False) else None
     trainer = make_trainer(
         output_dir,
-        trainer_class=Recorder,
+        trainer_class=type("Faulty", (Spoiled,), faults),
         config_class=GRPOPlusConfig,
         trainer_arguments={"peft_config": adapter},
         log_completions=True,
@@ -70,8 +102,17 @@ def train(output_dir: Path, config: dict[str, Any]) -> None:
             trainer.train()
         (output_dir / f"error_{rank}.json").write_text(json.dumps(str(raised.value)))
         return
-    trainer.train(resume_from_checkpoint=resume_from and str(output_dir.parent / resume_from))
+    error = None
+    try:
+        trainer.train(resume_from_checkpoint=resume_from and str(output_dir.parent / resume_from))
+    except (RuntimeError, ValueError, SystemExit) as left:
+        if not faults:
+            raise
+        error = f"{type(left).__name__}: {left}"
+    if saves_alone and rank == 0:
+        trainer.save_model(str(output_dir / "alone"))
     written = {
+        "error": error,
         "rows": trainer.rows,
         "calls": judge.calls,
         "drifts": trainer.drifts,

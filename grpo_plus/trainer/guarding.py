@@ -1,0 +1,52 @@
+"""What of the seam watches over a run: see `guard.py`."""
+
+from typing import Any
+
+from torch import Tensor
+
+from grpo_plus.trainer.guard import Guard
+from grpo_plus.trainer.saving import SavingSeam
+
+
+class GuardedSeam(SavingSeam):
+    """A trainer that skips what is not finite, never saves what is not finite, and leaves in good order on a signal."""
+
+    _guard: Guard
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train. SIGTERM and Ctrl-C end the training after the step that runs, with a checkpoint."""
+        self._guard.reset()
+        # The last of the callbacks: what others do to a gradient or to `control` comes before.
+        self.add_callback(self._guard)
+        try:
+            with self._guard.signals.listening():
+                result = super().train(*args, **kwargs)
+                self._guard.finish()
+        finally:
+            self.remove_callback(self._guard)
+        return result
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward of a micro-batch."""
+        return self._guard.finite(super().training_step(model, inputs, num_items_in_batch))
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Loss of a micro-batch."""
+        if self.model.training:
+            self._guard.keep(inputs)
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log; a loss that is not finite as it was."""
+        self._guard.complete(logs)
+        super().log(logs, start_time)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model, unless a trained weight is not finite."""
+        # Spread weights are gathered by all processes. Elsewhere one process may save alone, and would wait forever.
+        self._guard.refuse_nonfinite_weights(agreeing=self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        super().save_model(output_dir, _internal_call)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self._guard.refuse_nonfinite_weights(agreeing=True)
+        super()._save_checkpoint(model, trial)

@@ -1,0 +1,267 @@
+"""SIGTERM and Ctrl-C: the step is finished, a checkpoint is written, and the run ends; a second signal ends it at once."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from transformers import TrainerCallback
+from trl import GRPOConfig
+
+from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
+from grpo_plus.trainer import stopping
+from grpo_plus.trainer.stopping import StopSignals
+from tests.training import PROMPTS, make_trainer, vowels, weights_of
+
+ROOT = Path(__file__).parents[2]
+
+
+class Send(TrainerCallback):
+    """Sends a signal to this process, within a step."""
+
+    def __init__(self, number, step=2, event="on_pre_optimizer_step"):
+        self.number, self.step, self.ended = number, step, False
+        setattr(self, event, self.send)
+
+    def send(self, args, state, control, **kwargs):
+        if state.global_step + 1 == self.step:
+            signal.raise_signal(self.number)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.ended = True
+
+
+def made(output_dir, *callbacks, config_class=GRPOPlusConfig, reward_funcs=(vowels,), trainer_arguments=None, **config):
+    return make_trainer(
+        output_dir,
+        trainer_class=GRPOPlusTrainer,
+        config_class=config_class,
+        reward_funcs=reward_funcs,
+        trainer_arguments={"callbacks": list(callbacks)} | (trainer_arguments or {}),
+        **config,
+    )
+
+
+def saved(folder):
+    return sorted(path.name for path in folder.glob("checkpoint-*"))
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    """What pytest has set is what every test leaves."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    assert {number: signal.getsignal(number) for number in before} == before
+
+
+@pytest.mark.parametrize("config_class", [GRPOConfig, GRPOPlusConfig])
+@pytest.mark.parametrize("save_strategy", ["no", "steps", "epoch"])
+def test_sigterm_finishes_the_step_and_saves_once(tmp_path, save_strategy, config_class, monkeypatch):
+    calls = []
+    save = GRPOPlusTrainer._save_checkpoint
+    monkeypatch.setattr(GRPOPlusTrainer, "_save_checkpoint", lambda self, *a: calls.append(1) or save(self, *a))
+    send = Send(signal.SIGTERM)
+    trainer = made(tmp_path, send, config_class=config_class, save_strategy=save_strategy, save_steps=2)
+    with pytest.raises(SystemExit) as left:
+        trainer.train()
+    assert left.value.code == 0
+    assert trainer.state.global_step == 2
+    assert saved(tmp_path) == ["checkpoint-2"]
+    assert len(calls) == 1
+    assert not send.ended  # what a whole training ends with, such as loading the best model, is not for this one
+
+
+def test_ctrl_c_does_the_same_and_is_a_keyboard_interrupt(tmp_path):
+    trainer = made(tmp_path, Send(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert saved(tmp_path) == ["checkpoint-2"]
+
+
+def test_the_stopped_run_goes_on_to_where_it_would_have_come(tmp_path):
+    whole = made(tmp_path / "whole", max_steps=4)
+    whole.train()
+    first = made(tmp_path / "stopped", Send(signal.SIGTERM), max_steps=4)
+    with pytest.raises(SystemExit):
+        first.train()
+    second = made(tmp_path / "stopped", max_steps=4)
+    second.train(resume_from_checkpoint=True)
+    expected = weights_of(whole)
+    assert all((weight == expected[name]).all() for name, weight in weights_of(second).items())
+
+
+def test_the_evaluation_that_is_due_is_left_out(tmp_path):
+    trainer = made(
+        tmp_path,
+        Send(signal.SIGTERM),
+        eval_strategy="steps",
+        eval_steps=2,
+        per_device_eval_batch_size=8,
+        trainer_arguments={"eval_dataset": PROMPTS.select(range(2))},
+    )
+    with pytest.raises(SystemExit):
+        trainer.train()
+    assert not [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+
+
+def test_a_signal_after_the_last_step_leaves_a_checkpoint_too(tmp_path):
+    class Late(TrainerCallback):
+        def on_train_end(self, args, state, control, **kwargs):
+            signal.raise_signal(signal.SIGTERM)
+
+    trainer = made(tmp_path, Late(), max_steps=2)
+    with pytest.raises(SystemExit):
+        trainer.train()
+    assert saved(tmp_path) == ["checkpoint-2"]
+
+
+def test_a_handler_of_the_users_stays_in_charge(tmp_path):
+    heard = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+    try:
+        made(tmp_path, Send(signal.SIGTERM)).train()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert heard == [signal.SIGTERM]
+    assert saved(tmp_path) == []
+
+
+def test_transformers_own_checkpoint_on_sigterm_stays_in_charge(tmp_path, monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    trainer = made(tmp_path, Send(signal.SIGTERM), enable_jit_checkpoint=True)
+    (jit,) = [c for c in trainer.callback_handler.callbacks if type(c).__name__ == "JITCheckpointCallback"]
+    monkeypatch.setattr(jit.jit_manager, "kill_wait", 0)
+    try:
+        trainer.add_callback(Pause())  # the wait is a thread's
+        trainer.train()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert saved(tmp_path) == ["checkpoint-2"]
+
+
+class Pause(TrainerCallback):
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        time.sleep(0.05)
+
+
+def test_a_training_in_another_thread_listens_to_nothing(tmp_path):
+    seen = []
+
+    class See(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            seen.append(signal.getsignal(signal.SIGTERM))
+
+    trainer = made(tmp_path, See(), max_steps=1)
+    thread = threading.Thread(target=trainer.train)
+    thread.start()
+    thread.join()
+    assert seen == [signal.SIG_DFL]
+
+
+def test_handlers_are_given_back_after_an_error(tmp_path):
+    def fails(completions, **_):
+        raise KeyError("judge")
+
+    with pytest.raises(KeyError):
+        made(tmp_path, reward_funcs=[fails]).train()  # the fixture looks at the handlers
+
+
+def test_a_forked_child_dies_of_the_sigterm_that_its_parent_sends():
+    signals = StopSignals()
+    with signals.listening():
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        child.start()
+        time.sleep(0.1)
+        child.terminate()
+        child.join(timeout=10)
+        alive = child.is_alive()
+        child.kill()
+    assert not alive
+    assert child.exitcode == -signal.SIGTERM
+    assert signals.received is None
+
+
+def test_a_second_ctrl_c_interrupts_at_once(monkeypatch):
+    monkeypatch.setattr(stopping, "ECHO", 0.0)
+    signals = StopSignals()
+    with signals.listening():
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signals.received == signal.SIGINT
+
+
+@pytest.mark.parametrize(("launched", "after", "counts"), [(False, 0.4, False), (True, 4.0, False), (True, 6.0, True)])
+def test_what_a_launcher_passes_on_is_no_second_signal(monkeypatch, launched, after, counts):
+    clock = [100.0]
+    monkeypatch.setattr(stopping.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(stopping, "_launched", lambda: launched)
+    signals = StopSignals()
+    with signals.listening():
+        signal.raise_signal(signal.SIGTERM)
+        clock[0] += after
+        if counts:
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        else:
+            signal.raise_signal(signal.SIGINT)
+    assert signals.received == signal.SIGTERM
+
+
+PROGRAM = """
+    import sys, time
+    from pathlib import Path
+    from grpo_plus import GRPOPlusTrainer
+    from tests.training import make_trainer, vowels
+
+    def slow(completions, **_):
+        print("judging", flush=True)
+        time.sleep(0.5)
+        return vowels(completions)
+
+    make_trainer(Path(sys.argv[1]), trainer_class=GRPOPlusTrainer, reward_funcs=[slow], max_steps=50).train()
+    print("the script went on", flush=True)
+"""
+
+
+def test_the_process_exits_with_status_0(tmp_path):
+    command = [sys.executable, "-c", textwrap.dedent(PROGRAM), str(tmp_path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "judging\n"
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err[-2000:]
+    assert "the script went on" not in out
+    assert "SIGTERM received: the optimizer step is finished" in err
+    assert saved(tmp_path) == ["checkpoint-1"]
+
+
+def listen(ready):
+    with StopSignals().listening():
+        ready.set()
+        while True:
+            time.sleep(60)
+
+
+def test_a_second_sigterm_ends_the_process_at_once(monkeypatch):
+    monkeypatch.setattr(stopping, "ECHO", 0.2)
+    fork = multiprocessing.get_context("fork")
+    ready = fork.Event()
+    child = fork.Process(target=listen, args=(ready,))
+    child.start()
+    ready.wait(10)
+    child.terminate()
+    child.join(timeout=0.3)
+    assert child.is_alive()
+    child.terminate()
+    child.join(timeout=10)
+    assert child.exitcode == -signal.SIGTERM
