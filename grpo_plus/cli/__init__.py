@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from types import ModuleType
 
+from grpo_plus.cli.words import for_terminal
 from grpo_plus.version import __version__
 
 VERBS = ("demo", "train", "replay", "compare", "plan", "ls", "doctor")
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             raise
-        print(f"grpo-plus {args.verb}: {type(error).__name__}: {error}", file=sys.stderr)
+        print(for_terminal(f"grpo-plus {args.verb}: {type(error).__name__}: {error}"), file=sys.stderr)
         print("Run it with --debug for the traceback.", file=sys.stderr)
         return 1
 

@@ -5,7 +5,7 @@ import json
 from typing import TYPE_CHECKING
 
 from grpo_plus.cli.own_modules import search_own_modules
-from grpo_plus.cli.words import keywords_by_estimator, words
+from grpo_plus.cli.words import for_terminal, keywords_by_estimator, words
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
     console.print()
     console.print(result_table(comparison))
     for line in in_short(comparison, baseline=args.baseline):
-        print(f"- {line}")
+        print(for_terminal(f"- {line}"))
     print(f"Written: {', '.join(map(str, written))}")
     return 1 if comparison.failures else 0
 

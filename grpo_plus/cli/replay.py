@@ -4,7 +4,7 @@ import argparse
 import json
 
 from grpo_plus.cli.own_modules import search_own_modules
-from grpo_plus.cli.words import keywords_by_estimator, words
+from grpo_plus.cli.words import for_terminal, keywords_by_estimator, words
 
 HELP = "Compare advantage estimators on the completions that a run logged (log_completions=True)."
 
@@ -14,17 +14,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dir", metavar="RUN_DIR", help="output_dir of a TRL run with log_completions=True")
     parser.add_argument("--estimators", help="names or dotted paths, separated by commas; default: every one there is")
     parser.add_argument(
-        "--num_generations", type=int, help="of the run; default: what the log's groups or equal prompts say"
+        "--num_generations",
+        type=int,
+        help="of the run; default: what the run recorded, or the log's groups and prompts say",
     )
-    parser.add_argument("--rewards", help="columns that are rewards, separated by commas; default: found in the log")
-    parser.add_argument("--reward_weights", help="the run's, separated by commas; default: 1 each")
+    parser.add_argument(
+        "--rewards", help="columns that are rewards, separated by commas; default: recorded or found in the log"
+    )
+    parser.add_argument(
+        "--reward_weights", help="the run's, separated by commas; default: what the run recorded, or 1 each"
+    )
     parser.add_argument(
         "--advantage_kwargs", type=json.loads, default={}, help="""by estimator: '{"passk": {"k": 4}}'"""
     )
     parser.add_argument(
         "--groups", help="STEP:GROUP,... to show side by side; default: those with the most disagreement"
     )
-    parser.add_argument("--output", default="grpo_plus_replay", metavar="DIR", help="default: grpo_plus_replay")
+    # --output was this flag's name up to 0.2.0.
+    parser.add_argument(
+        "--output_dir", "--output", default="grpo_plus_replay", metavar="DIR", help="default: grpo_plus_replay"
+    )
 
 
 def run(args: argparse.Namespace, rest: list[str]) -> int:
@@ -43,10 +52,10 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
     )
     estimators = keywords_by_estimator(args.advantage_kwargs, names)
     result = replay(rollouts, estimators, groups=[_group(word) for word in words(args.groups) or []], progress=True)
-    written = write_replay(result, args.output)
+    written = write_replay(result, args.output_dir)
     for line in summary_lines(result):
-        print(f"- {line}")
-    print(f"Written: {', '.join(map(str, written))}")
+        print(for_terminal(f"- {line}"))
+    print(for_terminal(f"Written: {', '.join(map(str, written))}"))
     return 0
 
 

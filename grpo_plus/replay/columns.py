@@ -1,4 +1,4 @@
-"""Columns of a table of completions: text of prompts and completions, and where the groups are.
+"""The text of prompts and completions in a table.
 
 A prompt or completion is text, or a conversation: a list of messages. Both come out as one string per row, for
 comparing, measuring and showing. What Arrow can do for a whole column it does; only messages that hold more than text
@@ -6,8 +6,6 @@ comparing, measuring and showing. What Arrow can do for a whole column it does; 
 """
 
 import json
-import math
-from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -53,61 +51,3 @@ def _is_conversation(kind: pa.DataType) -> bool:
 
 def _shown(value: Any) -> str:
     return "" if value is None else json.dumps(value, ensure_ascii=False, default=str)
-
-
-def numbers(column: pa.ChunkedArray) -> np.ndarray:
-    """float64, NaN where the table holds nothing."""
-    return column.cast(pa.float64()).to_numpy()
-
-
-def starts_of_runs(prompts: pa.Array) -> np.ndarray:
-    """The rows whose prompt is not that of the row before, and the number of rows at the end."""
-    if len(prompts) == 0:
-        return np.array([0])
-    differs = pc.not_equal(prompts.slice(1), prompts.slice(0, len(prompts) - 1)).to_numpy(zero_copy_only=False)
-    return np.concatenate([[0], np.flatnonzero(differs) + 1, [len(prompts)]])
-
-
-def group_size(prompts: pa.Array) -> int | None:
-    """The largest G for which every run of equal prompts is whole groups of G; None where the prompts do not say."""
-    runs = np.diff(starts_of_runs(prompts))
-    size = math.gcd(*runs.tolist()) if len(runs) > 1 else 0
-    return size if size > 1 else None
-
-
-def cut_groups(prompts: pa.Array, size: int) -> tuple[np.ndarray, int]:
-    """Cut rows in order into groups of `size` equal prompts.
-
-    Returns:
-        (P, size) rows of the groups, and how many rows are in none: a run of equal prompts that is not a multiple of
-        `size` could be cut in several ways, so none of it is used.
-    """
-    starts = starts_of_runs(prompts)
-    lengths = np.diff(starts)
-    whole = lengths % size == 0
-    rows = np.concatenate(
-        [np.arange(start, start + length) for start, length in zip(starts[:-1][whole], lengths[whole], strict=True)]
-        or [np.array([], dtype=np.int64)]
-    )
-    return rows.reshape(-1, size), len(prompts) - len(rows)
-
-
-def labelled_groups(labels: pa.ChunkedArray, prompts: pa.Array, size: int) -> tuple[np.ndarray, int]:
-    """The groups that a column `group` names, as `cut_groups`; without those of another size or of several prompts."""
-    values = numbers(labels)
-    order = np.argsort(values, kind="stable")
-    order = order[~np.isnan(values[order])]
-    edges = np.flatnonzero(np.diff(values[order])) + 1
-    texts = prompts.dictionary_encode().indices.to_numpy(zero_copy_only=False)
-    groups = [rows for rows in np.split(order, edges) if len(rows) == size and (texts[rows] == texts[rows[0]]).all()]
-    # In the order of the log, which is the order of the batch.
-    groups.sort(key=lambda rows: rows[0])
-    used = np.array(groups, dtype=np.int64).reshape(-1, size)
-    return used, len(values) - used.size
-
-
-def label_size(labels: pa.ChunkedArray) -> int | None:
-    """The most common number of rows of one label; None without labels."""
-    values = numbers(labels)
-    sizes = Counter(np.unique(values[~np.isnan(values)], return_counts=True)[1].tolist())
-    return sizes.most_common(1)[0][0] if sizes else None

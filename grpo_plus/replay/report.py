@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from grpo_plus.advantages import ESTIMATORS
+from grpo_plus.replay.recipes import described, recorded_recipe
 from grpo_plus.replay.result import FACTOR, LOGGED, SAME, Replay, ShownGroup
 from grpo_plus.report.figures import bars, heatmap, histograms, side_by_side, stacked
 from grpo_plus.report.files import write_report
@@ -80,17 +80,43 @@ def summary_lines(replay: Replay) -> list[str]:
 
 def _origin(replay: Replay) -> str:
     """Whose advantages the run trained on."""
+    if not replay.difference:
+        return (
+            f"The log does not tell whose advantages the run trained on: where rewards differ, `{LOGGED}` holds "
+            "nothing but 0 or NaN, or rewards differ nowhere."
+        )
     if replay.same:
         names = " and of ".join(f"`{name}`" for name in replay.same)
+        recorded = any(replay.recipes[name].recorded for name in replay.same)
         return (
-            f"The advantages that the run trained on (`{LOGGED}`) are those of {names}: relative difference "
+            f"The advantages that the run trained on (`{LOGGED}`) are those of {names}"
+            f"{', as the run recorded' if recorded else ''}: relative difference "
             f"{replay.difference[replay.same[0]]:.0e}, where the float32 of the log allows {SAME:.0e}."
         )
     nearest = min(replay.difference, key=replay.difference.__getitem__)
     return (
         f"No estimator gives the advantages that the run trained on (`{LOGGED}`); the nearest is `{nearest}`, with a "
-        f"relative difference of {replay.difference[nearest]:.2g}. The run may have used other hyper-parameters, "
-        "modifiers, or reward weights than the replay, which a log does not hold (`--reward_weights`)."
+        f"relative difference of {replay.difference[nearest]:.2g}. {_explanation(replay)}"
+    )
+
+
+def _explanation(replay: Replay) -> str:
+    """What may set the run's advantages apart from the replayed ones."""
+    record = replay.rollouts.record
+    name = None if record is None else record.settings.get("advantage_estimator")
+    if name is None:
+        return (
+            "The run may have used other hyper-parameters, modifiers, or reward weights than the replay, which a log "
+            "does not hold (`--reward_weights`)."
+        )
+    own = recorded_recipe(replay.rollouts)
+    if own is None:
+        return f"The run recorded `{name}`, which is not registered here: name it with `--estimators` to replay it."
+    if described(own) not in replay.recipes:
+        return f"The run recorded `{described(own)}`: leave `--estimators` out to replay it too."
+    return (
+        f"The run recorded `{described(own)}`, so something else has changed its advantages: a hook that was "
+        "overridden, a function of the same name, or another part of a run that was resumed with other settings."
     )
 
 
@@ -133,7 +159,7 @@ def _read(replay: Replay) -> list[Block]:
     if replay.refused:
         caption = "Estimators that cannot be applied to these rewards"
         blocks.append(Table(caption, ("estimator", "reason"), list(replay.refused.items()), folded=True))
-    needy = [name for name in replay.names if name != LOGGED and ESTIMATORS[name].needs_lengths]
+    needy = [name for name in replay.names if name != LOGGED and replay.recipes[name].estimator.needs_lengths]
     if rollouts.length_unit == "characters" and needy:
         names = ", ".join(f"`{name}`" for name in needy)
         blocks.append(
@@ -302,11 +328,15 @@ def _configuration(replay: Replay) -> Table:
     rollouts = replay.rollouts
     given: list[tuple[str, Any]] = [
         ("run_dir", str(rollouts.run_dir)),
-        ("num_generations", f"{rollouts.size}{'' if rollouts.num_generations else ', found in the log'}"),
+        ("num_generations", f"{rollouts.size}, {rollouts.group_size.reason}"),
         ("rewards", ", ".join(rollouts.names)),
         ("reward_weights", ", ".join(f"{weight:g}" for weight in rollouts.weights.tolist())),
         ("lengths", rollouts.length_unit),
     ]
-    given += [(f"hyper-parameters of {name}", str(dict(kw))) for name, kw in replay.keywords.items() if kw]
+    given += [
+        (f"hyper-parameters of {name}", str(dict(r.keywords))) for name, r in replay.recipes.items() if r.keywords
+    ]
+    if rollouts.record is not None:
+        given += [(f"version of the run: {name}", str(found)) for name, found in rollouts.record.versions.items()]
     versions = [("Python", platform.python_version()), *((name, version(name)) for name in PACKAGES)]
     return Table("What was asked for, and what computed it", ("", "value"), [*given, *versions])

@@ -1,12 +1,12 @@
 """What a replay found, as values: the statistics by estimator, and a few groups to look at."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from grpo_plus.replay.recipes import Recipe
 from grpo_plus.replay.rollouts import Rollouts
 from grpo_plus.replay.statistics import Statistics
 
@@ -15,8 +15,6 @@ LOGGED = "logged"
 FACTOR = 10.0  # by which a reward is rescaled to see who reacts
 # TRL computes in float32, the replay in float64; rewards of about 1 with a std of .1 leave 1e-6 between them.
 SAME = 1e-5
-
-Named = dict[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -62,17 +60,18 @@ class Replay:
 
     Attributes:
         names: the estimators that could be replayed, and LOGGED at the end where the log holds advantages.
-        keywords: the hyper-parameters of each estimator that are not its defaults.
+        recipes: what was replayed under each name.
         refused: why an estimator could not be replayed, by name.
         statistics: a row per name.
-        difference: for each estimator the relative RMS difference to LOGGED, over groups whose rewards differ.
+        difference: for each estimator the relative RMS difference to LOGGED, over groups whose rewards differ. Empty
+            where the log has no advantages, or none but 0 there.
         sample: (E, n) advantages of evenly spaced batches.
         steps: the first and the last.
     """
 
     rollouts: Rollouts
     names: list[str]
-    keywords: Named
+    recipes: dict[str, Recipe]
     refused: dict[str, str]
     statistics: Statistics
     difference: dict[str, float]

@@ -5,68 +5,40 @@ whatever was logged with `log_extra`, and the advantage that it trained on. A ta
 batch, so a run that logs every tenth batch leaves a tenth of its completions.
 """
 
-import hashlib
-import json
 import re
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from grpo_plus.advantages.checks import check_weights
-from grpo_plus.advantages.rewards import Rewards
-from grpo_plus.advantages.steps import Steps
 from grpo_plus.registry import suggestion
-from grpo_plus.replay.columns import cut_groups, group_size, label_size, labelled_groups, numbers, plain_text
+from grpo_plus.replay.batches import (
+    LENGTH,
+    NAME,
+    STEP_COLUMNS,
+    Finding,
+    RolloutBatch,
+    TableReader,
+    has_steps,
+)
+from grpo_plus.replay.columns import plain_text
+from grpo_plus.replay.grouping import Sample, Size, label_size, logged_dead, size_of_groups
+from grpo_plus.replay.tables import TableError, converted, numbers, read_table
+from grpo_plus.report.files import read_json
+from grpo_plus.report.run_file import RunRecord, read_run
 
-NAME = re.compile(r"completions_(\d+)\.parquet")
-LENGTH, STEP_COLUMNS = "completion_length", ("step_rewards", "step_ends")
 NOT_REWARDS = {"step", "prompt", "completion", "advantage", "group", "task", LENGTH, *STEP_COLUMNS}
 READ_AHEAD = 4
-
-
-@dataclass
-class Finding:
-    """Something about the log that a reader of the numbers should know.
-
-    Attributes:
-        kind: what it is, in a few words; one finding per kind.
-        first: the first place, and what is still usable.
-        count: how many `unit`.
-    """
-
-    kind: str
-    first: str
-    count: int = 0
-    unit: str = "tables"
-
-
-@dataclass(frozen=True)
-class RolloutBatch:
-    """One generation batch of the log.
-
-    Attributes:
-        path: its file.
-        step: the optimizer step at which it was logged.
-        rewards: lengths are those of a column `completion_length`, or of the last step's end, or characters.
-        logged: (P, G) the advantages that the run trained on; None where the table has none.
-        rows: (P, G) where each completion is in the file.
-    """
-
-    path: Path
-    step: int
-    rewards: Rewards
-    logged: Tensor | None
-    rows: np.ndarray
+SAMPLED = 16  # tables that are asked for the size of the groups
 
 
 @dataclass(eq=False)
@@ -75,13 +47,16 @@ class Rollouts:
 
     Args:
         run_dir: the run's output_dir, or the folder that holds the parquet files.
-        num_generations: G. Where None, what a column `group` says, or else the equal prompts of the first table.
-        reward_names: the columns that are rewards. Where None, the functions that a `trainer_state.json` of the run
-            names, or else every column of floats that is none of TRL's own.
-        reward_weights: as in the run's configuration, one per name in the order of the columns; 1 where None. A log
-            does not hold them.
+        num_generations: G. Where None: what the run recorded, or a column `group` says, or the tables show.
+        reward_names: the columns that are rewards. Where None: the functions that the run recorded or that a
+            `trainer_state.json` names, or else every column of floats that is none of TRL's own.
+        reward_weights: as in the run's configuration, one per name in the order of the columns. Where None: what the
+            run recorded, or else 1. A log does not hold them.
 
     Attributes:
+        record: what a run of ours recorded of itself; None for TRL's own runs.
+        names, weights: the rewards.
+        size: G.
         findings: what was wrong with the log, by kind; filled while `batches` runs.
         length_unit: what `Rewards.lengths` counts: "tokens" or "characters".
 
@@ -93,24 +68,25 @@ class Rollouts:
     num_generations: int | None = None
     reward_names: Sequence[str] | None = None
     reward_weights: Sequence[float | str] | None = None
-    findings: dict[str, Finding] = field(default_factory=dict)
-    length_unit: str = "characters"
 
     def __post_init__(self) -> None:
         if self.num_generations is not None and self.num_generations < 2:
             raise ValueError(f"num_generations={self.num_generations} leaves nothing to compare. Use the run's own.")
         self.paths = _files(Path(self.run_dir))
-        first = self._first_table()
+        self.record: RunRecord | None = next(filter(None, map(read_run, self._run_folders)), None)
+        path, first = self._first_table()
         self.names = self._names_of(first.schema)
-        given = [1.0] * len(self.names) if self.reward_weights is None else check_weights(self.reward_weights)
-        self.weights = torch.tensor(given, dtype=torch.float64)
-        if len(self.weights) != len(self.names):
-            raise ValueError(
-                f"{len(self.weights)} reward weights were given for the rewards {', '.join(self.names)}. Give one each."
-            )
-        self.size = self.num_generations or self._size_of(first)
-        steps = set(STEP_COLUMNS) <= set(first.schema.names)
+        self.weights = torch.tensor(self._weights(), dtype=torch.float64)
+        self.group_size = self._size_of(path, first)
+        self.size = self.group_size.value
+        steps = has_steps(first.schema.names)
         self.length_unit = "tokens" if steps or LENGTH in first.schema.names else "characters"
+        self.reader = TableReader(self.names, self.weights, self.size, size_is_given=self._given_size is not None)
+
+    @property
+    def findings(self) -> dict[str, Finding]:
+        """What was wrong with the log, by kind."""
+        return self.reader.findings
 
     def batches(self, *, progress: bool = False) -> Iterator[RolloutBatch]:
         """Every batch that can be used; what cannot is left out and named in `findings`."""
@@ -118,38 +94,73 @@ class Rollouts:
         before: pa.Table | None = None
         paths = tqdm(self.paths, desc="replay", unit=" tables", disable=not progress)
         for path, table in zip(paths, self._tables(), strict=True):
-            if table is None:
-                self._note(
-                    "unreadable", f"{path.name} is not a whole parquet file and is left out; a killed run does that"
-                )
+            if isinstance(table, TableError):
+                self.reader.note(table.kind, str(table))
                 continue
             if not self._fits(path, table):
                 continue
             content = table.drop_columns(["step"]) if "step" in table.column_names else table
             if before is not None and content.equals(before):
-                self._note("repeated", f"{path.name} holds the completions of the table before it; they count once")
+                message = f"{path.name} holds the completions of the table before it; they count once"
+                self.reader.note("repeated", message)
                 continue
             before = content
-            for step, rows in self._steps(path, table):
-                if (batch := self._batch(path, step, rows)) is not None:
-                    yield batch
+            try:
+                found = list(self.reader.batches(path, table))
+            except TableError as error:
+                self.reader.note(error.kind, f"{error}. The table is left out")
+                continue
+            yield from found
 
     def texts(self, batch_path: Path, rows: Sequence[int]) -> list[tuple[str, str]]:
         """Prompt and completion of rows of a file."""
-        with pq.ParquetFile(batch_path) as file:
-            table = file.read(["prompt", "completion"]).take(list(rows))
-        return list(zip(*(plain_text(table[name]).to_pylist() for name in table.column_names), strict=True))
+        table = read_table(batch_path, ("prompt", "completion")).take(list(rows))
+        return list(zip(*(plain_text(table[name]).to_pylist() for name in ("prompt", "completion")), strict=True))
 
-    def _note(self, kind: str, message: str, count: int = 1, unit: str = "tables") -> None:
-        self.findings.setdefault(kind, Finding(kind, message, unit=unit)).count += int(count)
+    @property
+    def _run_folders(self) -> list[Path]:
+        """Where the run's own files are: the run's folder, or the one above the folder of its tables."""
+        folder = Path(self.run_dir)
+        return [folder, folder.resolve().parent] if folder.resolve().name == "completions" else [folder]
 
-    def _first_table(self) -> pa.Table:
+    @cached_property
+    def _history(self) -> list[Mapping[str, Any]]:
+        """The log of the run's trainer; empty where no checkpoint holds one."""
+        patterns = ("trainer_state.json", "checkpoint-*/trainer_state.json")
+        for path in sorted(path for folder in self._run_folders for name in patterns for path in folder.glob(name)):
+            state = read_json(path)
+            history = state.get("log_history") if isinstance(state, dict) else None
+            entries = [entry for entry in history if isinstance(entry, Mapping)] if isinstance(history, list) else []
+            if entries:
+                return entries
+        return []
+
+    @property
+    def _given_size(self) -> Size | None:
+        """G where somebody has said it."""
+        if self.num_generations is not None:
+            return Size(self.num_generations, "as given")
+        recorded = self.record.num_generations if self.record is not None else None
+        return None if recorded is None else Size(recorded, "as the run recorded")
+
+    def _first_table(self) -> tuple[Path, pa.Table]:
+        """The first table with completions."""
+        errors = []
         for path in self.paths:
-            if (table := _read_table(path, None)) is not None and table.num_rows:
-                return table
+            try:
+                table = read_table(path, None)
+            except TableError as error:
+                errors.append(error)
+                continue
+            missing = [name for name in ("prompt", "completion") if name not in table.column_names]
+            if missing:
+                errors.append(TableError("columns", f"{path.name} has no column {missing[0]!r}"))
+            elif table.num_rows:
+                return path, table
+        first = f" {errors[0]}." if errors else ""
         raise ValueError(
-            f"None of the {len(self.paths)} files under {self.paths[0].parent} is a readable table with completions, "
-            f"the first being {self.paths[0].name}. They may have been cut off when the run was killed."
+            f"None of the {len(self.paths)} files under {self.paths[0].parent} is a readable table with completions."
+            f"{first} They may have been cut off when the run was killed."
         )
 
     def _names_of(self, schema: pa.Schema) -> tuple[str, ...]:
@@ -161,7 +172,8 @@ class Rollouts:
                 if name not in schema.names:
                     raise ValueError(f"The log has no column {name!r}.{suggestion(name, floats)}")
             return tuple(self.reward_names)
-        logged = [name for name in _logged_rewards(Path(self.run_dir)) if name in floats]
+        recorded = self.record.rewards if self.record is not None else ()
+        logged = [name for name in recorded if name in floats] or [name for name in self._logged if name in floats]
         if not (logged or floats):
             raise ValueError(
                 f"The tables of completions have no reward columns, only {', '.join(schema.names)}. Rewards are "
@@ -169,23 +181,61 @@ class Rollouts:
             )
         return tuple(logged or floats)
 
-    def _size_of(self, table: pa.Table) -> int:
-        labelled = "group" in table.column_names
-        size = label_size(table["group"]) if labelled else group_size(plain_text(table["prompt"]))
-        if size is None or size < 2:
-            raise ValueError(
-                "The log does not say which completions belong together: it has no column 'group', and its prompts do "
-                "not come in blocks of equal ones. Give the run's num_generations (--num_generations)."
-            )
-        return size
+    @property
+    def _logged(self) -> list[str]:
+        """The reward functions that a checkpoint's log names."""
+        keys = [key for entry in self._history for key in entry]
+        return list(dict.fromkeys(m.group(1) for key in keys if (m := re.fullmatch(r"rewards/(.+)/mean", key))))
 
-    def _tables(self) -> Iterator[pa.Table | None]:
-        """The files' tables in order, a few of them read ahead; None for one that cannot be read."""
+    def _weights(self) -> list[float]:
+        if self.reward_weights is None:
+            recorded = self.record.rewards if self.record is not None else {}
+            return [recorded.get(name, 1.0) for name in self.names]
+        weights = check_weights(self.reward_weights)
+        if len(weights) != len(self.names):
+            raise ValueError(
+                f"{len(weights)} reward weights were given for the rewards {', '.join(self.names)}. Give one each."
+            )
+        return weights
+
+    def _size_of(self, path: Path, table: pa.Table) -> Size:
+        if (given := self._given_size) is not None:
+            return given
+        if "group" in table.column_names:
+            size = converted(path, table, "group", label_size)
+            if size is not None and size > 1:
+                return Size(size, "the column 'group'")
+        dead = logged_dead(self._history)
+        samples = []
+        for other in self.paths:
+            try:
+                samples.append(self._sample(other, read_table(other, {*NOT_REWARDS, *self.names}), dead))
+            except (TableError, KeyError):  # left out, and named, when the log is read
+                continue
+            if len(samples) == SAMPLED or len(set(samples[-1].prompts.to_pylist())) > 1:
+                break
+        return size_of_groups([sample for sample in samples if len(sample.prompts)])
+
+    def _sample(self, path: Path, table: pa.Table, dead: Mapping[int, float]) -> Sample:
+        columns = {
+            name: converted(path, table, name, numbers)
+            for name in (*self.names, "advantage")
+            if name in table.column_names or name != "advantage"
+        }
+        values = np.stack([columns[name] for name in self.names], axis=-1)
+        judged = ~np.isnan(values).all(-1)
+        total = np.where(judged, np.nansum(values * self.weights.numpy(), axis=-1), np.nan)
+        step = int(NAME.fullmatch(path.name).group(1))  # type: ignore[union-attr]
+        prompts = converted(path, table, "prompt", plain_text)
+        return Sample(prompts, total, columns.get("advantage"), dead.get(step))
+
+    def _tables(self) -> Iterator[pa.Table | TableError]:
+        """The files' tables in order, a few of them read ahead; the reason in place of one that cannot be read."""
         wanted = {*NOT_REWARDS, *self.names}
         with ThreadPoolExecutor(1) as pool:
             ahead: deque = deque()
             for path in self.paths:
-                ahead.append(pool.submit(_read_table, path, wanted))
+                ahead.append(pool.submit(_table_or_error, path, wanted))
                 if len(ahead) > READ_AHEAD:
                     yield ahead.popleft().result()
             while ahead:
@@ -194,88 +244,19 @@ class Rollouts:
     def _fits(self, path: Path, table: pa.Table) -> bool:
         missing = [name for name in ("prompt", "completion", *self.names) if name not in table.column_names]
         if missing:
-            self._note(
+            self.reader.note(
                 "another run",
                 f"{path.name} lacks {', '.join(missing)} and is left out: the tables of two runs, or of two "
                 "configurations, seem to share the folder. The rewards that all tables have can be named (--rewards)",
             )
         return not missing and table.num_rows > 0
 
-    def _steps(self, path: Path, table: pa.Table) -> Iterator[tuple[int, pa.Table]]:
-        """The table's steps; TRL writes one per file, under its name."""
-        named = int(NAME.fullmatch(path.name).group(1))  # type: ignore[union-attr]
-        found = [named] if "step" not in table.column_names else pc.unique(table["step"]).to_pylist()
-        if found != [named]:
-            self._note("mixed steps", f"{path.name} holds step {', '.join(map(str, found[:3]))}; its own column counts")
-        for step in found:
-            whole = len(found) == 1
-            yield (named if step is None else step), table if whole else table.filter(pc.equal(table["step"], step))
 
-    def _batch(self, path: Path, step: int, table: pa.Table) -> RolloutBatch | None:
-        prompts = plain_text(table["prompt"])
-        if "group" in table.column_names and table["group"].null_count < table.num_rows:
-            rows, unused = labelled_groups(table["group"], prompts, self.size)
-        else:
-            rows, unused = cut_groups(prompts, self.size)
-        if unused:
-            self._note(
-                "not in groups",
-                f"{path.name}: {unused} of {table.num_rows} completions are in no group of {self.size} with one "
-                f"prompt and are left out; {rows.size} are used. Such a table can hold an evaluation's completions, "
-                "or the run had another num_generations",
-            )
-        values = np.stack([numbers(table[name]) for name in self.names], axis=-1)[rows]
-        infinite = np.isinf(values).any(axis=(1, 2))
-        if infinite.any():
-            message = f"{path.name}: {infinite.sum()} of {len(rows)} groups hold one and are left out"
-            self._note("infinite rewards", message, infinite.sum(), "groups")
-            rows, values = rows[~infinite], values[~infinite]
-        if not len(rows):
-            return None
-        logged = None
-        if "advantage" in table.column_names:
-            logged = torch.from_numpy(numbers(table["advantage"])[rows])
-        return RolloutBatch(path, step, self._rewards(table, prompts, rows, values), logged, rows)
-
-    def _rewards(self, table: pa.Table, prompts: pa.Array, rows: np.ndarray, values: np.ndarray) -> Rewards:
-        missing = np.isnan(values)
-        for k, name in enumerate(self.names):
-            if missing[..., k].any():
-                message = f"{name!r} is NaN or missing there: its function abstained, and the others count without it"
-                self._note(f"abstentions of {name}", message, missing[..., k].sum(), "completions")
-        if missing.all(-1).any():
-            message = "no reward function judged them: their advantage is 0, and their group does without them"
-            self._note("not judged", message, missing.all(-1).sum(), "completions")
-        first = pa.array(rows[:, 0])
-        steps = None
-        lengths = self._lengths(table)[rows]
-        if set(STEP_COLUMNS) <= set(table.column_names):
-            flat = table.select(STEP_COLUMNS).take(pa.array(rows.ravel())).to_pydict()
-            steps = Steps.from_rows(*flat.values(), lengths=torch.from_numpy(lengths))
-        return Rewards(
-            values=torch.from_numpy(values),
-            weights=self.weights,
-            names=self.names,
-            lengths=torch.from_numpy(lengths),
-            tasks=tuple(map(str, table["task"].take(first).to_pylist())) if "task" in table.column_names else None,
-            prompts=tuple(map(_digest, prompts.take(first).to_pylist())),
-            steps=steps,
-        )
-
-    def _lengths(self, table: pa.Table) -> np.ndarray:
-        if LENGTH in table.column_names:
-            return np.nan_to_num(numbers(table[LENGTH])).astype(np.int64)
-        if set(STEP_COLUMNS) <= set(table.column_names):
-            return np.array([max(map(int, ends), default=-1) + 1 for ends in _lists(table["step_ends"])])
-        return pc.utf8_length(plain_text(table["completion"])).to_numpy().astype(np.int64)
-
-
-def _lists(column: pa.ChunkedArray) -> list[list[float]]:
-    return [[] if value is None else list(value) for value in column.to_pylist()]
-
-
-def _digest(prompt: str) -> str:
-    return hashlib.blake2b(prompt.encode(), digest_size=8).hexdigest()
+def _table_or_error(path: Path, wanted: set[str]) -> pa.Table | TableError:
+    try:
+        return read_table(path, wanted)
+    except TableError as error:
+        return error
 
 
 def _files(run_dir: Path) -> list[Path]:
@@ -291,28 +272,3 @@ def _files(run_dir: Path) -> list[Path]:
             "every log (logging_steps)."
         )
     return sorted(steps, key=lambda path: (steps[path], path))
-
-
-def _read_table(path: Path, wanted: set[str] | None) -> pa.Table | None:
-    """A file's table with the columns wanted, or all; None where it is not a whole parquet file."""
-    try:
-        # A ParquetFile reads this one file; read_table would also look for a dataset around it.
-        with pq.ParquetFile(path) as file:
-            names = None if wanted is None else [name for name in file.schema_arrow.names if name in wanted]
-            return file.read(names, use_threads=False)
-    except (pa.ArrowException, OSError):
-        return None
-
-
-def _logged_rewards(run_dir: Path) -> list[str]:
-    """The reward functions that a checkpoint's log names."""
-    for path in sorted([*run_dir.glob("trainer_state.json"), *run_dir.glob("checkpoint-*/trainer_state.json")]):
-        try:
-            history = json.loads(path.read_text(encoding="utf-8"))["log_history"]
-        except (ValueError, KeyError, TypeError, OSError):
-            continue
-        keys = [key for entry in history if isinstance(entry, Mapping) for key in entry]
-        names = [match.group(1) for key in keys if (match := re.fullmatch(r"rewards/(.+)/mean", key))]
-        if names:
-            return list(dict.fromkeys(names))
-    return []

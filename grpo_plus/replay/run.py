@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from grpo_plus.advantages import ESTIMATORS, Estimator, State, check_keywords, checked, estimate
+from grpo_plus.advantages import State, checked, estimate
 from grpo_plus.advantages.reductions import cosine, has_spread
 from grpo_plus.advantages.rewards import Rewards
-from grpo_plus.replay.result import FACTOR, LOGGED, Named, Reaction, Replay, ShownGroup
+from grpo_plus.replay.recipes import Recipe, chosen_recipes
+from grpo_plus.replay.result import FACTOR, LOGGED, Reaction, Replay, ShownGroup
 from grpo_plus.replay.rollouts import RolloutBatch, Rollouts
 from grpo_plus.replay.statistics import Statistics
 
@@ -40,7 +41,8 @@ def replay(
     """Recompute the advantages of a run's completions under every estimator, and compare them.
 
     Args:
-        estimators: names or dotted paths, or a mapping to their hyper-parameters; every registered one where None.
+        estimators: names or dotted paths, or a mapping to their hyper-parameters. Where None: every registered one, and
+            what the run itself recorded.
         groups: (step, number of the group in its batch) to show side by side. Where none, the `examples` groups that
             the estimators disagree about most.
         progress: whether to show a bar.
@@ -49,23 +51,10 @@ def replay(
         ValueError: an estimator is unknown, none can be applied to these rewards, nothing of the log can be used, or
             a group is not in it.
     """
-    chosen = _choose(estimators, rollouts)
-    log_pass = _Pass(rollouts, chosen, groups, examples)
+    log_pass = _Pass(rollouts, chosen_recipes(estimators, rollouts), groups, examples)
     for chunk in _chunks(rollouts.batches(progress=progress)):
         log_pass.add(chunk)
     return log_pass.finish()
-
-
-def _choose(estimators: Sequence[str] | Mapping[str, Mapping[str, Any]] | None, rollouts: Rollouts) -> Named:
-    """Keywords by name, after a look at each."""
-    if estimators is None:
-        estimators = list(ESTIMATORS)
-    named = dict(estimators) if isinstance(estimators, Mapping) else {name: {} for name in estimators}
-    for name, keywords in named.items():
-        entry = ESTIMATORS[name]
-        if keywords:
-            check_keywords(entry, keywords, num_generations=rollouts.size, names=rollouts.names)
-    return named
 
 
 def _chunks(batches: Iterator[RolloutBatch]) -> Iterator[list[RolloutBatch]]:
@@ -112,7 +101,7 @@ class _Pass:
     """One pass over a log: what is remembered between chunks."""
 
     rollouts: Rollouts
-    keywords: Named
+    recipes: dict[str, Recipe]
     wanted: Sequence[tuple[int, int]]
     examples: int
     refused: dict[str, str] = field(default_factory=dict)
@@ -123,11 +112,11 @@ class _Pass:
     order: Iterator[int] = field(default_factory=lambda: itertools.count(step=-1))
     steps: list[int] = field(default_factory=list)
     without_log: bool = False
+    judged: bool = False
 
     def __post_init__(self) -> None:
-        self.estimators: dict[str, Estimator] = {name: ESTIMATORS[name] for name in self.keywords}
-        self.states: dict[str, State] = {name: {} for name in self.keywords}
-        each = (*(estimator.normalizes_each for estimator in self.estimators.values()), False)
+        self.states: dict[str, State] = {name: {} for name in self.recipes}
+        each = (*(recipe.estimator.normalizes_each for recipe in self.recipes.values()), False)
         self.statistics = Statistics(len(each), self.rollouts.names, each)
         self.stride = math.ceil(len(self.rollouts.paths) / SAMPLED)
         self.squares = torch.zeros(len(each)).double()
@@ -136,7 +125,8 @@ class _Pass:
         """Replay the batches of a chunk."""
         batches = [batch.rewards for batch in chunk]
         joined = _join(batches)
-        rows = [self._advantages(name, batches, joined, chunk[0].step) for name in self.estimators]
+        self.judged |= bool(joined.judged.any())
+        rows = [self._advantages(name, batches, joined, chunk[0].step) for name in self.recipes]
         self.without_log |= chunk[0].logged is None
         logged = [torch.zeros_like(rows[0][0]) if b.logged is None else b.logged.nan_to_num() for b in chunk]
         advantages = torch.stack([*rows, torch.stack(logged)])  # (E, C, P, G)
@@ -155,7 +145,12 @@ class _Pass:
         if not self.steps:
             found = " ".join(f"{finding.first}." for finding in self.rollouts.findings.values())
             raise ValueError(f"Nothing of the log can be used. {found}")
-        names = [*self.keywords, LOGGED]
+        if not self.judged:
+            raise ValueError(
+                f"No completion of the log was judged: {' and '.join(map(repr, self.rollouts.names))} hold nothing but "
+                f"NaN, from step {self.steps[0]} to step {self.steps[-1]}. Name other columns of rewards (--rewards)."
+            )
+        names = [*self.recipes, LOGGED]
         kept = [e for e, name in enumerate(names) if name not in self.refused]
         if self.without_log:
             kept.remove(len(names) - 1)
@@ -165,14 +160,15 @@ class _Pass:
             raise ValueError(f"No estimator can be applied to these rewards. {reasons}")
         self._check_wanted()
         self.statistics.select(kept)
+        comparable = not self.without_log and self.squares[-1].item() > 0
         relative = (self.squares / self.squares[-1]).sqrt()
         return Replay(
             rollouts=self.rollouts,
             names=[names[e] for e in kept],
-            keywords=self.keywords,
+            recipes=self.recipes,
             refused=self.refused,
             statistics=self.statistics,
-            difference={} if self.without_log else {name: relative[names.index(name)].item() for name in live},
+            difference={name: relative[names.index(name)].item() for name in live} if comparable else {},
             reactions=[reaction for name in live for reaction in self._reactions(name)],
             sample=torch.cat(self.samples, dim=1)[kept],
             groups=[self._texts(group, kept) for group in self._chosen()],
@@ -181,16 +177,18 @@ class _Pass:
 
     def _advantages(self, name: str, batches: list[Rewards], joined: Rewards, step: int) -> Tensor:
         """(C, P, G) advantages; zeros for an estimator that has refused some rewards of the run."""
-        estimator, (prompts, generations) = self.estimators[name], batches[0].values.shape[:2]
+        recipe, (prompts, generations) = self.recipes[name], batches[0].values.shape[:2]
         nothing = torch.zeros(len(batches), prompts, generations).double()
         if name in self.refused:
             return nothing
-        by_group = estimator.scope == "group" and not (estimator.stateful or estimator.needs_steps)
+        estimator = recipe.estimator
+        alone = not (estimator.stateful or estimator.needs_steps or recipe.modifiers)
+        by_group = estimator.scope == "group" and alone
         try:
-            if (at_once := None if by_group else self._at_once(name, batches, joined)) is not None:
+            if alone and not by_group and (at_once := self._at_once(name, batches, joined)) is not None:
                 return at_once
             parts = [
-                rewards.per_completion(estimate(estimator, rewards, self.keywords[name], state=self.states[name]))
+                rewards.per_completion(self._estimate(name, rewards, self.states[name]))
                 for rewards in ([joined] if by_group else batches)
             ]
         except ValueError as error:
@@ -198,19 +196,24 @@ class _Pass:
             return nothing
         return torch.cat(parts).view_as(nothing)
 
+    def _estimate(self, name: str, rewards: Rewards, state: State) -> Tensor:
+        recipe = self.recipes[name]
+        return estimate(recipe.estimator, rewards, recipe.keywords, modifiers=recipe.modifiers, state=state)
+
     def _at_once(self, name: str, batches: list[Rewards], joined: Rewards) -> Tensor | None:
         """What a loop over the batches gives, for all of them in one vectorized call; None where that cannot be.
 
         Of many small batches the calls cost more than the arithmetic. Only functions of this package are tried: what
         one of the user's does inside is not known.
         """
-        estimator, first, lengths = self.estimators[name], batches[0], joined.lengths
+        recipe, first, lengths = self.recipes[name], batches[0], joined.lengths
+        estimator = recipe.estimator
         ours = estimator.function.__module__.startswith("grpo_plus.")
-        if not ours or estimator.stateful or estimator.needs_steps or lengths is None:
+        if not ours or lengths is None:
             return None
 
         def one(values: Tensor, lengths: Tensor) -> Tensor:
-            return estimator.function(Rewards(values, first.weights, first.names, lengths), **self.keywords[name])
+            return estimator.function(Rewards(values, first.weights, first.names, lengths), **recipe.keywords)
 
         values = joined.values.view(len(batches), *first.values.shape)
         try:
@@ -231,7 +234,7 @@ class _Pass:
     def _show(self, chunk: list[RolloutBatch], advantages: Tensor) -> None:
         """Keep the groups asked for, or those with most disagreement, one of a batch at most."""
         scale = advantages.square().mean((2, 3), keepdim=True).sqrt()
-        live = [e for e, name in enumerate(self.keywords) if name not in self.refused]
+        live = [e for e, name in enumerate(self.recipes) if name not in self.refused]
         if not live:
             return
         units = (advantages / scale.where(scale > 0, 1.0))[live]
@@ -297,8 +300,7 @@ class _Pass:
                 factors = torch.ones(len(rewards.names)).double()
                 factors[rescaled] = FACTOR
                 rewards = replace(rewards, values=rewards.values * factors)
-            advantages = estimate(self.estimators[name], rewards, self.keywords[name], state=state)
-            parts.append(rewards.per_completion(advantages).flatten())
+            parts.append(rewards.per_completion(self._estimate(name, rewards, state)).flatten())
         return torch.cat(parts)
 
 

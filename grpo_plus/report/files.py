@@ -1,5 +1,6 @@
-"""Writing files so that each appears whole or not at all, and the four files of a report."""
+"""Writing files so that each appears whole or not at all, the four files of a report, and reading JSON of others."""
 
+import json
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -7,10 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
 from grpo_plus.report.page import Section, to_html, to_markdown
+
+# The first sign of a formula, behind blanks and signs that are not seen; the last four are full-width.
+FORMULA = r"\A([\s\pC]*[=+\-@|%\x{FF1D}\x{FF0B}\x{FF0D}\x{FF20}])"
+JSON_LIMIT = 2**28  # bytes of a JSON file that is read
 
 
 def write_report(
@@ -28,10 +34,19 @@ def write_report(
         {
             "report.html": lambda path: path.write_text(page, encoding="utf-8"),
             "summary.md": lambda path: path.write_text(summary, encoding="utf-8"),
-            "results.csv": lambda path: pa.csv.write_csv(table, path),
+            "results.csv": lambda path: pa.csv.write_csv(without_formulas(table), path),
             "results.parquet": lambda path: pq.write_table(table, path),
         },
     )
+
+
+def without_formulas(table: pa.Table) -> pa.Table:
+    """The table with an apostrophe before every text that a spreadsheet would run, such as =1+1."""
+    for index, field in enumerate(table.schema):
+        if pa.types.is_string(field.type):
+            cells = pc.replace_substring_regex(table[field.name], FORMULA, r"'\1")
+            table = table.set_column(index, field.name, cells)
+    return table
 
 
 def write_files(folder: str | Path, files: dict[str, Callable[[Path], object]]) -> list[Path]:
@@ -47,3 +62,13 @@ def write_files(folder: str | Path, files: dict[str, Callable[[Path], object]]) 
         for name in files:
             os.replace(Path(unfinished, name), folder / name)
     return [folder / name for name in files]
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds; None where there is none: missing, a pipe or a device, very large, or not JSON."""
+    try:
+        if not path.is_file() or path.stat().st_size > JSON_LIMIT:
+            return None
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, OSError):
+        return None

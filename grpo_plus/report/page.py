@@ -15,6 +15,8 @@ from typing import get_args
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
+from grpo_plus.report.text import printable
+
 
 @dataclass(frozen=True)
 class Text:
@@ -94,11 +96,6 @@ def shown(value: str | float | None) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:#.3g}".removesuffix(".")
 
 
-def printable(text: str) -> str:
-    """The text without the control characters that neither HTML nor SVG may hold."""
-    return re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]", "�", text)
-
-
 def to_html(title: str, lead: str, sections: Sequence[Section]) -> str:
     """The report as one HTML page."""
     return _template().render(title=title, lead=lead, sections=sections)
@@ -110,7 +107,7 @@ def to_markdown(title: str, lead: str, sections: Sequence[Section]) -> str:
     for section in sections:
         blocks = [text for block in section.blocks if (text := _markdown(block))]
         parts += [f"## {section.title}", *blocks] if blocks else []
-    return "\n\n".join(parts) + "\n"
+    return printable("\n\n".join(parts)) + "\n"
 
 
 def _markdown(block: Block) -> str:
@@ -119,9 +116,14 @@ def _markdown(block: Block) -> str:
             return "\n".join([*([text] if text else []), *([""] if text and items else []), *(f"- {i}" for i in items)])
         case Table(caption, header, rows):
             lines = [header, ["---"] * len(header), *([shown(cell) for cell in row] for row in rows)]
-            cells = "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+            cells = "\n".join(f"| {' | '.join(_in_one_line(cell) for cell in line)} |" for line in lines)
             return f"{caption}\n\n{cells}"
     return ""
+
+
+def _in_one_line(cell: str) -> str:
+    """A cell's text as a table of Markdown can hold it."""
+    return re.sub(r"[\r\n]+", " ", cell).replace("|", "\\|")
 
 
 @functools.cache

@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from grpo_plus.report.page import printable
+from grpo_plus.report.text import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -32,6 +32,7 @@ from grpo_plus.models.adapters import has_adapters
 from grpo_plus.qlora.frozen import FrozenAdapterCallback
 from grpo_plus.qlora.settings import log_setting_check
 from grpo_plus.trainer.checkpoints import last_finished
+from grpo_plus.trainer.record import add_to_card, record_of, write_record
 from grpo_plus.trainer.seam import TRLSeam
 
 
@@ -68,8 +69,15 @@ class GRPOPlusTrainer(TRLSeam):
         """Train. `resume_from_checkpoint=True` resumes from the newest complete checkpoint."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = str(last_finished(self.args.output_dir))
+        write_record(self)
         with self.speed.around_training(self.model):
             return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write TRL's model card, with the estimator, the loss, the other settings and the versions of this run."""
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            add_to_card(self.args.output_dir, record_of(self))
 
     @cached_property
     def estimator_state(self) -> State:
