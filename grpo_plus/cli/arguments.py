@@ -189,6 +189,11 @@ def _check(
 
     if recipe.qlora or model.load_in_4bit or model.load_in_8bit:
         require_bitsandbytes("A quantized base (--qlora, --load_in_4bit, --load_in_8bit)")
+    if (recipe.qlora or model.load_in_4bit) and model.dtype == "auto":
+        raise ValueError(
+            "--dtype auto with a base in 4 bits: its products need a dtype of their own. Write --dtype bfloat16, or "
+            "--dtype float16 --fp16 on cards before Ampere."
+        )
     if model.model_name_or_path is None:
         raise ValueError(
             f"{verb} needs --model_name_or_path: a hub name or a local folder. To see GRPO at work without a model, "

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from grpo_plus.models.adapters import bits_of, has_adapters
+from grpo_plus.models.adapters import bits_of, changed_by_init, has_adapters
 from grpo_plus.planner import read_config
 from grpo_plus.qlora.precision import require_trainable
 
@@ -59,6 +59,25 @@ def check_run(model: Any, args: Any, quantization_config: Any, peft_config: Any)
             "trained. Set use_vllm=False, or train LoRA on a bf16 base (drop load_in_4bit and quantization_config)."
         )
     require_trainable(model)
+    _check_reference(model, getattr(args, "beta", 0.0))
+
+
+def _check_reference(model: Any, beta: float) -> None:
+    """Refuse adapters that TRL cannot copy for the reference, or would copy by starting them anew."""
+    if not has_adapters(model) or not beta:
+        return
+    if "default" not in model.peft_config:
+        raise ValueError(
+            f"beta={beta} with the adapter {model.active_adapters[0]!r}: TRL copies the adapter named 'default' as the "
+            "reference. Load the adapter under that name (PeftModel.from_pretrained without adapter_name), or set "
+            "beta=0.0."
+        )
+    if init := changed_by_init(model.peft_config["default"]):
+        raise ValueError(
+            f"beta={beta} with init_lora_weights={init!r}: TRL starts a second adapter the same way as the reference, "
+            "which changes the base of both. Set model.peft_config['default'].init_lora_weights = True before the "
+            "trainer is made, or set beta=0.0."
+        )
 
 
 def require_one_width(load_in_4bit: bool, load_in_8bit: bool) -> None:
@@ -98,16 +117,21 @@ def _bits_of_config(config: Any) -> int | None:
 
 def _check_target_modules(peft_config: Any) -> None:
     targets = getattr(peft_config, "target_modules", None) or ()
-    if isinstance(targets, str):  # a regular expression for PEFT
-        named: str | list[str] = targets
-        hit = re.fullmatch(targets, "lm_head") or targets.split(".")[-1] == "lm_head"
-    else:
-        named, hit = sorted(targets), any(name.split(".")[-1] == "lm_head" for name in targets)
-    if hit:
+    excluded = getattr(peft_config, "exclude_modules", None) or ()
+    if _names_the_head(targets) and not _names_the_head(excluded):
+        named = targets if isinstance(targets, str) else sorted(targets)
         raise ValueError(
             f"target_modules={named!r} contains 'lm_head', which TRL reads directly: an adapter there would "
-            "never be trained. Remove 'lm_head'; target_modules='all-linear' leaves it out by itself."
+            "never be trained. Remove 'lm_head', or add it to exclude_modules; target_modules='all-linear' leaves it "
+            "out by itself."
         )
+
+
+def _names_the_head(modules: Any) -> bool:
+    """Whether PEFT finds "lm_head" by a list of names' ends, or by a string, which is a regular expression."""
+    if isinstance(modules, str):
+        return bool(re.fullmatch(modules, "lm_head")) or modules.split(".")[-1] == "lm_head"
+    return any(name.split(".")[-1] == "lm_head" for name in modules)
 
 
 def check_adapter_folder(folder: str | Path, model: Any) -> None:
@@ -116,8 +140,11 @@ def check_adapter_folder(folder: str | Path, model: Any) -> None:
     Raises:
         ValueError: names the folder, both bases and the first weight whose shape differs.
     """
-    config, weights = Path(folder) / ADAPTER_CONFIG, Path(folder) / ADAPTER_WEIGHTS
-    if not (has_adapters(model) and config.exists() and weights.exists()):
+    if not has_adapters(model):
+        return
+    folder = saved_adapter(folder, model.active_adapters[0])
+    config, weights = folder / ADAPTER_CONFIG, folder / ADAPTER_WEIGHTS
+    if not (config.exists() and weights.exists()):
         return
     saved = _shapes(weights)
     from peft import get_peft_model_state_dict
@@ -135,6 +162,22 @@ def check_adapter_folder(folder: str | Path, model: Any) -> None:
             f"is {saved[name]} in the folder and {here.get(name, 'absent')} in the model. Choose the folder of this "
             "model's run, or the base and lora_r that the adapter was trained with."
         )
+
+
+def saved_adapter(checkpoint: str | Path, name: str) -> Path:
+    """Folder of an adapter's files in a checkpoint. PEFT gives every adapter but "default" a folder of its own."""
+    own = Path(checkpoint) / name
+    return own if (own / ADAPTER_CONFIG).exists() else Path(checkpoint)
+
+
+def load_best_adapter(checkpoint: str | Path | None, model: Any) -> None:
+    """Load the best weights of an adapter that has a name. transformers looks for them in the checkpoint's top only."""
+    if checkpoint is None or not has_adapters(model):
+        return
+    name = model.active_adapters[0]
+    folder = saved_adapter(checkpoint, name)
+    if folder != Path(checkpoint):
+        model.load_adapter(folder, name, is_trainable=True)
 
 
 def _shapes(path: Path) -> dict[str, tuple[int, ...]]:

@@ -131,6 +131,12 @@ class FrozenAdapterCallback(TrainerCallback):
         dtype, rate = weights[0].dtype, args.learning_rate
         if dtype == torch.float32:
             return f"A step of learning_rate={rate} is below the rounding of {kind}. Set a larger learning_rate."
+        if kind == "others":
+            return (
+                f"Weights of saved modules are {str(dtype).removeprefix('torch.')}, the dtype of the base, where a "
+                f"step of learning_rate={rate} rounds to nothing. Set a larger learning_rate, or load the base in "
+                "float32."
+            )
         return (
             f"{kind} is {str(dtype).removeprefix('torch.')}, where a step of learning_rate={rate} rounds to nothing. "
             "Set adapter_dtype='float32' in GRPOPlusConfig (the default above a quantized base), or a larger "

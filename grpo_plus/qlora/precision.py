@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from grpo_plus.models.adapters import ADAPTER_DTYPES, adapter_parameters, bits_of, has_adapters
+from grpo_plus.qlora.unwrapped import dtype_of, unwrapped
 
 
 def require_trainable(model: Any) -> None:
@@ -37,10 +38,48 @@ def chosen_dtype(adapter_dtype: str | None, model: nn.Module) -> torch.dtype | N
 
 
 def restore_adapters(model: nn.Module, dtype: torch.dtype, exact: dict[str, Tensor] | None = None) -> None:
-    """Bring every trainable weight to `dtype`, in place. `exact` holds values from before a rounding, by name."""
+    """Bring the adapters to `dtype`, in place, and other weights that train to the dtype of the base.
+
+    An adapter casts its input and its output. A module that is saved whole (`modules_to_save`) and a bias do not: in
+    float32 above a half-precision base, the next layer would refuse what they compute.
+
+    Args:
+        exact: values from before a rounding, by name.
+    """
     for name, weight in adapter_parameters(model):
         if weight.is_floating_point():
-            weight.data = (exact or {}).get(name, weight.data).to(device=weight.device, dtype=dtype)
+            value = (exact or {}).get(name, weight.data)
+            weight.data = value.to(device=weight.device, dtype=_dtype_of_base(model, name) or dtype)
+
+
+def check_saved_modules(model: Any, fp16: bool) -> None:
+    """Refuse weights of the base that would train in float16, whose gradients no scaler takes."""
+    for name, _ in adapter_parameters(model) if fp16 and has_adapters(model) else ():
+        if _dtype_of_base(model, name) == torch.float16:
+            raise ValueError(
+                f"{name} trains in the dtype of the base, which is float16, and fp16=True cannot unscale gradients in "
+                "float16. Load the base with dtype='float32' (--dtype float32), or drop modules_to_save and bias."
+            )
+
+
+def _dtype_of_base(model: Any, name: str) -> torch.dtype | None:
+    """Dtype of the base where a trained weight takes the place of one of the base. None for an adapter's weight."""
+    saved = ".modules_to_save."
+    if saved in name:
+        wrapper, _, rest = name.partition(saved)
+        original = model.get_submodule(wrapper).original_module
+        return original.get_parameter(rest.partition(".")[2]).dtype
+    return dtype_of(model.get_base_model()) if name.endswith(".bias") and ".lora_" not in name else None
+
+
+def let_the_head_be_read(model: Any) -> None:
+    """Give a head with trained tokens the bias that TRL reads. PEFT's wrapper has the weight only.
+
+    The wrapper stands before the head where head and embedding are one weight (`trainable_token_indices`, tied).
+    """
+    head = model.get_output_embeddings() if has_adapters(model) else None
+    if head is not None and not hasattr(head, "bias"):
+        head.bias = getattr(unwrapped(head), "bias", None)
 
 
 def keep_gradients_on_the_cpu(model: Any) -> None:

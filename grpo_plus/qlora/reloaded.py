@@ -38,7 +38,7 @@ def write_record(model: Any, folder: str | Path) -> None:
         "class": type(base).__name__,
         "dtype": str(dtype_of(base)).removeprefix("torch."),
         "quantization": quantization,
-        "vocabulary": unwrapped(base.get_input_embeddings()).weight.shape[0],
+        "vocabulary": unwrapped(base.get_input_embeddings()).weight.shape[0] or None,  # DeepSpeed may hold it apart
     }
     (Path(folder) / RECORD).write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
 

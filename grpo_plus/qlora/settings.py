@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grpo_plus.models.adapters import adapter_parameters, bits_of
+from grpo_plus.models.adapters import adapter_parameters, bits_of, changed_by_init
 from grpo_plus.planner import Constants, advise, plan
 from grpo_plus.planner.constants import GIB
 from grpo_plus.planner.loaded import shape_and_run
@@ -133,14 +133,11 @@ def _wide_embeddings(model: Any, args: Any) -> str | None:
 
 
 def _wide_compute(model: Any, args: Any) -> str | None:
-    quantization = getattr(model.config, "quantization_config", None)
-    if bits_of(model) != 4 or getattr(quantization, "bnb_4bit_compute_dtype", None) != torch.float32:
+    if bits_of(model) != 4 or _compute_dtype(model) != torch.float32:
         return None
     half = _half_precision(args)
-    return (
-        f"4-bit weights are computed in float32, without the fast kernels. Set bnb_4bit_compute_dtype=torch.{half} "
-        f"(on the command line: --dtype {half})."
-    )
+    fix = f"Set bnb_4bit_compute_dtype=torch.{half} (on the command line: --dtype {half})."
+    return f"4-bit weights are computed in float32, without the fast kernels. {_for_saved(model, half) or fix}"
 
 
 def _single_quantization(model: Any, args: Any) -> str | None:
@@ -148,18 +145,52 @@ def _single_quantization(model: Any, args: Any) -> str | None:
     if bits_of(model) != 4 or getattr(quantization, "bnb_4bit_use_double_quant", True):
         return None
     size = sum(_elements(weight) for weight in model.parameters() if getattr(weight, "quant_state", None) is not None)
+    fix = "Set bnb_4bit_use_double_quant=True (--use_bnb_nested_quant)."
     return (
-        f"No double quantization: the scales take {size * (NF4 - NF4_NESTED) / GIB:.2f} GiB more than they need. Set "
-        "bnb_4bit_use_double_quant=True (--use_bnb_nested_quant)."
+        f"No double quantization: the scales take {size * (NF4 - NF4_NESTED) / GIB:.2f} GiB more than they need. "
+        f"{_for_saved(model, _half_precision(args)) or fix}"
     )
 
 
 def _bfloat16_under_float16(model: Any, args: Any) -> str | None:
-    if not getattr(args, "fp16", False) or model.get_input_embeddings().weight.dtype != torch.bfloat16:
+    if not getattr(args, "fp16", False):
+        return None
+    emulated = "which cards before Ampere (T4, RTX 20) only emulate"
+    if _compute_dtype(model) == torch.bfloat16 and (fix := _for_saved(model, "float16")):
+        return f"fp16=True, but 4-bit weights are computed in bfloat16, {emulated}. {fix}"
+    if model.get_input_embeddings().weight.dtype != torch.bfloat16:
         return None
     return (
-        "fp16=True, but the weights that are not quantized are bfloat16, which cards before Ampere (T4, RTX 20) only "
-        "emulate. Load the model with dtype='float16' (--dtype float16, or qlora(dtype='float16'))."
+        f"fp16=True, but the weights that are not quantized are bfloat16, {emulated}. Load the model with "
+        "dtype='float16' (--dtype float16, or qlora(dtype='float16'))."
+    )
+
+
+def _compute_dtype(model: Any) -> Any:
+    return getattr(getattr(model.config, "quantization_config", None), "bnb_4bit_compute_dtype", None)
+
+
+def _for_saved(model: Any, half: str) -> str | None:
+    """What helps where the model was saved quantized. transformers keeps the settings that it was saved with."""
+    if not getattr(getattr(model.get_base_model(), "hf_quantizer", None), "pre_quantized", False):
+        return None
+    dtype = "" if half == "bfloat16" else f"dtype={half!r}"
+    flag = "" if half == "bfloat16" else f" --dtype {half} --fp16"
+    return (
+        f"{model.config.name_or_path!r} was saved with these settings, and transformers keeps them. Name the model "
+        f"that it was quantized from, with qlora({dtype}) (--qlora{flag})."
+    )
+
+
+def _moved_reference(model: Any, args: Any) -> str | None:
+    """PiSSA and the like subtract the adapter's start from the base, and the reference is the base without adapters."""
+    init = changed_by_init(model.peft_config[model.active_adapters[0]])
+    if init is None or not getattr(args, "beta", 0.0):
+        return None
+    return (
+        f"beta={args.beta} with init_lora_weights={init!r}: the reference is the base without the adapter, which this "
+        "start has changed, so the KL pulls to another model than the one that the training starts from. Set beta=0.0, "
+        "or init_lora_weights=True."
     )
 
 
@@ -189,6 +220,7 @@ HINTS: tuple[Callable[[Any, Any], str | None], ...] = (
     _wide_compute,
     _single_quantization,
     _bfloat16_under_float16,
+    _moved_reference,
     _too_large,
 )
 

@@ -117,3 +117,9 @@ def test_two_processes_under_accelerate_launch(workplace):
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("advantages rloo(); loss dapo") == 1
     assert (workplace / "out" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("recipe", [["--qlora"], ["--load_in_4bit", "--use_peft"]], ids=str)
+def test_a_dtype_that_4_bits_cannot_take_from_the_weights_is_refused_before_loading(workplace, capsys, recipe):
+    assert cli.main(["train", *NAMES, *recipe, "--dtype", "auto", "--output_dir", "out", *CPU]) == 1
+    assert "ValueError: --dtype auto with a base in 4 bits" in capsys.readouterr().err

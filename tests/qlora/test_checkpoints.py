@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import get_peft_model
 from safetensors.torch import load_file
 
+from grpo_plus.qlora.checks import saved_adapter
 from grpo_plus.trainer.checkpoints import last_finished, why_unfinished
 from tests.close import differing
-from tests.qlora.models import make_qlora_trainer, trained_weights
+from tests.qlora.models import load_nf4, lora, make_qlora_trainer, trained_weights
 from tests.training import PROMPTS
 
 CONFIG = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
@@ -91,20 +93,22 @@ def test_the_newest_is_the_one_of_the_highest_step(tmp_path):
     assert last_finished(tmp_path).name == "checkpoint-10"
 
 
-@pytest.mark.parametrize("adapter_dtype", ["float32", "bfloat16"])
-def test_the_best_model_comes_back_in_the_dtype_it_was_trained_in(tmp_path, base, adapter_dtype):
-    """PEFT loads every adapter in float32."""
+@pytest.mark.parametrize(("adapter_dtype", "name"), [("float32", "default"), ("bfloat16", "default"), (None, "mine")])
+def test_the_best_model_comes_back_in_the_dtype_it_was_trained_in(tmp_path, base, adapter_dtype, name):
+    """PEFT loads every adapter in float32. transformers looks for the best weights of "default" only."""
     evaluation = {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "eval_loss"}
     keep = {"load_best_model_at_end": True, "save_total_limit": None, "greater_is_better": True}
     trainer = make_qlora_trainer(
         tmp_path,
-        base,
+        get_peft_model(load_nf4(base), lora(), adapter_name=name),
         adapter_dtype=adapter_dtype,
         trainer_arguments={"eval_dataset": PROMPTS.select(range(2))},
         **CONFIG | evaluation | keep | {"num_generations_eval": 2, "per_device_eval_batch_size": 2},
     )
     trainer.train()
-    saved = load_file(Path(trainer.state.best_model_checkpoint) / "adapter_model.safetensors")
-    for name, weight in trained_weights(trainer).items():
-        assert weight.dtype == getattr(torch, adapter_dtype)
-        assert torch.equal(weight, saved[name.replace(".default", "")]), name
+    folder = saved_adapter(trainer.state.best_model_checkpoint, name)
+    saved = load_file(folder / "adapter_model.safetensors")
+    assert Path(trainer.state.best_model_checkpoint).name == "checkpoint-1"
+    for key, weight in trained_weights(trainer).items():
+        assert weight.dtype == getattr(torch, adapter_dtype or "float32")
+        assert torch.equal(weight, saved[key.replace(f".{name}", "")]), key

@@ -3,12 +3,14 @@
 import importlib.util
 
 import pytest
+import torch
 from peft import PeftModel, get_peft_model
 from transformers import BitsAndBytesConfig
 
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
 from grpo_plus.demo.tiny import tiny_model, tiny_tokenizer
 from grpo_plus.qlora.checks import check_adapter_folder
+from tests.close import differing
 from tests.qlora.models import NF4, load_nf4, lora, make_qlora_trainer, save_base
 from tests.training import PROMPTS, make_trainer, vowels
 
@@ -92,6 +94,35 @@ def test_a_quantization_config_for_a_loaded_model_is_refused(tmp_path):
 def test_an_adapter_on_the_lm_head_is_refused(tmp_path, targets):
     with pytest.raises(ValueError, match="contains 'lm_head'.*Remove 'lm_head'"):
         construct(tmp_path, "nowhere/to-be-found", quantization_config=NF4, peft_config=lora(target_modules=targets))
+
+
+@pytest.mark.parametrize("excluded", ["lm_head", ["lm_head"], ".*head"], ids=str)
+@pytest.mark.parametrize("targets", [".*(q_proj|lm_head)", ["q_proj", "lm_head"]], ids=str)
+def test_an_lm_head_that_is_excluded_again_is_no_target(tmp_path, targets, excluded):
+    model = tiny_model(tiny_tokenizer(), hidden_size=32, num_heads=2)
+    adapters = lora(target_modules=targets, exclude_modules=excluded)
+    trainer = construct(tmp_path, model, peft_config=adapters)
+    assert not any("lm_head" in name for name, weight in trainer.model.named_parameters() if weight.requires_grad)
+
+
+def test_a_reference_is_copied_from_the_adapter_named_default_only(tmp_path):
+    model = get_peft_model(tiny_model(tiny_tokenizer(), hidden_size=32, num_heads=2), lora(), adapter_name="mine")
+    with pytest.raises(ValueError, match="beta=0.1 with the adapter 'mine'.*named 'default'.*set beta=0.0"):
+        construct(tmp_path, model, config={"beta": 0.1})
+    assert set(model.peft_config) == {"mine"}
+
+
+def test_a_reference_that_would_change_the_base_again_is_refused(tmp_path):
+    torch.manual_seed(0)
+    model = tiny_model(tiny_tokenizer(), hidden_size=32, num_heads=2)
+    model = get_peft_model(model, lora(init_lora_weights="olora"))
+    before = {name: weight.clone() for name, weight in model.named_parameters() if "base_layer" in name}
+    with pytest.raises(ValueError, match="beta=0.1 with init_lora_weights='olora'.*init_lora_weights = True"):
+        construct(tmp_path, model, config={"beta": 0.1})
+    model.peft_config["default"].init_lora_weights = True
+    construct(tmp_path, model, config={"beta": 0.1})
+    assert "ref" in model.peft_config
+    assert differing({name: dict(model.named_parameters())[name] for name in before}, before) == []
 
 
 @pytest.mark.parametrize("form", ["name", "model", "model_init_kwargs", "8bit"])

@@ -12,7 +12,7 @@ from grpo_plus.demo.tiny import tiny_model, tiny_tokenizer
 from grpo_plus.qlora import export, load_trained, save_merged
 from grpo_plus.qlora.precision import keep_gradients_on_the_cpu
 from grpo_plus.qlora.reloaded import RECORD
-from tests.qlora.models import NF4, load_nf4, lora
+from tests.qlora.models import NF4, load_nf4, lora, make_qlora_trainer
 
 IDS = torch.randint(4, 90, (2, 12), generator=torch.Generator().manual_seed(1))
 
@@ -42,6 +42,13 @@ def test_a_folder_of_adapters_comes_back_above_the_base_of_its_training(tmp_path
     record = json.loads((tmp_path / "adapter" / RECORD).read_text())
     assert (record["base"], record["dtype"], record["vocabulary"]) == (str(base), "bfloat16", 100)
     assert record["quantization"]["bnb_4bit_quant_type"] == "nf4"
+
+
+def test_a_checkpoint_says_what_its_adapters_were_trained_above(tmp_path, base):
+    trainer = make_qlora_trainer(tmp_path, base, max_steps=1, save_strategy="steps", save_steps=1)
+    trainer.train()
+    again = load_trained(tmp_path / "checkpoint-1")
+    assert torch.equal(export.token_logps(again, IDS), export.token_logps(trainer.model, IDS))
 
 
 def test_without_a_record_the_precision_is_asked_for(tmp_path, nf4, caplog):

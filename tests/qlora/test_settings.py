@@ -108,6 +108,37 @@ def test_cards_without_bfloat16_are_advised_float16(tmp_path, base):
     assert "bnb_4bit_compute_dtype=torch.float16 (on the command line: --dtype float16)" in hints[1]
 
 
+def test_a_folder_that_was_saved_quantized_gets_hints_that_can_be_followed(tmp_path, base):
+    """transformers keeps the folder's settings, whatever dtype is asked for."""
+    settings = {"bnb_4bit_use_double_quant": False, "bnb_4bit_compute_dtype": torch.bfloat16}
+    quantized(base, **settings).save_pretrained(tmp_path / "nf4")
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "nf4", dtype=torch.float16)
+    trainer = make_qlora_trainer(tmp_path, get_peft_model(saved, lora()))
+    trainer.args.fp16 = True
+    _, hints = setting_check(trainer.model, trainer.args)
+    assert len(hints) == 2
+    for hint in hints:
+        assert re.search(
+            r"nf4' was saved with these settings.*qlora\(dtype='float16'\) \(--qlora --dtype float16", hint
+        )
+    assert "4-bit weights are computed in bfloat16" in hints[1]
+
+
+@pytest.mark.parametrize(("beta", "init"), [(0.1, "olora"), (0.0, "olora"), (0.1, True)])
+def test_a_reference_that_the_adapters_start_has_changed_is_pointed_out(tmp_path, beta, init):
+    trainer = make_trainer(
+        tmp_path,
+        trainer_class=GRPOPlusTrainer,
+        config_class=GRPOPlusConfig,
+        beta=beta,
+        trainer_arguments={"peft_config": lora(init_lora_weights=init)},
+    )
+    _, hints = setting_check(trainer.model, trainer.args)
+    assert bool(hints) == (beta > 0 and init == "olora")
+    for hint in hints:
+        assert re.search("beta=0.1 with init_lora_weights='olora'.*has changed.*Set beta=0.0", hint)
+
+
 def test_it_is_logged_at_info_and_silent_above(tmp_path, base, caplog):
     def logged(level):
         caplog.clear()
