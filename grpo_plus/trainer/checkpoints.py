@@ -1,82 +1,153 @@
-"""Which checkpoint a run can resume from: a process that is killed while it saves leaves a folder that looks complete.
+"""Which checkpoint a run can resume from, and why not from another.
 
-transformers writes trainer_state.json last. `GRPOPlusTrainer` removes an old trainer_state.json from a folder before it
-saves there, and writes its own file before transformers begins. A folder with a readable trainer_state.json is
-therefore complete, but for the random states of other processes: the first process does not wait for them. A run that
-is killed in between resumes with other random draws on these processes, and transformers says so.
+| folder | resume_from_checkpoint=True | named |
+|---|---|---|
+| matches its manifest | taken | taken |
+| was not written to its end, or has changed since | passed over, with a warning | refused |
+| ours, and its manifest was deleted | passed over, with a warning | taken unchecked, with a warning |
+| of stock TRL | taken unchecked, with a warning | taken unchecked, with a warning |
 """
 
 import json
 import logging
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from grpo_plus.trainer.manifest import MANIFEST, SENTINEL, UNFINISHED, manifest_of, mismatch
+
 STATE_FILE = "grpo_plus_state.json"
+OURS = "grpo_plus_*"
+
+# What a run starts anew, in silence, where a checkpoint lacks it. FSDP and DeepSpeed have folders instead of files.
+NEEDED = {
+    "optimizer.pt": ("optimizer*", "global_step*"),
+    "scheduler.pt": ("scheduler.pt", "global_step*"),
+    "rng_state.pth": ("rng_state*.pth",),
+}
 
 logger = logging.getLogger("grpo_plus")
 
 
-def why_unfinished(folder: str | Path) -> str | None:
-    """What is missing from a checkpoint; None where it is complete."""
-    path = Path(folder) / TRAINER_STATE_NAME
+def why_unusable(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, with the name of the file; None for a checkpoint to go on from."""
+    if not folder.is_dir():
+        return "is no folder"
     try:
-        json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return f"has no {TRAINER_STATE_NAME}, which is written last"
-    except ValueError:
-        return f"has a {TRAINER_STATE_NAME} that is cut off"
-    return None
+        manifest = manifest_of(folder)
+    except ValueError as error:
+        return str(error)
+    if manifest is not None:
+        return mismatch(folder, manifest)
+    for mark in (UNFINISHED, SENTINEL):
+        if (folder / mark).exists():
+            return f"has no {MANIFEST}, which is written last: its saving was interrupted"
+    return _damaged_trainer_state(folder / TRAINER_STATE_NAME)
 
 
-def begin_checkpoint(folder: Path, state: dict[str, Any]) -> None:
-    """Make the folder, with our own state in it.
+def chosen_checkpoint(asked: Literal[True] | str | Path, output_dir: str | Path) -> Path:
+    """The folder that `resume_from_checkpoint` means. Says what was not checked.
 
-    Whatever the folder held, it is no complete checkpoint before the next one is saved there to its end.
+    Args:
+        asked: True for the newest checkpoint to go on from, or a folder.
+
+    Raises:
+        ValueError: there is none, or the folder is damaged. The message names the file and another checkpoint.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
-    if state:
-        (folder / STATE_FILE).write_text(json.dumps(state))
+    folder = _newest(Path(output_dir)) if asked is True else _named(Path(asked))
+    manifest = manifest_of(folder)
+    if manifest is None:
+        lost = [name for name, patterns in NEEDED.items() if not any(any(folder.glob(p)) for p in patterns)]
+        without = f" It has no {' and no '.join(lost)}: what was in there starts anew." if lost else ""
+        logger.warning(f"{folder} has no {MANIFEST}: nobody checked whether its files are whole.{without}")
+    elif manifest.get("save_only_model"):
+        logger.warning(
+            f"{folder} was saved with save_only_model=True. The optimizer, the learning rate's schedule and the random "
+            "states start anew, so the run goes on otherwise than it would have."
+        )
+    return folder
 
 
 def saved_state(folder: str | Path) -> dict[str, Any]:
-    """Our own state in a checkpoint; {} where there is none."""
-    path = Path(folder) / STATE_FILE
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
-def refuse_unfinished(folder: str | Path) -> None:
-    """Raise ValueError for a checkpoint that a run cannot go on from, with what is missing."""
-    if reason := why_unfinished(folder):
-        raise ValueError(f"resume_from_checkpoint={str(folder)!r} {reason}. Choose an older checkpoint.")
-
-
-def last_finished(output_dir: str | Path) -> Path:
-    """The newest complete checkpoint; one warning for each newer one that is not.
+    """Our own state in a checkpoint; {} where there is none.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the file holds no dictionary.
     """
+    path = Path(folder) / STATE_FILE
+    if not path.exists():
+        return {}
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        state = None
+    if not isinstance(state, dict):
+        raise ValueError(
+            f"{path} is damaged: it must hold a JSON dictionary. Resume from an older checkpoint, or delete the file "
+            "to go on without what the estimator remembers."
+        )
+    return state
+
+
+def write_state(folder: Path, running: str) -> None:
+    """Write the hook's `running_state`, as JSON; no file where there is none."""
+    if running != "{}":
+        (folder / STATE_FILE).write_text(running, encoding="utf-8")
+
+
+def numbered(output_dir: Path) -> dict[int, Path]:
+    """The folders `checkpoint-<step>` in a folder, by step, the newest first."""
+    found = {path: re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name) for path in output_dir.glob("*-*")}
+    steps = {int(name[1]): path for path, name in found.items() if name}
+    return dict(sorted(steps.items(), reverse=True))
+
+
+def _newest(output_dir: Path) -> Path:
     passed_over: list[str] = []
-    for folder in _newest_first(Path(output_dir)):
-        reason = why_unfinished(folder)
+    for folder, reason in _judged(numbered(output_dir).values()):
         if reason is None:
             for text in passed_over:
-                logger.warning(f"{text}: its saving was interrupted. Resuming from {folder}.")
+                logger.warning(f"{text}. Resuming from {folder}.")
             return folder
         passed_over.append(f"{folder} {reason}")
     found = f": {'; '.join(passed_over)}" if passed_over else ""
     raise ValueError(
-        f"resume_from_checkpoint=True, but output_dir={str(output_dir)!r} has no complete checkpoint{found}. Leave "
-        "resume_from_checkpoint unset to start from the beginning."
+        f"resume_from_checkpoint=True, but output_dir={str(output_dir)!r} has no checkpoint to go on from{found}. "
+        "Leave resume_from_checkpoint unset to start from the beginning."
     )
 
 
-def _newest_first(output_dir: Path) -> list[Path]:
-    numbered = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
-    steps = {path: numbered.fullmatch(path.name) for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*")}
-    return sorted((path for path, step in steps.items() if step), key=lambda path: -int(str(path).rpartition("-")[2]))
+def _named(folder: Path) -> Path:
+    reason = why_unusable(folder)
+    if reason is None:
+        return folder
+    step = next((step for step, path in numbered(folder.parent).items() if path.name == folder.name), 0)
+    older = (path for number, path in numbered(folder.parent).items() if number < step)
+    before = next((path for path, problem in _judged(older) if problem is None), None)
+    instead = f"Resume from {str(before)!r}" if before else "No older checkpoint beside it is whole: start anew"
+    unchecked = f", or delete {MANIFEST} to resume unchecked" if (folder / MANIFEST).exists() else ""
+    raise ValueError(f"resume_from_checkpoint={str(folder)!r} {reason}. {instead}{unchecked}.")
+
+
+def _judged(folders: Any) -> Iterator[tuple[Path, str | None]]:
+    """Each folder and why the run does not choose it by itself."""
+    for folder in folders:
+        reason = why_unusable(folder)
+        if reason is None and not (folder / MANIFEST).exists() and any(folder.glob(OURS)):
+            reason = f"has no {MANIFEST} (name the folder to resume unchecked)"
+        yield folder, reason
+
+
+def _damaged_trainer_state(path: Path) -> str | None:
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return f"has no {path.name}"
+    except ValueError:
+        return f"has a {path.name} that is cut off"
+    step = state.get("global_step") if isinstance(state, dict) else None
+    return None if isinstance(step, int) else f"has a {path.name} without the step that it was saved at"

@@ -1,10 +1,17 @@
-"""What of the seam saves a run and takes it up again: the checkpoint's own files, and the dtype of loaded adapters."""
+"""What of the seam saves a run and takes it up again, so that it goes on as if it had never stopped."""
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from torch.utils.data import Sampler
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, rotate_checkpoints
 from trl import GRPOTrainer
 
 from grpo_plus.config import GRPOPlusConfig
@@ -18,8 +25,14 @@ from grpo_plus.qlora.precision import (
     restore_adapters,
 )
 from grpo_plus.qlora.reloaded import write_record
-from grpo_plus.trainer.checkpoints import begin_checkpoint, refuse_unfinished, saved_state
+from grpo_plus.trainer.checkpoints import chosen_checkpoint, saved_state, write_state
 from grpo_plus.trainer.hooks import Hooks
+from grpo_plus.trainer.manifest import begin, seal
+from grpo_plus.trainer.position import Position, saved_position, settings_of, take_up, why_another_batch, within_batch
+
+REFERENCE_FILE = "grpo_plus_reference.pt"
+
+logger = logging.getLogger("grpo_plus")
 
 
 class SavingSeam(Hooks, GRPOTrainer):
@@ -30,17 +43,79 @@ class SavingSeam(Hooks, GRPOTrainer):
     """
 
     plus: GRPOPlusConfig
+    _position: Position | None = None  # after the last finished step; None where nothing will be saved
+    _within_step = False
+    _seals: Path | None = None  # the folder that is being written
+    _train_sampler: Sampler | None = None
 
     @property
     def has_own_fields(self) -> bool:
         """Whether `args` is a GRPOPlusConfig; a plain GRPOConfig trains what TRL trains to the last bit."""
         return self.plus is self.args
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train. `resume_from_checkpoint=True` resumes from the newest whole checkpoint."""
+        self._position, self._within_step = None, False
+        return super().train(self._checked(resume_from_checkpoint), *args, **kwargs)
+
+    def _checked(self, asked: Any) -> str | None:
+        """The checkpoint to resume from, after the main process has compared it with its manifest."""
+        if asked is None or asked is False:
+            return None
+        answer: list[Any] = [None, None]
+        if self.accelerator.is_main_process:
+            try:
+                answer[0] = str(chosen_checkpoint(asked, self.args.output_dir))
+            except ValueError as error:
+                answer[1] = str(error)
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(answer)
+        if answer[1] is not None:
+            raise ValueError(answer[1])
+        return answer[0]
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """TRL's step over a micro-batch. A save from here on must not see a part of an optimizer step."""
+        self._within_step = True
+        return super().training_step(*args, **kwargs)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        self._step_is_finished()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        self._step_is_finished()
+
+    def _step_is_finished(self) -> None:
+        self._within_step = False
+        if self.args.save_strategy != SaveStrategy.NO or self.args.enable_jit_checkpoint:
+            self._position = Position.of(self, self.running_state())
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Seal the new checkpoint, then delete older ones: a kill at any moment leaves a checkpoint to go on from."""
+        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        position = self._position if self._within_step else None
+        within_step = position is not None and position.global_step == self.state.global_step
+        if position is None or not within_step:
+            position = Position.of(self, self.running_state())
         if self.args.should_save:
-            folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            begin_checkpoint(folder, self.running_state())
-        super()._save_checkpoint(model, trial)
+            begin(folder)
+            write_state(folder, position.running)
+        self.accelerator.wait_for_everyone()
+        with position.in_place(self) if within_step else nullcontext(), self._older_kept(folder):
+            super()._save_checkpoint(model, trial)
+        if not self.args.save_only_model:
+            self._save_position(folder, position)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            self._seal(folder)
+        if self.args.push_to_hub:
+            super()._push_from_checkpoint(str(folder))
+        if self.args.should_save:
+            rotate_checkpoints(
+                output_dir=str(folder.parent),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model, and beside adapters what they were trained above, for `grpo_plus.qlora.load_trained`."""
@@ -48,8 +123,40 @@ class SavingSeam(Hooks, GRPOTrainer):
         if self.has_own_fields and self.args.should_save and has_adapters(self.model):
             write_record(self.model, output_dir or self.args.output_dir)
 
+    @contextmanager
+    def _older_kept(self, folder: Path) -> Iterator[None]:
+        """Keep transformers from deleting older checkpoints, and from uploading this one, before it is sealed."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        self._seals = folder
+        try:
+            yield
+        finally:
+            self.args.save_total_limit = limit
+            self._seals = None
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._seals is None:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _save_position(self, folder: Path, position: Position) -> None:
+        rank, main = self.accelerator.process_index, self.args.should_save
+        position.save(_position_file(folder, rank), settings_of(self), with_table=main)
+        if main and self._moves_reference:
+            torch.save(self.accelerator.unwrap_model(self.ref_model).state_dict(), folder / REFERENCE_FILE)
+
+    def _seal(self, folder: Path) -> None:
+        if (folder / TRAINING_ARGS_NAME).exists():
+            torch.save(self.args, folder / TRAINING_ARGS_NAME)  # it was saved while `save_total_limit` was unset
+        facts = {"global_step": self.state.global_step, "num_processes": self.accelerator.num_processes}
+        seal(folder, **facts, save_only_model=self.args.save_only_model)
+
+    @property
+    def _moves_reference(self) -> bool:
+        """Whether the reference follows the policy, and can be saved whole."""
+        spread = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        return self.args.sync_ref_model and self.ref_model is not None and not spread
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        refuse_unfinished(resume_from_checkpoint)
         check_adapter_folder(resume_from_checkpoint, self.model)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._adapters_as_trained({})
@@ -61,8 +168,47 @@ class SavingSeam(Hooks, GRPOTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            self.load_running_state(saved_state(checkpoint))
+        if checkpoint is None:
+            return
+        self.load_running_state(saved_state(checkpoint))
+        if self._moves_reference:
+            self._load_reference(Path(checkpoint) / REFERENCE_FILE)
+        # The sampler shuffles with a generator of its own, which every epoch moves on.
+        if (sampler := self._train_sampler) is not None:
+            for _ in range(int(self.state.epoch or 0)):
+                next(iter(sampler), None)
+
+    def _load_reference(self, path: Path) -> None:
+        if path.exists():
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            self.accelerator.unwrap_model(self.ref_model).load_state_dict(state)
+        else:
+            logger.warning(f"{path} does not exist: the reference of sync_ref_model starts from the initial model.")
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Sampler:
+        self._train_sampler = super()._get_train_sampler(*args, **kwargs)
+        return self._train_sampler
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Load the random states, and go on inside the generation batch. transformers calls it once, before a step."""
+        super()._load_rng_state(checkpoint)
+        if checkpoint is None:
+            return
+        saved, error = None, None
+        try:
+            saved = saved_position(_position_file(Path(checkpoint), self.accelerator.process_index))
+        except ValueError as reason:
+            error = str(reason)
+        # A process with a batch does not generate: either all have one, or all generate.
+        told = gather_object([(error, why_another_batch(saved, settings_of(self)), saved is not None)])
+        for text in (error for error, _, _ in told if error):
+            raise ValueError(text)
+        problem = next((text for _, text, _ in told if text), None)
+        take_up(self, saved if problem is None else None)
+        # A checkpoint of stock TRL has no batch, and loses nothing where a batch ended.
+        lost = any(exists for _, _, exists in told) or within_batch(self)
+        if problem is not None and lost and self.accelerator.is_main_process:
+            logger.warning(f"Resuming from {checkpoint} with a fresh generation batch: {problem}.")
 
     def _adapters_as_trained(self, exact: dict[str, Tensor]) -> None:
         """Bring the adapters to `adapter_dtype`. TRL casts them at construction, and PEFT when it loads a checkpoint.
@@ -76,3 +222,7 @@ class SavingSeam(Hooks, GRPOTrainer):
         if self.has_own_fields and (dtype := chosen_dtype(self.plus.adapter_dtype, self.model)):
             check_saved_modules(self.model, self.args.fp16)
             restore_adapters(self.model, dtype, exact)
+
+
+def _position_file(folder: Path, rank: int) -> Path:
+    return folder / f"grpo_plus_position_{rank}.pt"

@@ -31,7 +31,6 @@ from grpo_plus.losses import AdaptiveBeta, LossInputs, PolicyLoss, policy_loss
 from grpo_plus.models.adapters import has_adapters
 from grpo_plus.qlora.frozen import FrozenAdapterCallback
 from grpo_plus.qlora.settings import log_setting_check
-from grpo_plus.trainer.checkpoints import last_finished
 from grpo_plus.trainer.record import add_to_card, record_of, write_record
 from grpo_plus.trainer.seam import TRLSeam
 
@@ -66,9 +65,7 @@ class GRPOPlusTrainer(TRLSeam):
                 log_setting_check(self.model, self.plus)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train. `resume_from_checkpoint=True` resumes from the newest complete checkpoint."""
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = str(last_finished(self.args.output_dir))
+        """Train. `resume_from_checkpoint=True` resumes from the newest whole checkpoint."""
         write_record(self)
         with self.speed.around_training(self.model):
             return super().train(resume_from_checkpoint, *args, **kwargs)

@@ -10,7 +10,7 @@ import pytest
 from packaging.version import Version
 from trl import GRPOTrainer
 
-from grpo_plus.trainer import contract, names, seam
+from grpo_plus.trainer import contract, names, saving, seam
 
 
 def test_the_installed_trl_is_the_tested_one():
@@ -24,11 +24,22 @@ def test_each_minor_of_the_supported_window_was_recorded():
     assert [known for known in contract.known_fingerprints() if not names.TESTED_TRL.contains(known)] == []
 
 
-@pytest.mark.parametrize("name", [name for name in vars(seam.TRLSeam) if name in names.RELIED_ON])
+OVERRIDES = [name for part in (seam.TRLSeam, saving.SavingSeam) for name in vars(part) if name in names.RELIED_ON]
+
+
+def test_an_overridden_private_method_is_fingerprinted():
+    ours = {name for part in (seam.TRLSeam, saving.SavingSeam) for name, value in vars(part).items() if callable(value)}
+    private = {name for name in ours if name.startswith("_") and not name.startswith("__")}
+    assert {name for name in private if hasattr(GRPOTrainer, name)} - set(names.RELIED_ON) == set()
+
+
+@pytest.mark.parametrize("name", OVERRIDES)
 def test_an_override_takes_what_trls_method_takes(name):
     ours, theirs = getattr(seam.TRLSeam, name), getattr(GRPOTrainer, name)
     assert ours is not theirs
     mine, trls = (inspect.signature(method).parameters for method in (ours, theirs))
+    if {p.kind for p in mine.values()} >= {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
+        return  # it passes on whatever there is
     rest = [p for p in mine.values() if p.kind is inspect.Parameter.VAR_KEYWORD]
     named = list(mine)[: len(mine) - len(rest)]
     assert named == list(trls)[: len(named)]

@@ -1,0 +1,97 @@
+"""A run that stops after any optimizer step goes on as if it had not: weights, log, tables and memory, bit for bit."""
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM
+
+from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
+from grpo_plus.demo.tiny import tiny_model, tiny_tokenizer
+from tests.close import differing
+from tests.training import PROMPTS, logs_of, make_trainer, weights_of
+
+STEPS = 5
+RESUMED_FROM = (1, 3, 4)
+
+
+def short(completions: list[str], **_: Any) -> list[float]:
+    """A reward from 0 to 1."""
+    return [len(text) % 3 / 2 for text in completions]
+
+
+# One generation batch lasts for four optimizer steps, in two of which nothing is generated.
+REUSED = {"num_iterations": 2, "steps_per_generation": 2}
+EVERY_STEP = {
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "max_steps": STEPS,
+    "log_completions": True,
+    "max_completion_length": 4,
+}
+TASK = {"task_column": "answer"}
+
+CASES: dict[str, dict[str, Any]] = {
+    "num_iterations": {"num_iterations": 2},
+    "steps_per_generation": {"steps_per_generation": 4, "gradient_accumulation_steps": 2},
+    "unaligned": {"steps_per_generation": 2, "gradient_accumulation_steps": 3},
+    "logging_steps": REUSED | {"logging_steps": 3},
+    "moved reference": REUSED
+    | {"beta": 0.1, "sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.6},
+    "kl_target": REUSED | {"beta": 0.1, "kl_target": 0.01},
+    "ema_task": REUSED | TASK | {"advantage_estimator": "ema_task"},
+    "popart": REUSED | TASK | {"advantage_estimator": "popart"},
+    "refills": REUSED | {"max_refills": 1, "advantage_estimator": "rloo"},
+    "adaptive entropy": REUSED | {"use_adaptive_entropy": True, "entropy_target": 1.0},
+    "loss of ours": REUSED | {"loss_type": "gmpo"},
+    "lora": REUSED | {"lora": True},
+    "spo": REUSED | {"advantage_estimator": "spo", "reward_funcs": [short]},
+    # Three steps make an epoch, and every epoch has an order of its own.
+    "epochs": {"train_dataset": PROMPTS.select(range(3))},
+    "stream": REUSED | {"train_dataset": PROMPTS.to_iterable_dataset()},
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """The model in a folder: TRL loads the reference from there."""
+    folder = tmp_path_factory.mktemp("base")
+    tiny_model(tiny_tokenizer(), hidden_size=32, num_heads=2).save_pretrained(folder)
+    return folder
+
+
+def trained(folder: Path, base: Path, resume: Path | None = None, **config: Any) -> GRPOPlusTrainer:
+    adapter = LoraConfig(r=4, target_modules="all-linear") if config.pop("lora", False) else None
+    trainer = make_trainer(
+        folder,
+        trainer_class=GRPOPlusTrainer,
+        config_class=GRPOPlusConfig,
+        model=AutoModelForCausalLM.from_pretrained(base),
+        trainer_arguments={"peft_config": adapter},
+        **EVERY_STEP | {"per_device_train_batch_size": 4} | config,
+    )
+    trainer.train(resume_from_checkpoint=resume and str(resume))
+    return trainer
+
+
+def figures_of(trainer: GRPOPlusTrainer) -> list[dict[str, Any]]:
+    return [{k: v for k, v in entry.items() if k not in ("train_loss", "total_flos")} for entry in logs_of(trainer)]
+
+
+def tables_of(folder: Path) -> dict[str, Any]:
+    return {path.name: pd.read_parquet(path).to_dict() for path in (folder / "completions").glob("*.parquet")}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_run_resumes_from_any_step_to_the_same_run(tmp_path, base, name):
+    whole = trained(tmp_path / "whole", base, **CASES[name])
+    for step in RESUMED_FROM:
+        folder = tmp_path / f"from-{step}"
+        resumed = trained(folder, base, tmp_path / f"whole/checkpoint-{step}", **CASES[name])
+        assert differing(weights_of(resumed), weights_of(whole)) == [], step
+        assert figures_of(resumed) == figures_of(whole), step
+        assert tables_of(folder).items() <= tables_of(tmp_path / "whole").items(), step
+        assert resumed.estimator_state == whole.estimator_state
+        assert resumed.beta == whole.beta
