@@ -32,6 +32,7 @@ RELIED_ON = (
     "_get_per_token_logps_and_entropies",
     "_prepare_inputs",
     "_generate_single_turn",
+    "_determine_best_metric",
     "_get_train_sampler",
     "_load_rng_state",
     "_maybe_log_save_evaluate",
