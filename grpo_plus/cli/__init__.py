@@ -16,7 +16,7 @@ from types import ModuleType
 from grpo_plus.cli.words import for_terminal
 from grpo_plus.version import __version__
 
-VERBS = ("demo", "train", "replay", "compare", "plan", "ls", "doctor")
+VERBS = ("demo", "train", "replay", "compare", "plan", "merge", "ls", "doctor")
 FORWARDING = ("train", "compare")  # verbs that take TRL's flags, parsed by TRL
 HELPED = ("train",)  # and of these, the ones without flags of their own: TRL's parser shows the help
 
