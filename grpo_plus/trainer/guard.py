@@ -121,8 +121,13 @@ class Guard(TrainerCallback):
 
     def on_step_begin(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
         """Remember where the step starts."""
+        self._leave_between_steps()
         self._losses, self._batches = [], []
         self._controllers = {name: vars(self.trainer)[name] for name in CONTROLLERS if name in vars(self.trainer)}
+
+    def on_prediction_step(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
+        """Leave an evaluation that a signal came into: the step before it is finished."""
+        self._leave_between_steps()
 
     def on_pre_optimizer_step(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
         """Judge the step, and keep the optimizer from taking one that is not finite."""
@@ -151,8 +156,7 @@ class Guard(TrainerCallback):
         if self.skipped_steps:
             state.stateful_callbacks[COUNTS] = {"skipped_steps": self.skipped_steps, "in_a_row": self.in_a_row}
         # What one process has heard since it was asked, it need not ask others about.
-        alone = self.trainer.accelerator.num_processes == 1
-        asked = self.signals.received if alone else verdict.asked
+        asked = self.signals.received if self._alone else verdict.asked
         if asked is not None and self._leaves_with is None:
             self._leave(leaving(asked), control)
         self._losses, self._batches = [], []
@@ -170,10 +174,23 @@ class Guard(TrainerCallback):
         """Leave after a signal that came when the last step was over, with a checkpoint of that step."""
         asked = self._agreed([self.signals.received == number for number in (signal.SIGTERM, signal.SIGINT)])
         if any(asked):
-            trainer = self.trainer
-            if self._saved_step != trainer.state.global_step and not trainer.args.load_best_model_at_end:
-                trainer._save_checkpoint(trainer.model, trial=None)
-            raise leaving(signal.SIGTERM if asked[0] else signal.SIGINT)
+            # Under load_best_model_at_end the model is the best one by now, which has its checkpoint.
+            best = self.trainer.args.load_best_model_at_end
+            self._save_and_leave(signal.SIGTERM if asked[0] else signal.SIGINT, saved=best)
+
+    def _leave_between_steps(self) -> None:
+        # Several processes would have to agree here too: they leave after the next step.
+        if self.signals.received is not None and self._alone:
+            self._save_and_leave(self.signals.received)
+
+    def _save_and_leave(self, number: int, *, saved: bool = False) -> None:
+        if not saved and self._saved_step != self.trainer.state.global_step:
+            self.trainer._save_checkpoint(self.trainer.model, trial=None)
+        raise leaving(number)
+
+    @property
+    def _alone(self) -> bool:
+        return self.trainer.accelerator.num_processes == 1
 
     def _judge(self) -> Verdict:
         trainer, received = self.trainer, self.signals.received

@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from peft import LoraConfig
 from transformers import TrainerCallback
-from trl import GRPOConfig
+from trl import GRPOConfig, GRPOTrainer
 
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
 from grpo_plus.trainer.guard import Guard
@@ -252,6 +253,77 @@ def test_what_is_steered_by_a_step_stays_where_the_step_is_skipped(tmp_path, los
     assert seen[0] != seen[1]
     assert seen[1] == seen[2]
     assert seen[2][0] < seen[1][0] or seen[3][0] < seen[2][0]
+
+
+class Scaled(TrainerCallback):
+    """Trains under fp16's scaler, which accelerate sets up on a GPU only."""
+
+    def __init__(self, scale):
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+
+    def install(self, trainer):
+        trainer.accelerator.scaler = self.scaler
+        trainer.accelerator.native_amp = True
+        trainer.accelerator.state._mixed_precision = "fp16"
+        trainer.add_callback(self)
+        return self
+
+
+@pytest.fixture
+def scaled():
+    yield lambda trainer, scale: Scaled(scale).install(trainer)
+    AcceleratorState()._mixed_precision = "no"
+
+
+def test_overflows_of_fp16_are_the_scalers_business(tmp_path, scaled):
+    logs, weights = [], []
+    for trainer_class in (GRPOTrainer, GRPOPlusTrainer):
+        trainer = make_trainer(tmp_path, trainer_class=trainer_class, max_steps=6, max_grad_norm=0.0)
+        scaler = scaled(trainer, 2.0**9).scaler
+        too_large = lambda loss, scaler=scaler: NAN if scaler.get_scale() > 2.0**6 else 1.0  # noqa: E731
+        spoil(trainer, too_large)
+        trainer.train()
+        assert scaler.get_scale() == 2.0**6
+        logs.append([{k: v for k, v in entry.items() if not k.startswith("advantages/")} for entry in logs_of(trainer)])
+        weights.append(weights_of(trainer))
+    assert repr(logs[0]) == repr(logs[1])  # the norms are NaN
+    assert not differing(*weights)
+
+
+def spoil(trainer, factor):
+    """Multiplies what the backward starts from, and not the loss that is logged."""
+    backward = trainer.accelerator.backward
+    trainer.accelerator.backward = lambda loss, **keywords: backward(loss * factor(loss), **keywords)
+
+
+def test_gradients_that_no_scale_makes_finite_end_the_run(tmp_path, scaled):
+    trainer = broken(tmp_path, {}, max_steps=50, max_nonfinite_steps=2)
+    scaled(trainer, 8.0)
+    spoil(trainer, lambda loss: NAN)
+    with pytest.raises(RuntimeError, match="Steps 4 to 5 were skipped"):  # at scales 8, 4, 2: the scaler's business
+        trainer.train()
+
+
+def test_a_loss_that_is_infinite_alone_is_skipped_under_the_scaler_too(tmp_path, scaled):
+    watch = Watch()
+    trainer = broken(tmp_path, {1: INF}, callbacks=[watch], max_steps=3)
+    scaler = scaled(trainer, 1.0).scaler
+    trainer.train()
+    first, second, third = watch.weights
+    assert same(first, second)
+    assert not same(second, third)
+    assert scaler.get_scale() == 1.0
+
+
+def test_where_a_step_cannot_be_skipped_the_first_broken_weight_ends_the_run(tmp_path):
+    class WithinBackward(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            args.optim = "galore_adamw_layerwise"  # steps in hooks of the backward, as here the optimizer does
+
+    trainer = broken(tmp_path, {1: NAN}, callbacks=[WithinBackward()], max_steps=9, num_iterations=9)
+    with pytest.raises(RuntimeError, match=r"Step 2 was taken within the backward.*is not finite after step 2"):
+        trainer.train()
+    assert not list(tmp_path.glob("checkpoint-*"))
 
 
 def test_without_a_nan_nothing_is_different_from_trl(tmp_path):

@@ -110,6 +110,40 @@ def test_the_evaluation_that_is_due_is_left_out(tmp_path):
     assert not [entry for entry in trainer.state.log_history if "eval_loss" in entry]
 
 
+def test_an_evaluation_that_runs_is_left_and_the_step_before_it_saved(tmp_path):
+    class During(TrainerCallback):
+        evaluated = 0
+
+        def on_prediction_step(self, args, state, control, **kwargs):
+            self.evaluated += 1
+            signal.raise_signal(signal.SIGTERM)
+
+    during = During()
+    trainer = made(
+        tmp_path,
+        during,
+        eval_strategy="steps",
+        eval_steps=2,
+        per_device_eval_batch_size=4,
+        trainer_arguments={"eval_dataset": PROMPTS.select(range(3))},
+    )
+    with pytest.raises(SystemExit):
+        trainer.train()
+    assert during.evaluated == 1
+    assert saved(tmp_path) == ["checkpoint-2"]
+
+
+def test_a_signal_into_a_save_needs_no_further_step(tmp_path):
+    class Saving(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            signal.raise_signal(signal.SIGTERM)
+
+    trainer = made(tmp_path, Saving(), save_strategy="steps", save_steps=1)
+    with pytest.raises(SystemExit):
+        trainer.train()
+    assert saved(tmp_path) == ["checkpoint-1"]
+
+
 def test_a_signal_after_the_last_step_leaves_a_checkpoint_too(tmp_path):
     class Late(TrainerCallback):
         def on_train_end(self, args, state, control, **kwargs):
