@@ -1,28 +1,23 @@
 """Forward padded rows without their padding, and each prompt once for all of its completions.
 
 Start reading at `packer.py`, which chooses the form of a model's rows. `check.py` compares a form with plain rows
-before its use. A completion sees a shared prompt by segment attention (`attention.py`) or through the model's own cache
-(`cached.py`).
+before its use. A completion sees a shared prompt by cascade attention (`cascade.py`, on a GPU), by segment attention
+(`attention.py`), or through the model's own cache (`cached.py`).
 
-To add a form, write a `Form` at the end of `forward.py`, and offer the form in `packer.candidates`.
+To add a form, write a `Form` (`forward.py`) at the end of `rows.py` or of a file of its own, and offer the form in
+`packer.candidates`.
 """
 
 from grpo_plus.packing.forward import Head
 from grpo_plus.packing.head import single_pass_head, why_not_single_pass
-from grpo_plus.packing.packer import (
-    PACKING,
-    Packed,
-    Packer,
-    PaddedRows,
-    base_model,
-    forward_live,
-    why_not_packed,
-)
+from grpo_plus.packing.packer import PACKING, Packer, base_model, why_not_packed
+from grpo_plus.packing.padded import Layout, Packed, PaddedRows, forward_live
 from grpo_plus.packing.regroup import regroup, reorder
 
 __all__ = [
     "PACKING",
     "Head",
+    "Layout",
     "Packed",
     "Packer",
     "PaddedRows",

@@ -6,7 +6,8 @@ grouped queries, soft-capping and attention sinks therefore stay the model's aff
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -17,12 +18,12 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from grpo_plus.packing.cascade import Cascade, cascade_attention
+from grpo_plus.packing.layers import why_not_packed_row, window_of
 from grpo_plus.packing.layout import Span
 
 PREFIX = "grpo_plus_"
 SUPPORTED = ("sdpa", "eager")
-WINDOWED = "sliding_attention"
-LAYER_TYPES = frozenset({"full_attention", WINDOWED})
 
 Attention = Callable[..., tuple[Tensor, Any]]
 
@@ -53,29 +54,19 @@ class Segments:
         return self.masks[key]
 
 
-class UnsupportedLayerError(ValueError):
-    """Segment attention cannot tell what the tokens of a layer may see."""
-
-
 def why_not_segments(model: PreTrainedModel) -> str | None:
-    """Reason why a packed row would be wrong on this model. With None the row may be right; the self-check decides."""
-    config = model.config.get_text_config()
-    name = config._attn_implementation.removeprefix(PREFIX)
+    """Reason why segments would be wrong on this model. With None they may be right; the self-check decides."""
+    name = model.config.get_text_config()._attn_implementation.removeprefix(PREFIX)
     if name not in SUPPORTED:
         return f"attention {name!r} is not one of {', '.join(SUPPORTED)}"
-    if not getattr(model, "_supports_attention_backend", False):
-        return "the model does not use transformers' attention interface"
-    others = set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES
-    if others:
-        return f"layers of type {', '.join(sorted(others))} are not attention to a prompt and oneself"
-    return None
+    return why_not_packed_row(model)
 
 
 def install_segments(model: PreTrainedModel) -> None:
-    """Let the model's attention layers take `segments=...`. Without segments they compute what they did before.
+    """Let the model's attention layers take `segments=...`, a `Segments` or a `Cascade`.
 
-    Stays until `uninstall_segments`, because a checkpointed layer calls its attention again during the backward, long
-    after the forward returned.
+    Without segments the layers compute what they did before. The attention stays until `uninstall_segments`, because a
+    checkpointed layer calls its attention again during the backward, long after the forward returned.
     """
     for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
         name = config._attn_implementation
@@ -94,16 +85,31 @@ def _register(name: str) -> None:
     def attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Any]:
-        segments: Segments | None = kwargs.pop("segments", None)
+        segments: Segments | Cascade | None = kwargs.pop("segments", None)
+        if isinstance(segments, Cascade):
+            return cascade_attention(module, query, key, value, segments, **kwargs), None
         attend = _attention_of(module, name)
         if segments is None:
-            return attend(module, query, key, value, attention_mask, **kwargs)
+            with nullcontext() if name in SUPPORTED else _own_name(module.config, name):
+                return attend(module, query, key, value, attention_mask, **kwargs)
         return segment_attention(
             attend, module, query, key, value, segments, needs_mask=name == "eager", **kwargs
         ), None
 
     AttentionInterface.register(PREFIX + name, attention)
-    AttentionMaskInterface.register(PREFIX + name, ALL_MASK_ATTENTION_FUNCTIONS[name])
+    if name in ALL_MASK_ATTENTION_FUNCTIONS:  # a model gives no mask to any other
+        AttentionMaskInterface.register(PREFIX + name, ALL_MASK_ATTENTION_FUNCTIONS[name])
+
+
+@contextmanager
+def _own_name(config: PretrainedConfig, name: str) -> Iterator[None]:
+    """Show the attention function the name it was registered under, by which flash attention finds its kernel."""
+    before = config._attn_implementation
+    config._attn_implementation = name
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
 
 
 def _attention_of(module: nn.Module, name: str) -> Attention:
@@ -134,7 +140,7 @@ def segment_attention(
     Returns:
         (1, N, heads, D), as transformers' attention functions do.
     """
-    window = _window(module, kwargs)
+    window = window_of(module, kwargs)
     kwargs.pop("is_causal", None)
 
     def call(states: Sequence[Tensor], past: int = 0) -> Tensor:
@@ -197,15 +203,3 @@ def _causal_mask(length: int, past: int, window: int | None, like: Tensor) -> Te
         allowed &= keys > queries - window
     mask = torch.zeros(allowed.shape, dtype=like.dtype, device=like.device)
     return mask.masked_fill_(~allowed, torch.finfo(like.dtype).min)[None, None]
-
-
-def _window(module: nn.Module, kwargs: dict[str, Any]) -> int | None:
-    window: int | None = kwargs.get("sliding_window")
-    config: PretrainedConfig = module.config
-    kinds = getattr(config, "layer_types", None)
-    # Without layer types, a window that the attention function does not hear of lives in the mask.
-    hidden = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-    windowed = kinds[module.layer_idx] == WINDOWED if kinds else hidden
-    if window is None and windowed:
-        raise UnsupportedLayerError(f"{type(module).__name__} does not tell its attention function the sliding window")
-    return window

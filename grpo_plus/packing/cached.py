@@ -1,4 +1,4 @@
-"""Shared prompt on any model: two passes through the model's own cache, with gradients.
+"""Caches for a shared prompt on any model: two passes through the model's own cache, with gradients.
 
 First the prompt goes through the model, into a cache that keeps what each layer writes. Then the completions go
 through, on a cache that serves these records to every completion and takes nothing in. Both passes are part of one
@@ -73,43 +73,61 @@ def forget_prompts() -> None:
 
 
 class PromptReader(DynamicCache):
-    """Cache that serves a prompt's records to `rows` completions and takes nothing in."""
+    """Cache that serves prompts' records to `rows` completions and takes nothing in.
 
-    def __init__(self, config: PretrainedConfig, record: PromptRecord, rows: int, prompt_length: int) -> None:
+    Args:
+        prompt_length: tokens of the recorded prompts, padding included.
+        prompts: (rows,) index of each completion's prompt. None where the record has one prompt.
+    """
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        record: PromptRecord,
+        rows: int,
+        prompt_length: int,
+        prompts: Tensor | None = None,
+    ) -> None:
         super().__init__(config=config)
+        self.rows, self.prompts = rows, prompts
         self.states: dict[Key, tuple[Tensor, ...]] = {}
-        for key, tensors in record.states.items():
+        for key, states in record.states.items():
             kind, layer_idx, state_idx = key
-            expanded = tuple(tensor.expand(rows, *tensor.shape[1:]) for tensor in tensors)
             layer = self.layers[layer_idx]
             if kind == "attention":
-                expanded = self._fill_attention(layer, expanded, prompt_length)
+                states = self._fill_attention(layer, states, prompt_length)
             else:
                 layer.has_previous_state[state_idx] = True  # models ask for this before they choose masks
-            self.states[key] = expanded
+            self.states[key] = states
 
-    @staticmethod
-    def _fill_attention(layer: Any, states: tuple[Tensor, ...], prompt_length: int) -> tuple[Tensor, ...]:
-        """Put the states where the layer's own `get_seq_length` and `get_mask_sizes` look."""
+    def _fill_attention(self, layer: Any, states: tuple[Tensor, ...], prompt_length: int) -> tuple[Tensor, ...]:
+        """Put the states where the layer's own `get_seq_length` and `get_mask_sizes` look for their shapes."""
         if layer.is_sliding:
             layer.cumulative_length = prompt_length
             states = tuple(state[:, :, -(layer.sliding_window - 1) :] for state in states)
-        layer.lazy_initialization(*states)
-        layer.keys, layer.values = states
+        shown = [state[:1].expand(self.rows, *state.shape[1:]) for state in states]
+        layer.lazy_initialization(*shown)
+        layer.keys, layer.values = shown
         return states
+
+    def _of_rows(self, state: Tensor) -> Tensor:
+        """State of each completion's prompt. Made in the layer that needs it, so that no two layers keep copies."""
+        if self.prompts is None:
+            return state.expand(self.rows, *state.shape[1:])
+        return state.index_select(0, self.prompts)
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
         """Keys and values of the prompt, then of the completions."""
-        keys, values = self.states["attention", layer_idx, 0]
+        keys, values = map(self._of_rows, self.states["attention", layer_idx, 0])
         return torch.cat([keys, key_states], dim=2), torch.cat([values, value_states], dim=2)
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor:
         """Columns of the prompt that the convolution sees."""
-        return self.states["conv", layer_idx, state_idx][0]
+        return self._of_rows(self.states["conv", layer_idx, state_idx][0])
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor:
         """State after the prompt."""
-        return self.states["recurrent", layer_idx, state_idx][0]
+        return self._of_rows(self.states["recurrent", layer_idx, state_idx][0])
 
     def update_conv_state(self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, **_: Any) -> Tensor:
         """Columns of the prompt, then of the completions."""

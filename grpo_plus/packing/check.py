@@ -75,7 +75,7 @@ def choose(
     allowed = min(max(NOISE_FACTOR * _rms(padded - truth), floor), ceiling)
     reasons: list[str] = []
     for head, form in product(heads, forms):
-        name = f"{'with the single-pass head, ' if head else ''}{form.name} ({form.detail})"
+        name = f"{'with the single-pass head, ' if head else ''}{form}"
         try:
             logps, found = _with_gradient(model, gradient, partial(_in_form, form, probes, head, model))
         except FAILURES as failure:
@@ -112,8 +112,10 @@ def _plain_rows(probes: Sequence[Group], padded_logps: PaddedLogps, device: torc
 
 
 def _in_form(form: Form, probes: Sequence[Group], head: Head | None, model: PreTrainedModel) -> Tensor:
-    logps, _ = model(packed=partial(form.run, form.arrange(probes), head))
-    return logps
+    ready = form.ready(form.arrange(probes), model.device)
+    logps: Tensor
+    logps, _ = model(packed=partial(form.run, ready.call, head))
+    return logps.index_select(0, (ready.rows * COMPLETION + ready.columns).argsort())
 
 
 def _with_gradient(

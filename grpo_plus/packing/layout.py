@@ -11,7 +11,8 @@ most one label, the next token of its own completion.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -45,6 +46,17 @@ class Group:
         """Inputs that predict completion `index`, (c,): the prompt's last token, then all but the completion's last."""
         return torch.cat([self.prompt[-1:], self.completions[index][:-1]])
 
+    @property
+    def prefix(self) -> "Piece":
+        """The prompt without its last token."""
+        return Piece(self.prompt[:-1], 0, None)
+
+    @property
+    def segments(self) -> "list[Piece]":
+        """Each completion after the prompt's last token."""
+        shared = len(self.prompt) - 1
+        return [Piece(self.continuation(row), shared, labels) for row, labels in enumerate(self.completions)]
+
 
 @dataclass(frozen=True)
 class Span:
@@ -73,8 +85,17 @@ class Span:
 
 
 @dataclass(frozen=True)
-class PackedRow:
-    """Groups laid end to end in one row of N tokens. Position ids restart in each group and after each prompt.
+class Piece:
+    """Consecutive tokens of a row: ids, the position of the first, and labels. None where nothing is scored."""
+
+    ids: Tensor
+    position: int
+    labels: Tensor | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """Groups in one row of N tokens. Position ids restart in each group and after each prompt.
 
     input_ids, position_ids, shift_labels: (1, N). The label is -100 where nothing is scored.
     """
@@ -82,6 +103,20 @@ class PackedRow:
     input_ids: Tensor
     position_ids: Tensor
     shift_labels: Tensor
+
+    @classmethod
+    def of(cls, pieces: Sequence[Piece], *places: Any) -> Self:
+        """Lay pieces end to end."""
+        ids = torch.cat([piece.ids for piece in pieces])
+        positions = torch.cat([torch.arange(p.position, p.position + len(p.ids)) for p in pieces])
+        labels = [torch.full((len(p.ids),), IGNORED) if p.labels is None else p.labels for p in pieces]
+        return cls(ids[None], positions[None], torch.cat(labels)[None], *places)
+
+
+@dataclass(frozen=True)
+class PackedRow(Row):
+    """Groups laid end to end."""
+
     spans: tuple[Span, ...]
 
 
@@ -120,21 +155,13 @@ def group_rows(
 
 def pack(groups: Sequence[Group]) -> PackedRow:
     """Lay groups end to end in one row."""
-    ids, positions, labels, spans = [], [], [], []
+    pieces, spans = [], []
     start = 0
     for group in groups:
-        shared = len(group.prompt) - 1
-        ids.append(group.prompt[:-1])
-        positions.append(torch.arange(shared))
-        labels.append(torch.full((shared,), IGNORED))
-        for index, completion in enumerate(group.completions):
-            ids.append(group.continuation(index))
-            positions.append(torch.arange(shared, shared + len(completion)))
-            labels.append(completion)
-        spans.append(_span(start, shared, [len(completion) for completion in group.completions]))
+        pieces += [group.prefix, *group.segments]
+        spans.append(_span(start, len(group.prompt) - 1, [len(completion) for completion in group.completions]))
         start = spans[-1].end
-    input_ids, position_ids, shift_labels = (torch.cat(parts).unsqueeze(0) for parts in (ids, positions, labels))
-    return PackedRow(input_ids, position_ids, shift_labels, tuple(spans))
+    return PackedRow.of(pieces, tuple(spans))
 
 
 def _span(start: int, shared: int, lengths: list[int]) -> Span:
@@ -152,13 +179,20 @@ def passes(lengths: Sequence[int], per_pass: int) -> list[list[int]]:
     Returns:
         Indices into `lengths`, shorter rows in earlier parts.
     """
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    best: list[tuple[int, list[int]]] = [(0, [])]  # for the n shortest rows: tokens, and where the parts begin
-    for end, longest in enumerate(order, 1):
-        costs = [cost + per_pass + (end - start) * lengths[longest] for start, (cost, _) in enumerate(best)]
-        start = costs.index(min(costs))
-        best.append((costs[start], [*best[start][1], start]))
-    return [order[start:end] for start, end in pairwise([*best[-1][1], len(order)])]
+    rows: dict[int, list[int]] = {}  # rows of equal length are never apart
+    for row in sorted(range(len(lengths)), key=lengths.__getitem__):
+        rows.setdefault(lengths[row], []).append(row)
+    counts = [0, *accumulate(map(len, rows.values()))]
+    best, begins = [0], [0]  # for the n shortest lengths: tokens, and where their last part begins
+    for end, longest in enumerate(rows, 1):
+        costs = [best[start] + per_pass + (counts[end] - counts[start]) * longest for start in range(end)]
+        best.append(min(costs))
+        begins.append(costs.index(best[-1]))
+    by_length, parts, end = list(rows.values()), [], len(rows)
+    while end:
+        parts.append([row for same in by_length[begins[end] : end] for row in same])
+        end = begins[end]
+    return parts[::-1]
 
 
 def scored(groups: Sequence[Group], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:

@@ -2,23 +2,27 @@
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from grpo_plus.models.adapters import has_adapters
 from grpo_plus.models.dropout import dropout_of, without_dropout
 from grpo_plus.packing.attention import uninstall_segments, why_not_segments
+from grpo_plus.packing.cascade import why_not_cascade
 from grpo_plus.packing.check import PaddedLogps, choose
-from grpo_plus.packing.forward import CACHED, PADDING_FREE, SEGMENTS, Form, Head
+from grpo_plus.packing.forward import Form, Head
 from grpo_plus.packing.head import why_not_single_pass
-from grpo_plus.packing.layout import Group, group_rows, scored, unpack
+from grpo_plus.packing.layout import Group, unpack
+from grpo_plus.packing.padded import Layout, Packed, PaddedRows, filled, imputed
+from grpo_plus.packing.passes import CACHED, why_not_cached
+from grpo_plus.packing.rows import CASCADE, PADDING_FREE, PADDING_FREE_FLASH, SEGMENTS
 
 logger = logging.getLogger("grpo_plus")
 
@@ -32,42 +36,6 @@ LONG_ROWS = (
 
 
 @dataclass(frozen=True)
-class PaddedRows:
-    """Padded rows as TRL has them.
-
-    input_ids, attention_mask: (B, L), prompts padded on the left, completions on the right.
-    completion_length: T; the last T columns are completions.
-    live: the rows to forward. None forwards all rows that have a token to score.
-    fill: (B, T) log-probabilities of rows that are not forwarded. None fills in zeros.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    completion_length: int
-    live: tuple[int, ...] | None = None
-    fill: Tensor | None = None
-
-    @property
-    def completion_mask(self) -> Tensor:
-        """1 where there is a completion token, (B, T)."""
-        return self.attention_mask[:, -self.completion_length :]
-
-
-@dataclass(frozen=True)
-class Packed:
-    """Log-probabilities and entropies of padded rows.
-
-    logps: (B, T).
-    entropies: (B, T). A row that was not forwarded has the mean entropy of the forwarded tokens.
-    tokens: number of tokens that went through the model.
-    """
-
-    logps: Tensor
-    entropies: Tensor
-    tokens: int
-
-
-@dataclass(frozen=True)
 class Choice:
     """Form of one model's rows, and the head that scores the rows. A head of None is the model's fused head."""
 
@@ -77,7 +45,7 @@ class Choice:
     @property
     def description(self) -> str:
         """Form and head in a few words."""
-        return f"{self.form.name} ({self.form.detail})" + (", single-pass head" if self.head else "")
+        return str(self.form) + (", single-pass head" if self.head else "")
 
 
 class Packer:
@@ -135,23 +103,22 @@ class Packer:
             return None
         if base in self._choices and self._choices[base] is None:  # before the rows are laid out for nothing
             return None
-        groups = group_rows(rows.input_ids, rows.attention_mask, rows.completion_length, rows=rows.live)
-        if not groups:
+        layout = rows.layout or Layout.read(rows.input_ids, rows.attention_mask, rows.completion_length, rows.live)
+        if not layout.groups:
             return None
         if base not in self._choices:
-            self._choices[base] = self._decide(base, groups, padded_logps, rows)
+            self._choices[base] = self._decide(base, layout.groups, padded_logps, rows)
         choice = self._choices[base]
         if choice is None:
             return None
-        form = choice.form
-        groups = form.arrange(groups)
-        parts = [_call(model, choice, chunk) for chunk in _chunks(groups, form, max_tokens)]
-        logps, entropies = (torch.cat(part) for part in zip(*parts, strict=True))
-        places = scored(groups, logps.device)
+        parts = layout.ready(choice.form, base.device, max_tokens)
+        scores = [model(packed=partial(choice.form.run, part.call, choice.head)) for part in parts]
+        logps, entropies = (torch.cat(part) for part in zip(*scores, strict=True))
+        places = torch.cat([part.rows for part in parts]), torch.cat([part.columns for part in parts])
         return Packed(
-            unpack(logps, places, _fill(rows, logps)),
-            unpack(entropies, places, _imputed(rows, entropies)),
-            form.tokens(groups),
+            unpack(logps, places, filled(rows, logps)),
+            unpack(entropies, places, imputed(rows, entropies)),
+            sum(part.tokens for part in parts),
         )
 
     def release(self) -> None:
@@ -174,7 +141,7 @@ class Packer:
         if self.insist_on_head and verdict.head is not heads[0]:
             warnings.warn(f"logprob_backend: the model's fused head. {'; '.join(verdict.reasons)}.", stacklevel=2)
         reasons += verdict.reasons
-        if verdict.form not in (SEGMENTS, PADDING_FREE):
+        if verdict.form in (CACHED, None):
             uninstall_segments(base)
         if verdict.form is None and self.packing != "auto":
             raise ValueError(
@@ -185,38 +152,12 @@ class Packer:
             warnings.warn(f"packing: none, rows stay padded. {'; '.join(reasons)}.", stacklevel=2)
             return None
         choice = Choice(verdict.form, verdict.head)
-        ratio = rows.input_ids.numel() / choice.form.tokens(choice.form.arrange(groups))
+        ratio = rows.input_ids.numel() / choice.form.tokens(choice.form.arrange(groups), base.device)
         parts = [f"packing: {choice.description}, {ratio:.1f}x fewer tokens in the first rows", self.note]
         logger.info("; ".join(part for part in parts if part))
         for reason in reasons:
             logger.info("packing: %s", reason)
         return choice
-
-
-def forward_live(rows: PaddedRows, forward: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Packed:
-    """Run the live rows through a forward of padded rows, (input_ids, attention_mask) -> log-probs and entropies."""
-    index = torch.tensor(rows.live, device=rows.input_ids.device)
-    ids, mask = rows.input_ids[index], rows.attention_mask[index]
-    logps, entropies = forward(ids, mask)
-    scored = entropies[mask[:, -rows.completion_length :].bool()]
-    return Packed(
-        _fill(rows, logps).index_copy(0, index, logps),
-        _imputed(rows, scored).index_copy(0, index, entropies),
-        ids.numel(),
-    )
-
-
-def _fill(rows: PaddedRows, logps: Tensor) -> Tensor:
-    # A skipped row keeps its old log-probs: its ratio is 1, so every loss is 0 there. Zeros could overflow to inf * 0.
-    if rows.fill is None:
-        return torch.zeros_like(rows.completion_mask, dtype=logps.dtype)
-    return rows.fill.to(logps.dtype)
-
-
-def _imputed(rows: PaddedRows, entropies: Tensor) -> Tensor:
-    # The entropy of a skipped row is that of the forwarded tokens on average: 0 would read as a collapse in the log.
-    mean = entropies.detach().sum() / max(1, entropies.numel())
-    return mean * rows.completion_mask.to(entropies.dtype)
 
 
 def base_model(model: Any) -> PreTrainedModel:
@@ -249,30 +190,23 @@ def rescaled_from(base: PreTrainedModel) -> float:
 
 def candidates(packing: str, base: PreTrainedModel, no_segments: str | None) -> tuple[list[Form], list[str]]:
     """Forms to try, best first, and reasons why other forms are not among them."""
-    forms, reasons = [], []
     dropout = dropout_of(base)
-    segments = no_segments or why_not_segments(base)
+    cascade = no_segments or dropout or why_not_cascade(base)
+    segments, cached = no_segments or why_not_segments(base), why_not_cached(base)
+    forms, reasons = [], []
     if packing != "padding_free":
         if dropout:
             reasons.append(f"{dropout}: a shared prompt would draw one dropout mask for all of its completions")
         else:
-            forms += [SEGMENTS, CACHED] if segments is None else [CACHED]
-    if packing != "shared_prompt" and segments is None:
-        forms.append(PADDING_FREE)
-    if segments is not None:
+            forms += _where([(CASCADE, cascade), (SEGMENTS, segments), (CACHED, cached)])
+    if packing != "shared_prompt":
+        forms += _where([(PADDING_FREE_FLASH, cascade), (PADDING_FREE, segments)])
+    if segments is not None and cascade is not None:
         reasons.append(f"segment attention: {segments}")
+    if packing != "padding_free" and cached is not None:
+        reasons.append(f"the model's cache: {cached}")
     return forms, reasons
 
 
-def _chunks(groups: Sequence[Group], form: Form, max_tokens: int | None) -> Iterator[list[Group]]:
-    chunk: list[Group] = []
-    for group in groups:
-        if chunk and max_tokens is not None and form.tokens([*chunk, group]) > max_tokens:
-            yield chunk
-            chunk = []
-        chunk.append(group)
-    yield chunk
-
-
-def _call(model: nn.Module, choice: Choice, groups: Sequence[Group]) -> Any:
-    return model(packed=partial(choice.form.run, groups, choice.head))
+def _where(reasons: Sequence[tuple[Form, str | None]]) -> list[Form]:
+    return [form for form, reason in reasons if reason is None]

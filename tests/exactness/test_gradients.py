@@ -110,6 +110,16 @@ def assert_same_step(stock, ours, inputs):
     assert_close("gradients", *flat, rtol=2e-6)
 
 
+@pytest.mark.parametrize("packing", ["shared_prompt", "padding_free"])
+def test_a_step_through_flash_attention_is_trls(tmp_path, monkeypatch, packing):
+    # Plain torch stands for the kernels here.
+    monkeypatch.setattr("grpo_plus.packing.cascade.why_not_flash", lambda device, dtype: None)
+    stock = trainer(tmp_path / "stock", "grpo", {}, LORA)
+    ours = trainer(tmp_path / "ours", "grpo", {"gradient_checkpointing": True}, LORA, packing=packing)
+    assert_same_step(stock, ours, micro_batch())
+    assert "cascade" in ours.speed.packer.describe() or "flash" in ours.speed.packer.describe()
+
+
 @pytest.mark.parametrize(("loss", "packing", "config", "adapter"), CASES)
 def test_a_step_is_trls(tmp_path, loss, packing, config, adapter):
     off = {"packing": "none", "skip_zero_advantage": False} if LOSSES[loss].origin == "grpo_plus" else {}

@@ -9,12 +9,16 @@ import weakref
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from grpo_plus.packing import attention, packer
+from grpo_plus.packing import attention, cascade, packer
 from grpo_plus.packing.head import single_pass_head
-from grpo_plus.packing.packer import Packer, PaddedRows
+from grpo_plus.packing.packer import Packer
+from grpo_plus.packing.padded import PaddedRows, imputed
 from tests.close import assert_close
-from tests.packing.models import tiny
+from tests.packing.models import HYBRIDS, tiny
 from tests.packing.rows import COMPLETION, padded_batch, padded_output, rows_alone
 
 CHOICES = {
@@ -51,6 +55,81 @@ def test_the_best_exact_form_is_chosen(name, detail):
     chosen, result = packed(model)
     assert detail in chosen.describe()
     assert_close("log-probabilities", result.logps, rows_alone(model, *padded_batch()), rtol=2e-6)
+
+
+def flash_runs(monkeypatch):
+    """Let the flash kernels' emulation stand for a GPU."""
+    monkeypatch.setattr("grpo_plus.packing.cascade.why_not_flash", lambda device, dtype: None)
+
+
+@pytest.mark.parametrize("packing", ["auto", "shared_prompt", "padding_free"])
+def test_flash_attention_comes_first_where_it_runs(monkeypatch, packing):
+    flash_runs(monkeypatch)
+    model = tiny("qwen3")
+    chosen, result = packed(model, packing)
+    assert chosen.describe() == {"padding_free": "padding_free (flash attention)"}.get(
+        packing, "shared_prompt (cascade attention)"
+    )
+    assert_close("log-probabilities", result.logps, rows_alone(model, *padded_batch()), rtol=2e-6)
+
+
+def test_segment_attention_follows_where_the_cascade_is_wrong(monkeypatch, caplog):
+    flash_runs(monkeypatch)
+    monkeypatch.setattr(cascade, "_merge", lambda out, lse, other, other_lse: None)
+    model = tiny("qwen3")
+    with caplog.at_level(logging.INFO, "grpo_plus"):
+        chosen, result = packed(model)
+    assert "segment attention" in chosen.describe()
+    assert "cascade attention) is not exact on Qwen3ForCausalLM" in caplog.text
+    assert_close("log-probabilities", result.logps, rows_alone(model, *padded_batch()), rtol=2e-6)
+
+
+@pytest.fixture
+def kernel():
+    """A name under which a kernel computes attention, as `kernels-community/...` does: it reads the config's name."""
+    name, sdpa = "kernels-community/test", ALL_ATTENTION_FUNCTIONS["sdpa"]
+    names = []
+
+    def attention(module, *args, **kwargs):
+        names.append(module.config._attn_implementation)
+        return sdpa(module, *args, **kwargs)
+
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    yield name, names
+    ALL_ATTENTION_FUNCTIONS._global_mapping.pop(name)
+    ALL_MASK_ATTENTION_FUNCTIONS._global_mapping.pop(name)
+
+
+def test_a_kernels_user_gets_the_shared_prompt(monkeypatch, kernel):
+    flash_runs(monkeypatch)
+    name, names = kernel
+    model = tiny("qwen3")
+    model.config._attn_implementation = name
+    expected = rows_alone(model, *padded_batch())
+    chosen, result = packed(model)
+    assert "cascade attention" in chosen.describe()
+    assert_close("log-probabilities", result.logps, expected, rtol=2e-6)
+    # Padded rows and generation still go through the kernel, which finds its own name in the config.
+    names.clear()
+    assert_close("log-probabilities", rows_alone(model, *padded_batch()), expected, rtol=2e-6)
+    assert set(names) == {name}
+    chosen.release()
+    assert model.config._attn_implementation == name
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_states_are_not_carried_by_a_transformers_that_gets_them_wrong(monkeypatch, name):
+    monkeypatch.setattr("transformers.__version__", "5.20.3")
+    with pytest.warns(UserWarning, match=r"since transformers 5.21, found 5.20.3: pip install -U transformers"):
+        assert packed(tiny(name))[1] is None
+    assert packed(tiny("bloom"))[1] is not None
+
+
+def test_without_flash_a_kernels_user_gets_the_cache(kernel):
+    model = tiny("qwen3")
+    model.config._attn_implementation = kernel[0]
+    assert "two passes" in packed(model)[0].describe()
 
 
 @pytest.mark.parametrize("name", ["qwen3_5", "lfm2"])
@@ -212,7 +291,7 @@ def test_an_explicit_single_pass_that_is_not_exact_warns():
 def test_a_row_without_anything_to_score_has_no_entropy():
     rows = PaddedRows(*padded_batch(), COMPLETION, live=(0,))
     empty = torch.zeros(0)
-    assert packer._imputed(rows, empty).isfinite().all()
+    assert imputed(rows, empty).isfinite().all()
 
 
 def test_a_copy_of_an_installed_model_computes_with_its_own_weights():

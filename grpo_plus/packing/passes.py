@@ -1,0 +1,166 @@
+"""Form of two passes through the model's own cache: prompts first, then completions in parts of similar length."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from packaging.version import Version
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import PreTrainedModel
+
+from grpo_plus.packing.cached import PromptReader, PromptRecord, checkpoints_with_cache
+from grpo_plus.packing.forward import Form, Head, Logps, Ready, Tokens, score
+from grpo_plus.packing.layout import IGNORED, Group, passes, scored
+
+CARRIES_STATE = frozenset({"linear_attention", "conv", "mamba"})
+STATES_SINCE = Version("5.21")
+
+
+@dataclass(frozen=True)
+class _Prompts:
+    """Prompts of several groups without their last tokens, padded on the left to one length.
+
+    input_ids, position_ids: (prompts, length).
+    mask: (prompts, length), 0 at padding. None where all prompts have this length.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    mask: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Completions:
+    """Completions padded on the right to one length, each after its prompt.
+
+    prompts: (rows,) index of each row's prompt. None where all rows have the same.
+    mask: (rows, prompt length + length), 0 at the prompt's padding. None where no prompt is padded.
+    """
+
+    tokens: Tokens
+    prompts: Tensor | None
+    mask: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Groups whose prompts go through the model together, and their completions.
+
+    prompts: None for prompts of one token, of which no token precedes the completions.
+    """
+
+    prompts: _Prompts | None
+    completions: tuple[_Completions, ...]
+
+
+def pass_tokens(device: torch.device) -> int:
+    """Cost of a pass beside its tokens, counted in tokens, forward and backward.
+
+    Prompts and completions go through the model in parts of similar length, where a further part saves more padding.
+    """
+    # A pass through 36 layers issues about 9,000 launches of 6 us, in which a GPU gets through some thousand tokens.
+    return 64 if device.type == "cpu" else 4096
+
+
+def why_not_cached(model: PreTrainedModel) -> str | None:
+    """Reason why the cache cannot carry a prompt to its completions. With None it may; the self-check decides."""
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+    if kinds & CARRIES_STATE and Version(transformers.__version__) < STATES_SINCE:
+        return (
+            f"layers of type {', '.join(sorted(kinds & CARRIES_STATE))} continue from a cache since transformers "
+            f"{STATES_SINCE}, found {transformers.__version__}: pip install -U transformers"
+        )
+    return None
+
+
+def _lay_out(groups: Sequence[Group], device: torch.device) -> Ready:
+    groups, parts = list(groups), []
+    order: list[Group] = []  # rows in the order in which they are scored
+    for members in _parts(groups, device):
+        some = [groups[index] for index in members]
+        length = max(len(group.prompt) for group in some) - 1
+        rows = [(which, row) for which, group in enumerate(some) for row in range(len(group.rows))]
+        completions = []
+        for chosen in passes([_length(some[which], row) for which, row in rows], pass_tokens(device)):
+            taken = [rows[index] for index in chosen]
+            completions.append(_completions(some, taken, length))
+            order += [some[which].apart()[row] for which, row in taken]
+        parts.append(_Part(_prompts(some, length) if length else None, tuple(completions)))
+    return Ready(tuple(parts), *scored(order), _tokens(groups, device))
+
+
+def _parts(groups: Sequence[Group], device: torch.device) -> list[list[int]]:
+    """Choose which groups go through the model together."""
+    short = [index for index, group in enumerate(groups) if len(group.prompt) == 1]
+    others = [index for index, group in enumerate(groups) if len(group.prompt) > 1]
+    parts = passes([len(groups[index].prompt) - 1 for index in others], pass_tokens(device))
+    return [*([short] if short else []), *([others[index] for index in part] for part in parts)]
+
+
+def _length(group: Group, row: int) -> int:
+    # A recurrent layer takes a single token for a step of generation and writes to its cache.
+    return max(2, len(group.completions[row]))
+
+
+def _prompts(groups: Sequence[Group], length: int) -> _Prompts:
+    padding = [length - len(group.prompt) + 1 for group in groups]
+    ids = torch.stack([pad(group.prompt[:-1], (left, 0)) for group, left in zip(groups, padding, strict=True)])
+    before = torch.tensor(padding).unsqueeze(1)
+    positions = torch.arange(length) - before
+    return _Prompts(ids, positions.clamp(min=0), (positions >= 0).long() if any(padding) else None)
+
+
+def _completions(groups: Sequence[Group], rows: Sequence[tuple[int, int]], prompt_length: int) -> _Completions:
+    """Lay out rows, each a completion of one of the groups, behind prompts padded to one length."""
+    length = max(_length(groups[which], row) for which, row in rows)
+    shared = torch.tensor([len(groups[which].prompt) - 1 for which, _ in rows]).unsqueeze(1)
+    texts = [groups[which].continuation(row) for which, row in rows]
+    labels = [groups[which].completions[row] for which, row in rows]
+    ids = torch.stack([pad(text, (0, length - len(text))) for text in texts])
+    targets = torch.stack([pad(label, (0, length - len(label)), value=IGNORED) for label in labels])
+    padded = prompt_length - shared
+    mask = (torch.arange(prompt_length + length) >= padded).long() if bool(padded.any()) else None
+    prompts = torch.tensor([which for which, _ in rows]) if len(groups) > 1 else None
+    return _Completions(Tokens.of(ids, shared + torch.arange(length), targets), prompts, mask)
+
+
+def _run(parts: Sequence[_Part], head: Head | None, model: PreTrainedModel, forward: Callable[..., Any]) -> Logps:
+    with checkpoints_with_cache(model):
+        scores = [values for part in parts for values in _run_part(part, head, model, forward)]
+    logps, entropies = (torch.cat(values) for values in zip(*scores, strict=True))
+    return logps, entropies
+
+
+def _run_part(part: _Part, head: Head | None, model: PreTrainedModel, forward: Callable[..., Any]) -> Iterator[Logps]:
+    config, prompts = model.config.get_text_config(), part.prompts
+    record = PromptRecord(config)
+    if prompts is not None:
+        model.base_model(
+            input_ids=prompts.input_ids,
+            attention_mask=prompts.mask,
+            position_ids=prompts.position_ids,
+            past_key_values=record,
+            use_cache=True,
+        )
+    for rows in part.completions:
+        reader = None
+        if prompts is not None:
+            shape = len(rows.tokens.input_ids), prompts.input_ids.shape[1]
+            reader = PromptReader(config, record, *shape, prompts=rows.prompts)
+        yield score(model, forward, head, rows.tokens, attention_mask=rows.mask, past_key_values=reader)
+
+
+def _tokens(groups: Sequence[Group], device: torch.device) -> int:
+    total = 0
+    for members in _parts(groups, device):
+        some = [groups[index] for index in members]
+        lengths = [_length(group, row) for group in some for row in range(len(group.rows))]
+        total += len(some) * (max(len(group.prompt) for group in some) - 1)
+        total += sum(len(rows) * max(lengths[row] for row in rows) for rows in passes(lengths, pass_tokens(device)))
+    return total
+
+
+CACHED = Form("shared_prompt", "two passes through the model's cache", True, _lay_out, _run, _tokens)
