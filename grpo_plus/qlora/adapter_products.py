@@ -1,9 +1,9 @@
 """What LoRA layers need not ask, copy and multiply again as long as nothing about them can change.
 
 A *hold* is such a time: an update's forward and backward, the scoring of a batch, one generation. Within a hold a
-layer's verdict (`unfit`) is given once, the copies of the adapters in the dtype of their products are made once, and
-layers that share an input are computed together. No code of the user runs within a hold. Outside of a hold every call
-asks and copies anew, so that a weight which a callback, `load_state_dict` or `sync_ref_model` changes is never missed.
+layer is looked at once, the copies of the adapters in the dtype of their products are made once, and layers that share
+an input are computed together. Every hold fills the copies anew, and outside of a hold every call asks and copies, so
+that a weight which an optimizer, a callback, `load_state_dict` or `sync_ref_model` changes is never missed.
 
 Layers that share an input are found by looking: they were called one after another with the same tensor. What one hold
 has seen counts from the next hold on. A step of gradient checkpointing therefore computes its second forward as its
@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_plus.kernels.lora_linear import Adapted, Copies, lora_linears
+from grpo_plus.kernels.lora_linear import Adapted, Copies, Sharing, lora_linears
 from grpo_plus.kernels.products import compute_dtype
-from grpo_plus.qlora.plain_lora import adapted, unfit
+from grpo_plus.qlora.plain_lora import Judged
 
 
 class Siblings:
@@ -31,7 +31,7 @@ class Siblings:
     """
 
     def __init__(self, layers: tuple[Any, ...], parts: tuple[Adapted, ...]) -> None:
-        self.layers, self.parts = layers, parts
+        self.layers, self.parts, self.sharing = layers, parts, Sharing.of(parts)
         self.active: Any = None
         self._kinds = _kinds(parts)
         self._copies: dict[torch.dtype, tuple[Copies, list[Tensor], list[Tensor]]] = {}
@@ -75,12 +75,14 @@ class Products:
     """
 
     def __init__(self) -> None:
-        self._layers: tuple[Any, ...] = ()
+        self._judged: dict[Any, Judged] = {}
         self._is_held = self._in_step = False
         self._seen: dict[Any, tuple[Any, ...]] = {}  # by the first of them: the layers called with one input
         self._last: tuple[weakref.ref[Tensor], list[Any]] | None = None  # the latest input, and who was called with it
         self._kept: dict[tuple[Any, ...], Siblings] = {}
         self._plan: dict[Any, Siblings] | None = None
+        self._last_plan: dict[Any, Siblings] = {}
+        self._planned: dict[Any, tuple[Any, ...]] | None = None  # what had been seen when the last plan was made
         self._followers: set[Any] = set()  # of the plan: layers that others compute ahead
         self._filled: set[torch.dtype] = set()
         self._ahead: _Ahead | None = None
@@ -94,13 +96,14 @@ class Products:
     @contextmanager
     def of(self, layers: Sequence[Any]) -> Iterator[None]:
         """Serve these layers, inside. Afterwards nothing of them is left."""
-        self._layers = tuple(layers)
+        self._judged = {layer: Judged(layer) for layer in layers}
         try:
             yield
         finally:
-            self._layers = ()
+            self._judged = {}
             self._seen.clear()
             self._kept.clear()
+            self._last_plan, self._planned = {}, None
             self._release()
 
     @property
@@ -150,12 +153,13 @@ class Products:
         if self._ahead is not None and (output := self._ahead.take(layer, x)) is not None:
             return output
         if self._plan is None:
-            self._plan = self._made_plan()
+            self._make_plan()
+            assert self._plan is not None
         siblings = self._plan.get(layer)
         if siblings is None or layer.active_adapter != siblings.active:
             return None
         self._look(siblings, x)
-        outputs = lora_linears(x, siblings.parts, self._copies(siblings))
+        outputs = lora_linears(x, siblings.sharing, self._copies(siblings))
         if self._ahead is not None and self._ahead.outputs:  # they have not been called with the same input this time
             self._seen = {first: others for first, others in self._seen.items() if first is not self._ahead.first}
         self._ahead = _Ahead.of(siblings.layers, x, outputs)
@@ -169,9 +173,14 @@ class Products:
         else:
             self._last = weakref.ref(x), list(siblings.layers)
 
-    def _made_plan(self) -> dict[Any, Siblings]:
-        """The siblings that a call of each fitting layer computes. A layer that others compute ahead is alone here."""
-        fitting = {layer: adapted(layer) for layer in self._layers if unfit(layer) is None}
+    def _make_plan(self) -> None:
+        """Find the siblings that a call of each fitting layer computes. A layer that others compute ahead is alone."""
+        if self._last_plan_stands():
+            self._plan = self._last_plan
+            return
+        self._planned = dict(self._seen)
+        self._judged = {layer: judged if judged.holds() else Judged(layer) for layer, judged in self._judged.items()}
+        fitting = {layer: judged.part for layer, judged in self._judged.items() if judged.part is not None}
         plan: dict[Any, Siblings] = {}
         for layer in fitting:
             layers = self._seen.get(layer, (layer,))
@@ -181,11 +190,18 @@ class Products:
             kept = self._kept.get(layers)
             if kept is None or not kept.has(parts):
                 kept = Siblings(layers, parts)
-            kept.active = layer.active_adapter
+            kept.active = self._judged[layer].active
             plan[layer] = kept
         self._followers = {member for siblings in plan.values() for member in siblings.layers[1:]}
         self._kept = {siblings.layers: siblings for layer, siblings in plan.items() if layer not in self._followers}
-        return plan
+        self._plan = self._last_plan = plan
+
+    def _last_plan_stands(self) -> bool:
+        return (
+            self._seen == self._planned
+            and all(judged.holds() for judged in self._judged.values())
+            and all(siblings.has(siblings.parts) for siblings in self._kept.values())
+        )
 
     def _copies(self, siblings: Siblings) -> Copies | None:
         if siblings.layers[0] in self._followers:

@@ -2,9 +2,9 @@
 
 Only `forward` of the instances is replaced. At every call, the new forward asks whether PEFT's own forward would do
 anything but add one plain adapter, and if so calls PEFT's own. That is the case with adapters disabled or merged, with
-another set of adapters, and with a hook or a dropout. Within a hold (`adapter_products`) the answer is given once.
-Outside of a hold, generation token by token takes PEFT's own forward too. State dicts, `disable_adapter`,
-`set_adapter`, merging, saving and loading see nothing of the replacement.
+another set of adapters, and with a hook or a dropout. Within a hold (`adapter_products`) one look tells for all calls
+whether the last answer still stands. Outside of a hold, generation token by token takes PEFT's own forward too. State
+dicts, `disable_adapter`, `set_adapter`, merging, saving and loading see nothing of the replacement.
 """
 
 import warnings
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grpo_plus.kernels.lora_linear import lora_linears
+from grpo_plus.kernels.lora_linear import Sharing, lora_linears
 from grpo_plus.models.adapters import has_adapters
 from grpo_plus.qlora.adapter_products import Products
 from grpo_plus.qlora.plain_lora import OurForward, adapted, lora_layers, unfit
@@ -67,7 +67,7 @@ def _forward(products: Products, layer: Any, x: Tensor, *args: Any, **kwargs: An
             if output is not None:
                 return output
         if not _generates(x) and not unfit(layer):
-            return lora_linears(x, (adapted(layer),))[0]
+            return lora_linears(x, Sharing.of([adapted(layer)]))[0]
     return type(layer).forward(layer, x, *args, **kwargs)
 
 

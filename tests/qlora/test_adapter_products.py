@@ -13,7 +13,7 @@ from transformers.trainer_callback import TrainerCallback
 
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
 from grpo_plus.demo.tiny import tiny_model, tiny_tokenizer
-from grpo_plus.qlora import adapter_products
+from grpo_plus.qlora import plain_lora
 from grpo_plus.qlora.lora_layers import fused_lora
 from tests.close import assert_close
 from tests.launches import Launches, launches_per_layer
@@ -319,14 +319,42 @@ def test_nothing_is_kept_after_the_training(make):
     assert [reference() for reference in kept if reference() is not None] == []
 
 
-def test_the_question_what_fits_is_asked_once_in_a_hold(make, monkeypatch):
+def test_the_question_what_fits_is_asked_once_in_a_training(make, monkeypatch):
     model, asked = make(), []
-    unfit = adapter_products.unfit
-    monkeypatch.setattr(adapter_products, "unfit", lambda layer: asked.append(layer) or unfit(layer))
-    with fused_lora(model) as products, products.held():
+    unfit = plain_lora.unfit
+    with fused_lora(model) as products:
+        monkeypatch.setattr(plain_lora, "unfit", lambda layer: asked.append(layer) or unfit(layer))
         for _ in range(3):
-            gradients(model)
-    assert len(asked) == len(set(asked)) == 14
+            with products.held():
+                gradients(model)
+    assert not asked
+
+
+CHANGES = {
+    "a hook of the base": lambda layer: layer.base_layer.register_forward_hook(lambda *_: None),
+    "a hook of B": lambda layer: layer.lora_B["default"].register_full_backward_hook(lambda *_: None),
+    "a forward of A": lambda layer: setattr(layer.lora_A["default"], "forward", lambda x: x),
+    "a forward of the layer": lambda layer: setattr(layer, "forward", lambda x: x),
+    "a dropout": lambda layer: layer.lora_dropout.update({"default": nn.Dropout(0.5)}),
+    "a base that trains": lambda layer: layer.base_layer.weight.requires_grad_(True),
+    "another base": lambda layer: setattr(layer, "base_layer", nn.Linear(64, 64)),
+    "another weight": lambda layer: setattr(layer.base_layer, "weight", nn.Parameter(torch.ones(64, 64), False)),
+    "another A": lambda layer: setattr(layer.lora_A["default"], "weight", nn.Parameter(torch.ones(4, 64))),
+    "a bias of B": lambda layer: setattr(layer.lora_B["default"], "bias", nn.Parameter(torch.ones(64))),
+    "another scaling": lambda layer: layer.set_scale("default", 2),
+    "another adapter": lambda layer: layer.set_adapter([]),
+    "a variant": lambda layer: layer.lora_variant.update(default=1),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_change_of_a_layer_is_noticed_by_the_quick_look(make, change):
+    layer = next(module for name, module in make().named_modules() if name.endswith("q_proj"))
+    judged = plain_lora.Judged(layer)
+    assert judged.part is not None
+    assert judged.holds()
+    change(layer)
+    assert not judged.holds()
 
 
 @pytest.mark.parametrize(("grad", "pefts", "ours"), [(True, 276, 184), (False, 110, 65)], ids=["update", "decoding"])
