@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from types import ModuleType
 
+from grpo_plus.cli.tracebacks import users_part
 from grpo_plus.cli.words import for_terminal
 from grpo_plus.version import __version__
 
@@ -22,7 +23,11 @@ HELPED = ("train",)  # and of these, the ones without flags of their own: TRL's 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb and return the exit status; an error prints one line, or a traceback with --debug."""
+    """Run one verb and return the exit status.
+
+    An error prints one line, behind the traceback of the user's own code where that has raised it. With --debug it
+    prints the whole traceback.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = _take_debug(arguments)
     verbs = {verb: import_module(f"grpo_plus.cli.{verb}") for verb in VERBS}
@@ -38,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             raise
+        if users := users_part(error):
+            print(for_terminal(users), file=sys.stderr)
         print(for_terminal(f"grpo-plus {args.verb}: {type(error).__name__}: {error}"), file=sys.stderr)
         print("Run it with --debug for the traceback.", file=sys.stderr)
         return 1

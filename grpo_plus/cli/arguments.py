@@ -117,6 +117,8 @@ def _reward_function(name: str) -> Callable[..., Any]:
 def _with_config_file(arguments: list[str]) -> list[str]:
     """`arguments` with --config=FILE as two words, which is how TRL's parser looks for it."""
     words = [word for argument in arguments for word in _split_config(argument)]
+    if words and words[0].endswith((".yaml", ".yml")):
+        raise ValueError(f"A file of settings needs its flag. Write --config {' '.join(words)}.")
     for word, following in zip(words, [*words[1:], "--"], strict=False):
         if word == "--config" and following.startswith("--"):
             raise ValueError("--config needs a file: --config run.yaml.")

@@ -11,6 +11,7 @@ from grpo_plus.cli.arguments import load, loading, parse, reward_functions, spli
 from grpo_plus.compare.held_out import HeldOutTrainer
 from grpo_plus.compare.task import Scores, Task
 from grpo_plus.config import GRPOPlusConfig
+from grpo_plus.config.data import check_needs
 
 TEST_SPLIT = "test"  # TRL's default of --dataset_test_split
 
@@ -33,6 +34,7 @@ def own_task(rest: list[str], num_held_out: int) -> Task:
     script, model, mixture, given = parse("compare", rest, GivenFields, save_strategy="no")
     values = {entry.name: getattr(given, entry.name) for entry in fields(given) if entry.init}
     rewards = reward_functions(script)
+    check_needs(rewards)  # before a download
     dataset = load(script, mixture)
     train, held_out, described = _rows(dataset, script, num_held_out)
     made: dict[str, Any] = {}

@@ -36,8 +36,10 @@ def train(
 ) -> None:
     """Load what the arguments name, train, save, and push if asked to."""
     from grpo_plus import GRPOPlusTrainer
+    from grpo_plus.config.data import check_needs
 
     rewards = reward_functions(script)
+    check_needs(rewards)  # before a download
     dataset = load(script, mixture)
     evaluates = config.eval_strategy != "no"
     trainer = GRPOPlusTrainer(

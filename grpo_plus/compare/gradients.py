@@ -79,6 +79,8 @@ def measure_start(trainer: GRPOPlusTrainer, configs: Mapping[str, GRPOPlusConfig
         for estimator in distinct.values():
             estimator.take(rewards)
         groups += len(rewards.values)
+        if not rows:
+            skipped = "images: the gradients at the start are computed for rows of text alone"
         if not skipped:
             _add_gradients(trainer, weights, rows, distinct, totals)
     if groups == 0:

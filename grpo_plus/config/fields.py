@@ -10,7 +10,7 @@ from grpo_plus.config.guard import check_guard
 from grpo_plus.config.keywords import as_dictionary
 from grpo_plus.config.losses import check_kl_target, check_loss
 from grpo_plus.config.numbers import check_numbers, check_reward_timeout
-from grpo_plus.config.speed import check_adapter_dtype, check_speed
+from grpo_plus.config.speed import check_adapter_dtype, check_liger, check_speed
 from grpo_plus.version import __version__
 
 
@@ -208,6 +208,7 @@ class GRPOPlusConfig(GRPOConfig):
         check_loss(self)
         check_kl_target(self)
         check_speed(self)
+        check_liger(self)
         check_adapter_dtype(self)
         check_guard(self)
         self.advantage_kwargs = as_dictionary("advantage_kwargs", self.advantage_kwargs)

@@ -1,8 +1,9 @@
 """When a speed-up is exact: which settings of a run it can be combined with."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from grpo_plus.kernels.linear_logprob import BACKENDS as SINGLE_PASS
+from grpo_plus.kernels.linear_logprob import why_not_on
 from grpo_plus.losses import LOSSES
 from grpo_plus.models.adapters import ADAPTER_DTYPES
 from grpo_plus.packing import PACKING
@@ -39,6 +40,21 @@ def check_adapter_dtype(config: "GRPOPlusConfig") -> None:
         raise ValueError(
             "adapter_dtype='bfloat16' with fp16=True: the scaler of float16 training cannot unscale gradients in "
             "bfloat16. Set adapter_dtype='float32'."
+        )
+
+
+def check_liger(config: Any) -> None:
+    """Refuse Liger's kernels without a GPU: the run would die in step 0 and leave classes of transformers replaced.
+
+    Args:
+        config: the arguments of a trainer; None where it makes its own.
+    """
+    if config is None or not config.use_liger_kernel or config.device.type != "cpu":
+        return
+    if (reason := why_not_on("triton", "cpu")) is not None:
+        raise ValueError(
+            f"use_liger_kernel=True, but the run is on the CPU and Liger's kernels are written in Triton ({reason}). "
+            "Set use_liger_kernel=False."
         )
 
 

@@ -56,6 +56,9 @@ MULTIMODAL = tuple(inspect.signature(GRPOTrainer._get_per_token_logps_and_entrop
 # What TRL and we move after each optimizer step, by what the step has measured.
 CONTROLLERS = ("beta", "entropy_coef", "_last_world_entropy")
 
+# Of these, what a dictionary holds where some row has an image.
+IMAGES = ("pixel_values", "num_images")
+
 # What a row of text is made of.
 ROWS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "tool_mask")
 

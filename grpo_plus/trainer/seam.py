@@ -15,8 +15,10 @@ from torch import Tensor
 from trl import GRPOTrainer
 
 from grpo_plus.advantages import Rewards, check_rewards, check_trls_range, checked
+from grpo_plus.config.data import check_data
 from grpo_plus.config.numbers import check_numbers
 from grpo_plus.config.plain import own_fields
+from grpo_plus.config.speed import check_liger
 from grpo_plus.losses import TRL_LOSSES, LossInputs
 from grpo_plus.models.adapters import adapter_values
 from grpo_plus.packing import Packed, PaddedRows, base_model, forward_live
@@ -60,6 +62,8 @@ class TRLSeam(GuardedSeam):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         given = inspect.signature(GRPOTrainer).bind(*args, **kwargs).arguments
         check_numbers(given.get("args"))
+        check_liger(given.get("args"))
+        check_data(given)
         check_run(*(given.get(name) for name in ("model", "args", "quantization_config", "peft_config")))
         exact = adapter_values(given["model"])
         super().__init__(*args, **kwargs)

@@ -123,3 +123,37 @@ def test_two_processes_under_accelerate_launch(workplace):
 def test_a_dtype_that_4_bits_cannot_take_from_the_weights_is_refused_before_loading(workplace, capsys, recipe):
     assert cli.main(["train", *NAMES, *recipe, "--dtype", "auto", "--output_dir", "out", *CPU]) == 1
     assert "ValueError: --dtype auto with a base in 4 bits" in capsys.readouterr().err
+
+
+def test_a_bug_in_a_reward_function_shows_its_line_and_ours_stays_one(workplace, capsys):
+    (workplace / "my_rewards.py").write_text(
+        "def vowels(completions, **_):\n    return [table(text) for text in completions]\n\n\n"
+        "def table(text):\n    return {'a': 1.0}['b']\n"
+    )
+    lengths = ["--max_completion_length", "8", "--output_dir", "out"]
+    assert cli.main(["train", *NAMES, *SHORT, *CPU, *lengths]) == 1
+    error = capsys.readouterr().err
+    assert "return {'a': 1.0}['b']" in error
+    assert 'my_rewards.py", line 2, in vowels' in error
+    assert "KeyError: 'b'" in error
+    assert "grpo_trainer.py" not in error
+    assert "grpo_plus/trainer" not in error
+    assert error.rstrip().endswith("Run it with --debug for the traceback.")
+
+
+def test_an_error_of_ours_is_one_line(workplace, capsys):
+    assert cli.main(["train", *NAMES, "--advantage_estimator", "dr_grop", *CPU]) == 1
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    assert error.count("\n") <= 3
+
+
+def test_a_missing_column_is_named_before_the_model_is_loaded(workplace, capsys):
+    (workplace / "data" / "train.jsonl").write_text('{"question": "1+1=", "answer": "2"}\n' * 4)
+    for name in ("model.safetensors", "config.json"):
+        (workplace / "model" / name).unlink()
+    assert cli.main(["train", *NAMES, *CPU]) == 1
+    error = capsys.readouterr().err
+    assert "train_dataset has no column 'prompt', which every row needs. Its columns: question, answer." in error
+    assert "train_dataset.rename_column('question', 'prompt')" in error
+    assert "--dataset_name data" in error

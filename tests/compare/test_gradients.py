@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from grpo_plus import GRPOPlusConfig
+from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
 from grpo_plus.advantages import estimate
 from grpo_plus.compare.gradients import GradientSum, measure_start, signal_to_noise
 from grpo_plus.trainer.probe import logps_of, sampled_batches
@@ -158,3 +158,23 @@ def test_an_estimator_without_a_gradient_has_no_cosine(tmp_path):
     found = measure_start(task.trainer(task.start(), configs["rloo"]), configs)
     assert found.cosine["rloo"] == {"rloo": pytest.approx(1.0), names[1]: None}
     assert found.snr[names[1]] is None
+
+
+class WithImages(GRPOPlusTrainer):
+    """Rows as TRL makes them of prompts with images: placeholders in the ids, and the images beside them."""
+
+    def _generate_and_score_completions(self, inputs):
+        output = super()._generate_and_score_completions(inputs)
+        return output | {"pixel_values": torch.zeros(len(inputs), 3), "num_images": [1] * len(inputs)}
+
+
+def test_prompts_with_images_are_skipped_with_the_reason(tmp_path):
+    """Without the images, the forward of their placeholders would give other log-probabilities."""
+    task = small_task()
+    config = task.config(advantage_estimator="rloo", output_dir=str(tmp_path))
+    made = task.trainer(task.start(), config)
+    made.__class__ = WithImages
+    found = measure_start(made, {"rloo": config})
+    assert found.skipped.startswith("images: ")
+    assert (found.snr, found.cosine) == ({}, {})
+    assert len(found.advantages["rloo"]) == 64

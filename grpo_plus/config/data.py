@@ -1,0 +1,143 @@
+"""Whether the dataset and the reward functions fit together: asked before a model is loaded.
+
+TRL reads `prompt` of every row and passes all other columns to the reward functions by name. What a function takes and
+the dataset lacks shows there after the first generation, as a TypeError.
+"""
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.util import find_spec
+from typing import Any
+
+PROMPT = "prompt"
+# What TRL passes to a reward function beside the dataset's columns.
+PASSED = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments")
+KEPT = (PROMPT, "image", "images")  # the columns that remove_unused_columns=True leaves
+# Other names for what a column holds, the likeliest first.
+ALIKE = {
+    PROMPT: ("question", "problem", "query", "instruction", "input", "prompts", "text", "messages"),
+    "solution": ("answer", "final_answer", "ground_truth", "gold", "target", "output", "label", "solutions"),
+    "answer": ("solution", "final_answer", "ground_truth", "gold", "target", "output", "label", "answers"),
+}
+NEEDS_MATH_VERIFY = ("accuracy_reward", "reasoning_accuracy_reward")
+READS_MESSAGES = (*NEEDS_MATH_VERIFY, "think_format_reward")
+
+
+def check_data(given: Mapping[str, Any]) -> None:
+    """Refuse data that the run cannot use: a column that is missing, or text where a reward function reads messages.
+
+    Args:
+        given: the trainer's arguments by name.
+
+    Raises:
+        ImportError: a reward function of TRL's needs a package that is not installed.
+        ValueError: a column is missing; names the columns there are, and how to rename one.
+    """
+    functions = [function for function in _listed(given.get("reward_funcs")) if _is_function(function)]
+    check_needs(functions)
+    unused = bool(getattr(given.get("args"), "remove_unused_columns", False))
+    for name in ("train_dataset", "eval_dataset"):
+        datasets = given.get(name)
+        for dataset in datasets.values() if isinstance(datasets, dict) else [datasets]:
+            columns = _columns(dataset)
+            if columns is None:
+                continue
+            _check_column(name, columns, PROMPT, "which every row needs")
+            _check_messages(name, dataset, functions)
+            if given.get("rollout_func") is None:  # a rollout function may fill columns of its own
+                _check_functions(name, columns, functions, unused=unused)
+
+
+def check_needs(functions: Iterable[Any]) -> None:
+    """Refuse a reward function of TRL's whose package is missing: TRL raises after the first generation."""
+    for function in functions:
+        if _trls_name(function) in NEEDS_MATH_VERIFY and find_spec("math_verify") is None:
+            raise ImportError(
+                f"The reward function {_name(function)!r} needs math-verify, which is not installed. Run: pip install "
+                "math-verify"
+            )
+
+
+def _check_functions(dataset: str, columns: Sequence[str], functions: Sequence[Any], *, unused: bool) -> None:
+    for function in functions:
+        for needed in _needed(function):
+            _check_column(dataset, columns, needed, f"which the reward function {_name(function)!r} takes")
+            if unused and needed not in KEPT:
+                raise ValueError(
+                    f"remove_unused_columns=True drops the column {needed!r}, which the reward function "
+                    f"{_name(function)!r} takes. Set remove_unused_columns=False, TRL's default."
+                )
+
+
+def _check_column(dataset: str, columns: Sequence[str], needed: str, why: str) -> None:
+    if needed in columns:
+        return
+    likely = next((name for name in ALIKE.get(needed, ()) if name in columns), None)
+    old = repr(likely) if likely else "OLD_NAME"
+    rename = f"{dataset}.rename_column({old}, {needed!r})"
+    raise ValueError(
+        f"{dataset} has no column {needed!r}, {why}. Its columns: {', '.join(columns) or 'none'}. Rename the one that "
+        f"holds it: {rename}. For the command line, save the result, .to_parquet('data/train.parquet'), and give "
+        "its folder: --dataset_name data."
+    )
+
+
+def _check_messages(name: str, dataset: Any, functions: Sequence[Any]) -> None:
+    """Refuse prompts of plain text where a function of TRL's reads the messages of a conversation."""
+    readers = [function for function in functions if _trls_name(function) in READS_MESSAGES]
+    row = _first_row(dataset) if readers else None
+    if row is not None and isinstance(row.get(PROMPT), str):
+        raise ValueError(
+            f"The reward function {_name(readers[0])!r} reads messages, but the prompts of {name} are plain text. Make "
+            f"each a conversation: {name}.map(lambda row: {{'prompt': [{{'role': 'user', 'content': row['prompt']}}]}})"
+        )
+
+
+def _columns(dataset: Any) -> list[str] | None:
+    """The names of the columns; None where only reading the data would tell."""
+    columns = list(getattr(dataset, "column_names", None) or ())
+    row = _first_row(dataset)  # a transform may make columns of its own
+    if row is None and not columns:
+        return None
+    return list(dict.fromkeys([*columns, *(row or ())]))
+
+
+def _first_row(dataset: Any) -> dict[str, Any] | None:
+    """The first row of a dataset that can be indexed; None of a stream, or an empty one."""
+    if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")) or len(dataset) == 0:
+        return None
+    row = dataset[0]
+    return dict(row) if isinstance(row, Mapping) else None
+
+
+def _needed(function: Callable[..., Any]) -> list[str]:
+    """The columns that a reward function cannot be called without."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # a builtin does not say
+        return []
+    return [
+        parameter.name
+        for parameter in parameters
+        if parameter.default is parameter.empty
+        and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        and parameter.name not in PASSED
+    ]
+
+
+def _listed(functions: Any) -> list[Any]:
+    return list(functions) if isinstance(functions, (list, tuple)) else [functions]
+
+
+def _is_function(function: Any) -> bool:
+    """Whether TRL calls it with the columns: neither a model's name nor a model."""
+    return callable(function) and not hasattr(function, "named_parameters")
+
+
+def _trls_name(function: Any) -> str:
+    """The function's name if it is one of TRL's; "" for others."""
+    return _name(function) if str(getattr(function, "__module__", "")).startswith("trl.rewards") else ""
+
+
+def _name(function: Any) -> str:
+    return str(getattr(function, "__name__", type(function).__name__))
