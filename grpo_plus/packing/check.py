@@ -46,6 +46,61 @@ class Verdict:
     reasons: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class SelfCheck:
+    """What plain rows give on one model.
+
+    truth: (M,) log-probabilities of the probes.
+    gradients: at the tokens' embeddings. None where no gradient is compared.
+    allowed: root mean square of log-prob differences that passes.
+    gradient_limit: relative error of the gradient that passes.
+    """
+
+    model: PreTrainedModel
+    probes: Sequence[Group]
+    truth: Tensor
+    gradients: Gradients | None
+    allowed: float
+    gradient_limit: float
+
+    @classmethod
+    def of(
+        cls, model: PreTrainedModel, groups: Sequence[Group], padded_logps: PaddedLogps, *, gradient: bool
+    ) -> "SelfCheck":
+        """Run plain rows.
+
+        Args:
+            model: the base model, without wrappers.
+            groups: rows of the batch at hand, as a source of real tokens.
+            padded_logps: the forward to agree with.
+            gradient: whether to compare a gradient too. A check cannot get a gradient from a reentrant checkpoint.
+        """
+        probes = _probes(groups)
+        floor, ceiling, gradient_limit = LIMITS[_full_precision(model)]
+        install_packed_forward(model)
+        with torch.no_grad():
+            padded = _plain_rows(probes, padded_logps, model.device, PADDING)
+        truth, gradients = _with_gradient(model, gradient, lambda: _plain_rows(probes, padded_logps, model.device, 0))
+        allowed = min(max(NOISE_FACTOR * _rms(padded - truth), floor), ceiling)
+        return cls(model, probes, truth, gradients, allowed, gradient_limit)
+
+    def why_not(self, form: Form, head: Head | None) -> str | None:
+        """Reason why a form is not exact with this head. None where it is."""
+        name = f"{'with the single-pass head, ' if head else ''}{form}"
+        gradient = self.gradients is not None
+        try:
+            logps, found = _with_gradient(self.model, gradient, partial(_in_form, form, self.probes, head, self.model))
+        except FAILURES as failure:
+            return f"{name} failed: {type(failure).__name__}: {failure}"
+        error, gradient_error = _rms(logps - self.truth), _relative(found, self.gradients)
+        if error <= self.allowed and gradient_error <= self.gradient_limit:
+            return None
+        return (
+            f"{name} is not exact on {type(self.model).__name__}: log-probabilities differ by {error:.1e} (allowed "
+            f"{self.allowed:.1e}), gradients by {gradient_error:.1e}"
+        )
+
+
 def choose(
     forms: Sequence[Form],
     model: PreTrainedModel,
@@ -55,39 +110,17 @@ def choose(
     *,
     gradient: bool,
 ) -> Verdict:
-    """Choose the first form that is exact on this model, with the first head under which a form is exact.
-
-    Args:
-        model: the base model, without wrappers.
-        groups: rows of the batch at hand, as a source of real tokens.
-        padded_logps: the forward to agree with.
-        gradient: whether to compare a gradient too. A check cannot get a gradient from a reentrant checkpoint.
-    """
-    probes = _probes(groups)
-    floor, ceiling, gradient_limit = LIMITS[_full_precision(model)]
-    install_packed_forward(model)
+    """Choose the first form that is exact on this model, with the first head under which a form is exact."""
     try:
-        with torch.no_grad():
-            padded = _plain_rows(probes, padded_logps, model.device, PADDING)
-        truth, gradients = _with_gradient(model, gradient, lambda: _plain_rows(probes, padded_logps, model.device, 0))
+        check = SelfCheck.of(model, groups, padded_logps, gradient=gradient)
     except FAILURES as failure:
         return Verdict(None, None, (f"the self-check failed on plain rows: {type(failure).__name__}: {failure}",))
-    allowed = min(max(NOISE_FACTOR * _rms(padded - truth), floor), ceiling)
     reasons: list[str] = []
     for head, form in product(heads, forms):
-        name = f"{'with the single-pass head, ' if head else ''}{form}"
-        try:
-            logps, found = _with_gradient(model, gradient, partial(_in_form, form, probes, head, model))
-        except FAILURES as failure:
-            reasons.append(f"{name} failed: {type(failure).__name__}: {failure}")
-            continue
-        error, gradient_error = _rms(logps - truth), _relative(found, gradients)
-        if error <= allowed and gradient_error <= gradient_limit:
+        reason = check.why_not(form, head)
+        if reason is None:
             return Verdict(form, head, tuple(reasons))
-        reasons.append(
-            f"{name} is not exact on {type(model).__name__}: log-probabilities differ by {error:.1e} (allowed "
-            f"{allowed:.1e}), gradients by {gradient_error:.1e}"
-        )
+        reasons.append(reason)
     return Verdict(None, None, tuple(reasons))
 
 

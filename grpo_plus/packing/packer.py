@@ -2,24 +2,25 @@
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from grpo_plus.models.adapters import has_adapters
 from grpo_plus.models.dropout import dropout_of, without_dropout
 from grpo_plus.packing.attention import uninstall_segments, why_not_segments
 from grpo_plus.packing.cascade import why_not_cascade
-from grpo_plus.packing.check import PaddedLogps, choose
-from grpo_plus.packing.forward import Form, Head
+from grpo_plus.packing.check import PaddedLogps, SelfCheck, choose
+from grpo_plus.packing.forward import Form, Head, Logps, Ready
 from grpo_plus.packing.head import why_not_single_pass
 from grpo_plus.packing.layout import Group, unpack
+from grpo_plus.packing.measure import Measure, Way
 from grpo_plus.packing.padded import Layout, Packed, PaddedRows, filled, imputed
 from grpo_plus.packing.passes import CACHED, why_not_cached
 from grpo_plus.packing.rows import CASCADE, PADDING_FREE, PADDING_FREE_FLASH, SEGMENTS
@@ -58,6 +59,7 @@ class Packer:
         gradient_check: whether the self-check can ask for a gradient.
         no_segments: reason against segment attention. None where there is no reason.
         note: what else is active, for the log line about the choice.
+        measure: takes the fastest form and head in place of the first exact ones, from the first update on.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Packer:
         gradient_check: bool = True,
         no_segments: str | None = None,
         note: str | None = None,
+        measure: Measure | None = None,
     ) -> None:
         self.packing = packing
         self.head = head
@@ -76,6 +79,7 @@ class Packer:
         self.gradient_check = gradient_check
         self.no_segments = no_segments
         self.note = note
+        self.measure = measure
         self._choices: WeakKeyDictionary[PreTrainedModel, Choice | None] = WeakKeyDictionary()
 
     def logps(
@@ -86,6 +90,7 @@ class Packer:
         padded_logps: PaddedLogps,
         *,
         max_tokens: int | None = None,
+        policy: bool = False,
     ) -> Packed | None:
         """Log-probabilities and entropies of the rows' completions.
 
@@ -93,6 +98,7 @@ class Packer:
             model: `base`, or the wrapper to call.
             padded_logps: the forward that the first call compares with.
             max_tokens: most tokens of one forward. None forwards all rows at once.
+            policy: whether the model is the policy that trains, whose update is what the measure times.
 
         Returns:
             None where no form is exact, the rows have nothing to score, a prompt is empty, or the rows are so long that
@@ -108,12 +114,13 @@ class Packer:
             return None
         if base not in self._choices:
             self._choices[base] = self._decide(base, layout.groups, padded_logps, rows)
+        if policy and self._is_to_measure(base, rows):
+            self._choices[base] = self._fastest(base, rows, layout, padded_logps)
         choice = self._choices[base]
         if choice is None:
             return None
         parts = layout.ready(choice.form, base.device, max_tokens)
-        scores = [model(packed=partial(choice.form.run, part.call, choice.head)) for part in parts]
-        logps, entropies = (torch.cat(part) for part in zip(*scores, strict=True))
+        logps, entropies = _run(choice, model, parts)
         places = torch.cat([part.rows for part in parts]), torch.cat([part.columns for part in parts])
         return Packed(
             unpack(logps, places, filled(rows, logps)),
@@ -135,7 +142,7 @@ class Packer:
         self, base: PreTrainedModel, groups: Sequence[Group], padded_logps: PaddedLogps, rows: PaddedRows
     ) -> Choice | None:
         forms, reasons = candidates(self.packing, base, self.no_segments)
-        heads = [self.head, None] if self.head is not None and why_not_single_pass(base) is None else [None]
+        heads = self._heads(base)
         with without_dropout(base):
             verdict = choose(forms, base, groups, padded_logps, heads, gradient=self.gradient_check)
         if self.insist_on_head and verdict.head is not heads[0]:
@@ -158,6 +165,56 @@ class Packer:
         for reason in reasons:
             logger.info("packing: %s", reason)
         return choice
+
+    def _heads(self, base: PreTrainedModel) -> list[Head | None]:
+        return [self.head, None] if self.head is not None and why_not_single_pass(base) is None else [None]
+
+    def _is_to_measure(self, base: PreTrainedModel, rows: PaddedRows) -> bool:
+        if self.measure is None or self.measure.is_done or self._choices[base] is None:
+            return False
+        if self.measure.knows(base.device):
+            return True
+        # A forward alone is no update, and a micro-batch of a few live rows tells little of the others.
+        return torch.is_grad_enabled() and (rows.live is None or 2 * len(rows.live) >= len(rows.input_ids))
+
+    def _fastest(
+        self, base: PreTrainedModel, rows: PaddedRows, layout: Layout, padded_logps: PaddedLogps
+    ) -> Choice | None:
+        """The fastest exact form and head. The first exact ones where no way could be timed."""
+        assert self.measure is not None
+        ids, mask = rows.forwarded()
+
+        def forward_of(way: Way) -> Callable[[], Tensor] | None:
+            if way.form is None:
+                uninstall_segments(base)
+                return lambda: padded_logps(ids, mask, rows.completion_length)
+            choice = Choice(way.form, way.head)
+            if check.why_not(choice.form, choice.head) is not None:
+                return None
+            parts = layout.ready(choice.form, base.device, None)
+            return lambda: _run(choice, base, parts)[0]
+
+        forms: list[Form | None] = [*candidates(self.packing, base, self.no_segments)[0]]
+        heads = self._heads(base)
+        if self.insist_on_head:
+            heads = heads[:1]
+        if self.packing == "auto" and not (self.insist_on_head and heads[0]):
+            forms.append(None)
+        trained = [parameter for parameter in base.parameters() if parameter.requires_grad]
+        with without_dropout(base), torch.enable_grad():
+            check = SelfCheck.of(base, layout.groups or (), padded_logps, gradient=self.gradient_check)
+            way = self.measure.fastest(base.device, trained, forms, heads, forward_of)
+        if way is None:
+            return self._choices[base]
+        if way.form in (CACHED, None):
+            uninstall_segments(base)
+        return None if way.form is None else Choice(way.form, way.head)
+
+
+def _run(choice: Choice, model: nn.Module, parts: Sequence[Ready]) -> Logps:
+    scores = [model(packed=partial(choice.form.run, part.call, choice.head)) for part in parts]
+    logps, entropies = (torch.cat(part) for part in zip(*scores, strict=True))
+    return logps, entropies
 
 
 def base_model(model: Any) -> PreTrainedModel:

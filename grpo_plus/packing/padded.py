@@ -70,6 +70,13 @@ class PaddedRows:
         """1 where there is a completion token, (B, T)."""
         return self.attention_mask[:, -self.completion_length :]
 
+    def forwarded(self) -> tuple[Tensor, Tensor]:
+        """Ids and mask of the rows to forward, padded."""
+        if self.live is None:
+            return self.input_ids, self.attention_mask
+        index = torch.tensor(self.live, device=self.input_ids.device)
+        return self.input_ids[index], self.attention_mask[index]
+
 
 @dataclass(frozen=True)
 class Packed:

@@ -72,9 +72,13 @@ class Products:
     """The LoRA layers of one training: what they share, and what a hold keeps.
 
     Deep copies and pickles of a layer bring an empty `Products` along, under which a layer asks at every call.
+
+    Attributes:
+        on: whether the layers are computed here. False leaves them to PEFT.
     """
 
     def __init__(self) -> None:
+        self.on = True
         self._judged: dict[Any, Judged] = {}
         self._is_held = self._in_step = False
         self._seen: dict[Any, tuple[Any, ...]] = {}  # by the first of them: the layers called with one input
@@ -143,10 +147,14 @@ class Products:
         self._is_held |= self._in_step
         yield
 
-    def _release(self) -> None:
-        self._is_held = False
+    def renew(self) -> None:
+        """Ask and copy anew from here on, as in the next hold."""
         self._plan = self._last = self._ahead = None
         self._filled.clear()
+
+    def _release(self) -> None:
+        self._is_held = False
+        self.renew()
 
     def output(self, layer: Any, x: Tensor) -> Tensor | None:
         """Output of a layer within a hold. None: the layer is more than one plain adapter, or has changed it."""

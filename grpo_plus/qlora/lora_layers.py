@@ -61,7 +61,7 @@ def fits_any(model: Any) -> bool:
 
 
 def _forward(products: Products, layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    if not (args or kwargs or layer.disable_adapters or layer.merged or _mixes(layer, x)):
+    if products.on and not (args or kwargs or layer.disable_adapters or layer.merged or _mixes(layer, x)):
         if products.is_held:
             output = products.output(layer, x)
             if output is not None:

@@ -256,7 +256,12 @@ class TRLSeam(GuardedSeam):
         max_tokens = None if batch_size is None else batch_size * rows.input_ids.shape[1]
         with self.accelerator.autocast():
             return self.speed.packer.logps(
-                model, base, rows, lambda ids, mask, length: forward(base, ids, mask, length)[0], max_tokens=max_tokens
+                model,
+                base,
+                rows,
+                lambda ids, mask, length: forward(base, ids, mask, length)[0],
+                max_tokens=max_tokens,
+                policy=self.model.training and model in (self.model, self.model_wrapped),
             )
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:

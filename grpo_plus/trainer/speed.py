@@ -20,9 +20,12 @@ from grpo_plus.config.speed import AUTO_CHUNKS, switched_on, why_not_regroup, wh
 from grpo_plus.kernels.linear_logprob import BACKENDS, why_not_on
 from grpo_plus.models.dropout import dropout_of
 from grpo_plus.packing import Head, Packer, base_model, single_pass_head, why_not_packed, why_not_single_pass
+from grpo_plus.packing.measure import Measure
 from grpo_plus.qlora.adapter_products import Products
 from grpo_plus.qlora.lora_layers import fits_any, fused_lora, has_lora, why_not_fused
 from grpo_plus.trainer.generation import Chunks, rows_that_fit
+
+MEASURED_ON = ("cuda",)  # kinds of device on which the fastest way depends on more than the kind
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class Speed:
     """The decisions about one run.
 
     Attributes:
+        measure: finds the fastest way, on a GPU. None where the order of the ways is fixed.
         packer: forwards rows without padding and shared prompts once. None where TRL's forward does it.
         skips: completions with zero advantage stay out of the training forward.
         drops_old_policy_pass: the update's log-probabilities stand in for a forward of the old policy before it.
@@ -39,6 +43,7 @@ class Speed:
         adapters: what fused layers keep while nothing about them can change. Empty outside of a training.
     """
 
+    measure: Measure | None
     packer: Packer | None
     skips: bool
     drops_old_policy_pass: bool
@@ -73,15 +78,35 @@ def speed_of(trainer: GRPOTrainer, config: GRPOPlusConfig) -> Speed:
         ValueError: something that was asked for cannot be exact.
     """
     skips = _skips(trainer, config)
-    packer = _packer(trainer, config, skips)
+    fuses_lora, adapters = _fuses_lora(trainer, config), Products()
+    switched = adapters if fuses_lora and config.lora_backend == "auto" else None
+    measure = Measure(switched) if _is_measured(trainer, config) else None
+    packer = _packer(trainer, config, skips, measure)
     return Speed(
+        measure=measure,
         packer=packer,
         skips=skips,
         drops_old_policy_pass=_drops_old_policy_pass(trainer, config),
-        fuses_lora=_fuses_lora(trainer, config),
+        fuses_lora=fuses_lora,
         keeps_prompts_together=packer is not None and _keeps_prompts_together(trainer, config),
         chunks=_chunks(trainer, config),
+        adapters=adapters,
     )
+
+
+def _is_measured(trainer: GRPOTrainer, config: GRPOPlusConfig) -> bool:
+    """Whether the run may take what is fastest. Processes must agree, and `full_determinism` fixes the rounding."""
+    if trainer.accelerator.device.type not in MEASURED_ON or trainer.accelerator.num_processes > 1:
+        return False
+    if config.packing == "none" or config.full_determinism:
+        return False
+    return trainer.args.n_gpu <= 1 and not _is_reentrant(config)
+
+
+def _is_reentrant(config: GRPOPlusConfig) -> bool:
+    # Autograd cannot be asked for single gradients through such a checkpoint.
+    arguments = config.gradient_checkpointing_kwargs or {}
+    return config.gradient_checkpointing and bool(arguments.get("use_reentrant", False))
 
 
 def _skips(trainer: GRPOTrainer, config: GRPOPlusConfig) -> bool:
@@ -105,7 +130,7 @@ def _keeps_prompts_together(trainer: GRPOTrainer, config: GRPOPlusConfig) -> boo
     return why_not_regroup(config) is None
 
 
-def _packer(trainer: GRPOTrainer, config: GRPOPlusConfig, skips: bool) -> Packer | None:
+def _packer(trainer: GRPOTrainer, config: GRPOPlusConfig, skips: bool, measure: Measure | None) -> Packer | None:
     if config.packing == "none":
         return None
     reason, insists_on_head = _why_not_packed(trainer), config.logprob_backend in BACKENDS
@@ -121,14 +146,14 @@ def _packer(trainer: GRPOTrainer, config: GRPOPlusConfig, skips: bool) -> Packer
         return None
     if insists_on_head:
         _check_head(trainer, config.logprob_backend)
-    reentrant = (config.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
     return Packer(
         config.packing,
-        head=_head(trainer, config),
+        head=_head(trainer, config, measured=measure is not None),
         insist_on_head=insists_on_head,
-        gradient_check=not (config.gradient_checkpointing and reentrant),
+        gradient_check=not _is_reentrant(config),
         no_segments=_why_not_segments(config),
         note="skipping zero-advantage rows" if skips else None,
+        measure=measure,
     )
 
 
@@ -152,11 +177,13 @@ def _why_not_segments(config: GRPOPlusConfig) -> str | None:
     return None
 
 
-def _head(trainer: GRPOTrainer, config: GRPOPlusConfig) -> Head | None:
-    """The single-pass head where it is asked for, or where it is known to be faster and no entropy is trained."""
+def _head(trainer: GRPOTrainer, config: GRPOPlusConfig, *, measured: bool) -> Head | None:
+    """The single-pass head where it is asked for, or where it is or may be found faster and no entropy is trained."""
     backend = config.logprob_backend
     if backend == "auto" and not config.entropy_coef and not config.use_adaptive_entropy:
-        backend = "torch" if trainer.accelerator.device.type == "cpu" else "trl"
+        device = trainer.accelerator.device.type
+        fastest = "torch" if device == "cpu" else "triton"
+        backend = fastest if device == "cpu" or (measured and why_not_on("triton", device) is None) else "trl"
     return single_pass_head(backend, temperature=trainer.temperature) if backend in BACKENDS else None
 
 

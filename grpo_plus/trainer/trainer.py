@@ -144,18 +144,22 @@ class GRPOPlusTrainer(TRLSeam):
         return hashlib.sha256(json.dumps(prompt, sort_keys=True, default=_content).encode()).hexdigest()[:16]
 
     def running_state(self) -> dict[str, Any]:
-        """What the estimator remembers, and where beta has moved to."""
+        """What the estimator remembers, where beta has moved to, and which way of computing was the fastest."""
         state: dict[str, Any] = {}
         if self.estimator_state:
             state = {"estimator": self.plus.advantage_estimator, "estimator_state": self.estimator_state}
         if self.plus.kl_target is not None:
             state["beta"] = self.beta
+        if self.speed.measure is not None and (found := self.speed.measure.state()) is not None:
+            state["measured"] = found
         return state
 
     def load_running_state(self, state: dict[str, Any]) -> None:
-        """Take both up again, where the run still has a use for them."""
+        """Take all of it up again, where the run still has a use for it."""
         if self.plus.kl_target is not None:
             self.beta = state.get("beta", self.beta)
+        if self.speed.measure is not None:
+            self.speed.measure.go_on_with(state.get("measured"))
         name, saved = self.plus.advantage_estimator, state.get("estimator")
         if "estimator_state" in state and saved == name:
             self.estimator_state.update(state["estimator_state"])

@@ -1,0 +1,11 @@
+"""When a device has no memory left."""
+
+import torch
+
+# cuBLAS and cuDNN allocate their workspaces themselves, and report a failure as an error of their own.
+ALLOCATIONS = ("CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED", "CUDNN_STATUS_ALLOC_FAILED")
+
+
+def is_out_of_memory(failure: BaseException) -> bool:
+    """Whether a failure says that the device has no memory left."""
+    return isinstance(failure, torch.OutOfMemoryError) or any(name in str(failure) for name in ALLOCATIONS)
