@@ -59,6 +59,7 @@ def _active() -> list[str]:
         f"advantages: TRL's by default; {len(ESTIMATORS)} more by name (grpo-plus ls advantages)",
         f"losses: TRL's {len(TRL_LOSSES)}, and {len(LOSSES) - len(TRL_LOSSES)} that it lacks (grpo-plus ls losses)",
         "forward: packed where a check on the first rows finds it exact (packing), without zero-advantage rows",
+        "on a GPU, forms, heads and LoRA layers that are 'auto' are timed in the first update; the fastest is taken",
         "log-probabilities (logprob_backend='auto'):",
         *(f"  {line}" for line in _heads()),
         "LoRA layers (lora_backend='auto'):",
@@ -79,9 +80,10 @@ def _heads() -> list[str]:
         lines = ["torch   chosen for a frozen head: a single pass over it, measured on CPUs"]
         lines.append("trl     where the head or an entropy bonus trains")
     else:
-        lines = ["trl     chosen: TRL's fused head; the single passes below await a measurement on a GPU"]
+        lines = ["trl     where the head or an entropy bonus trains, and where the first update finds it the faster"]
         lines.append("torch   at your word, for a frozen head")
-    return [*lines, f"triton  not here: {reason}" if reason else "triton  at your word, for a frozen head"]
+    at_your_word = "at your word" if device == "cpu" else "where the first update finds it the faster"
+    return [*lines, f"triton  not here: {reason}" if reason else f"triton  {at_your_word}, for a frozen head"]
 
 
 def _seam() -> list[str]:

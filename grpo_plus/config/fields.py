@@ -53,7 +53,8 @@ class GRPOPlusConfig(GRPOConfig):
 
         packing: how rows go through the model. "shared_prompt": without padding, and each prompt once for all of its
             completions. "padding_free": without padding. "none": as TRL does. "auto": the first of these that a check
-            on the run's first rows finds exact. A form that is named and is not exact on the model is an error.
+            on the run's first rows finds exact; on a GPU the fastest of those, timed in the first update. A form that
+            is named and is not exact on the model is an error.
         skip_zero_advantage: whether completions whose advantages are 0 stay out of the training forward. None: where
             they have no gradient. In the log their entropy counts as the mean of the others, and their ratio as 1.
         skip_old_policy_pass: whether, with vLLM, the update's own log-probabilities take the place of a forward that
@@ -61,11 +62,11 @@ class GRPOPlusConfig(GRPOConfig):
             The log's `sampling/` then describes the completions that are forwarded.
         logprob_backend: what computes log-probabilities in packed rows. "trl": TRL's fused head. "torch": a frozen head
             in a single pass, two matrix products in place of three. "triton": the same on a GPU, with one kernel for
-            all between the products. "auto": "torch" on a CPU wherever the head is frozen and no entropy is trained,
-            else "trl".
+            all between the products. "auto": where the head is frozen and no entropy is trained, "torch" on a CPU and
+            the faster of "triton" and "trl" on a GPU; else "trl".
         lora_backend: what computes linear layers with LoRA during training. "peft": PEFT. "torch": one step of autograd
             without PEFT's copies of the input and output. It takes plain adapters without dropout, on layers that are
-            in 4 bits or not quantized. "auto": "torch" wherever the layers allow.
+            in 4 bits or not quantized. "auto": "torch" wherever the layers allow; on a GPU the faster one.
         generation_chunk_size: rows that a process generates for at a time, for a smaller cache. None: its whole
             generation batch, as TRL. "auto": as many as the free memory of a CUDA device holds by the planner's count,
             and half as many where the memory runs out all the same; on other devices all. Greedy completions stay the

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from grpo_plus.packing.rows import PADDING_FREE, SEGMENTS
 from grpo_plus.packing.measure import RUNS, Stopwatch, Way, in_words, timed_ways
+from grpo_plus.packing.rows import PADDING_FREE, SEGMENTS
 
 
 def head(model, hidden, targets):
