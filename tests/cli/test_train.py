@@ -97,7 +97,7 @@ def test_a_quantized_base_without_bitsandbytes_is_refused(workplace, capsys, mon
         ([*NAMES, "--dataset_train_split", "trian"], "no split 'trian'. Did you mean 'train'"),
         ([*NAMES, "--eval_strategy", "steps", "--eval_steps", "1"], "no split 'test'"),
         (["run.yaml", *NAMES], "Write --config run.yaml"),
-        ([*NAMES, "--output_dir", "out", "--resume_from_checkpoint", "true"], "output_dir='out' has no complete checkpoint. Leave"),
+        ([*NAMES, "--output_dir", "out", "--resume_from_checkpoint", "true"], "output_dir='out' has no checkpoint to go on from. Leave"),
         ([*NAMES, "--config"], "--config needs a file"),
     ],
 )  # fmt: skip
