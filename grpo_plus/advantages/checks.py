@@ -68,8 +68,8 @@ def checked(source: str, advantages: Any, rewards: Rewards) -> Tensor:
     counts = rewards.judged
     if advantages.dim() == 3:
         counts = counts.unsqueeze(-1)
-        if rewards.lengths is not None:
-            counts = counts & (torch.arange(advantages.shape[2]) < rewards.lengths.unsqueeze(-1))
+        if rewards.spans is not None:
+            counts = counts & (torch.arange(advantages.shape[2]) < rewards.spans.unsqueeze(-1))
     advantages = torch.where(counts, advantages.detach().cpu().double(), 0.0)
     _check_finite(source, advantages, rewards)
     return advantages
@@ -164,7 +164,7 @@ def check_trls_range(rewards: Rewards, scale_rewards: str, aggregation: str) -> 
 def _check_shape(source: str, advantages: Any, rewards: Rewards) -> None:
     prompts, generations = expected = tuple(rewards.values.shape[:2])
     found = tuple(advantages.shape) if isinstance(advantages, Tensor) else type(advantages).__name__
-    longest = 0 if rewards.lengths is None else int(rewards.lengths.max())
+    longest = 0 if rewards.spans is None else int(rewards.spans.max())
     per_token = isinstance(advantages, Tensor) and advantages.dim() == 3 and found[:2] == expected
     if found != expected and not (per_token and advantages.shape[2] >= longest):
         raise ValueError(

@@ -35,13 +35,15 @@ def process(rewards: Rewards, *, ddof: int = 1, eps: float = 1e-4) -> Tensor:
             "advantage_estimator='process' needs rewards of steps, and no reward function gave any. In one of them "
             "call log_extra('step_rewards', ...) and log_extra('step_ends', ...), each with one list per completion."
         )
+    if rewards.spans is None:
+        raise ValueError("advantage_estimator='process' needs the lengths of the completions: set lengths.")
     steps = rewards.steps.rewards.masked_fill(~rewards.judged.unsqueeze(-1), torch.nan)
     prompts, generations, _ = steps.shape
     advantages = process_advantages(
         steps.flatten(0, 1),
         rewards.steps.ends.flatten(0, 1),
         num_generations=generations,
-        num_tokens=int(rewards.tokens().max()),
+        num_tokens=max(1, int(rewards.spans.max())),
         ddof=ddof,
         eps=eps,
     )

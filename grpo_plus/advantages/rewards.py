@@ -23,10 +23,12 @@ class Rewards:
         values: (P, G, K) reward of each function. NaN where a function abstained (returned None).
         weights: (K,) reward weights.
         names: (K,) names of the reward functions, as TRL logs them.
-        lengths: (P, G) completion lengths in tokens. None where the lengths are unknown.
+        lengths: (P, G) tokens of each completion that the policy wrote. None where the lengths are unknown.
         tasks: (P,) task of each prompt, from the column that `task_column` names. None without that column.
         prompts: (P,) identifier of each prompt. None where no estimator asks for identifiers.
         steps: rewards of the completions' steps. None where no reward function gave any.
+        full_lengths: (P, G) tokens of each completion with those that a tool or an environment wrote in it. None where
+            there are no such tokens.
     """
 
     values: Tensor
@@ -36,6 +38,7 @@ class Rewards:
     tasks: tuple[str, ...] | None = None
     prompts: tuple[str, ...] | None = None
     steps: Steps | None = None
+    full_lengths: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.values.dim() != 3:
@@ -46,10 +49,12 @@ class Rewards:
                 f"Rewards has {functions} reward columns, {len(self.names)} names and weights of shape "
                 f"{tuple(self.weights.shape)}. Give one name and one weight per column."
             )
-        if self.lengths is not None and self.lengths.shape != self.values.shape[:2]:
-            raise ValueError(
-                f"Rewards.lengths has shape {tuple(self.lengths.shape)}; {tuple(self.values.shape[:2])} is needed."
-            )
+        for name in ("lengths", "full_lengths"):
+            lengths = getattr(self, name)
+            if lengths is not None and lengths.shape != self.values.shape[:2]:
+                raise ValueError(
+                    f"Rewards.{name} has shape {tuple(lengths.shape)}; {tuple(self.values.shape[:2])} is needed."
+                )
         for name in ("tasks", "prompts"):
             labels = getattr(self, name)
             if labels is not None and len(labels) != len(self.values):
@@ -72,6 +77,7 @@ class Rewards:
         tasks: Sequence[str] | None = None,
         prompts: Sequence[str] | None = None,
         steps: tuple[Sequence[Row], Sequence[Row]] | None = None,
+        full_lengths: Tensor | None = None,
     ) -> "Rewards":
         """Group a (P*G, K) table whose groups are blocks of `num_generations` rows. Labels come one per row.
 
@@ -92,7 +98,11 @@ class Rewards:
                 f"The reward weights are {weights.tolist()}. Use finite numbers, 0 for a reward that is only watched."
             )
         groups = rows // num_generations
-        lengths = None if lengths is None else lengths.detach().cpu().view(groups, num_generations)
+        lengths, full_lengths = (
+            None if each is None else each.detach().cpu().view(groups, num_generations)
+            for each in (lengths, full_lengths)
+        )
+        spans = lengths if full_lengths is None else full_lengths
         return cls(
             values=rewards_per_func.detach().cpu().double().view(groups, num_generations, functions),
             weights=weights.detach().cpu().double(),
@@ -100,7 +110,8 @@ class Rewards:
             lengths=lengths,
             tasks=None if tasks is None else tuple(tasks[::num_generations]),
             prompts=None if prompts is None else tuple(prompts[::num_generations]),
-            steps=None if steps is None or lengths is None else Steps.from_rows(*steps, lengths=lengths),
+            steps=None if steps is None or spans is None else Steps.from_rows(*steps, lengths=spans),
+            full_lengths=full_lengths,
         )
 
     @property
@@ -133,8 +144,17 @@ class Rewards:
             raise UnknownRewardError(f"There is no reward {name!r}.{suggestion(str(name), self.names)}")
         return self.names.index(name)
 
+    @property
+    def spans(self) -> Tensor | None:
+        """Tokens up to the end of each completion, whoever wrote them, (P, G). None where the lengths are unknown."""
+        return self.lengths if self.full_lengths is None else self.full_lengths
+
     def tokens(self) -> Tensor:
-        """Completion lengths as float64, (P, G), at least 1. Raises ValueError where the lengths are unknown."""
+        """`lengths` as float64, (P, G), at least 1: the weights of statistics over trained tokens.
+
+        Raises:
+            ValueError: the lengths are unknown.
+        """
         if self.lengths is None:
             raise ValueError("The lengths of the completions are needed, but these rewards come without: set lengths.")
         # An empty completion counts as one token: a group of empty ones would have no token-weighted mean.
@@ -142,8 +162,12 @@ class Rewards:
 
     def per_completion(self, advantages: Tensor) -> Tensor:
         """Advantages per completion, (P, G). Advantages per token, (P, G, T), are averaged over the tokens."""
-        # Advantages per token are 0 past the end of a completion.
-        return advantages if advantages.dim() == 2 else advantages.sum(-1) / self.tokens()
+        if advantages.dim() == 2:
+            return advantages
+        if self.spans is None:
+            raise ValueError("The mean over the tokens needs the lengths of the completions: set lengths.")
+        # Advantages per token are 0 past the end of a completion. An empty completion counts as one token.
+        return advantages.sum(-1) / self.spans.double().clamp(min=1)
 
 
 def sample_rewards(

@@ -49,7 +49,10 @@ def check_estimator(
 
 
 def check_task_column(column: str | None, dataset: Any) -> None:
-    """Refuse a `task_column` that the dataset lacks; a stream may not know its columns before it is read."""
+    """Refuse a `task_column` that the dataset lacks; a stream may not know its columns before it is read.
+
+    With a `rollout_func` nothing is checked here, since the function may fill the column.
+    """
     columns = getattr(dataset, "column_names", None)
     if column is not None and columns is not None and column not in columns:
         raise ValueError(f"task_column={column!r} is no column of the dataset.{suggestion(column, columns)}")
@@ -69,6 +72,18 @@ def check_refillable(max_refills: int, dataset: Any) -> None:
             f"max_refills={max_refills} moves rows of text only, but train_dataset has the column {images[0]!r}. Set "
             "max_refills=0."
         )
+    if pictured(dataset[0].get("prompt")):
+        raise ValueError(
+            f"max_refills={max_refills} moves rows of text only, but the messages of train_dataset hold images. Set "
+            "max_refills=0."
+        )
+
+
+def pictured(prompt: Any) -> bool:
+    """Whether the content of a message holds anything but text."""
+    contents = [message.get("content") for message in prompt] if isinstance(prompt, list) else []
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    return any(part.get("type", "text") != "text" for part in parts)
 
 
 def check_router_loss(loss_type: str, coefficient: float) -> None:

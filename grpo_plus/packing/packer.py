@@ -2,7 +2,8 @@
 
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -60,6 +61,9 @@ class Packer:
         no_segments: reason against segment attention. None where there is no reason.
         note: what else is active, for the log line about the choice.
         measure: takes the fastest form and head in place of the first exact ones, from the first update on.
+
+    Attributes:
+        training: whether a training is running.
     """
 
     def __init__(
@@ -80,6 +84,7 @@ class Packer:
         self.no_segments = no_segments
         self.note = note
         self.measure = measure
+        self.training = False
         self._choices: WeakKeyDictionary[PreTrainedModel, Choice | None] = WeakKeyDictionary()
 
     def logps(
@@ -94,6 +99,8 @@ class Packer:
     ) -> Packed | None:
         """Log-probabilities and entropies of the rows' completions.
 
+        Outside of a training the model has its own attention again afterwards.
+
         Args:
             model: `base`, or the wrapper to call.
             padded_logps: the forward that the first call compares with.
@@ -107,6 +114,21 @@ class Packer:
         if rows.input_ids.shape[1] > rescaled_from(base):
             warnings.warn(LONG_ROWS, stacklevel=2)
             return None
+        try:
+            return self._logps(model, base, rows, padded_logps, max_tokens, policy)
+        finally:
+            if not (self.training or _backward_needs_attention(base)):
+                self.release()
+
+    def _logps(
+        self,
+        model: nn.Module,
+        base: PreTrainedModel,
+        rows: PaddedRows,
+        padded_logps: PaddedLogps,
+        max_tokens: int | None,
+        policy: bool,
+    ) -> Packed | None:
         if base in self._choices and self._choices[base] is None:  # before the rows are laid out for nothing
             return None
         layout = rows.layout or Layout.read(rows.input_ids, rows.attention_mask, rows.completion_length, rows.live)
@@ -127,6 +149,16 @@ class Packer:
             unpack(entropies, places, imputed(rows, entropies)),
             sum(part.tokens for part in parts),
         )
+
+    @contextmanager
+    def while_training(self) -> Iterator[None]:
+        """Inside, the models keep the attention of packed rows between the calls. Afterwards they have their own."""
+        self.training = True
+        try:
+            yield
+        finally:
+            self.training = False
+            self.release()
 
     def release(self) -> None:
         """Give the models back the attention that they came with."""
@@ -215,6 +247,11 @@ def _run(choice: Choice, model: nn.Module, parts: Sequence[Ready]) -> Logps:
     scores = [model(packed=partial(choice.form.run, part.call, choice.head)) for part in parts]
     logps, entropies = (torch.cat(part) for part in zip(*scores, strict=True))
     return logps, entropies
+
+
+def _backward_needs_attention(base: PreTrainedModel) -> bool:
+    """Whether a backward will call the attention again: checkpointed layers compute their forward twice."""
+    return torch.is_grad_enabled() and any(getattr(part, "gradient_checkpointing", False) for part in base.modules())
 
 
 def base_model(model: Any) -> PreTrainedModel:

@@ -61,7 +61,7 @@ class Hooks:
             rewards: of all processes; every process sees the same.
 
         Returns:
-            (P, G) advantages, or (P, G, T) for one per token, with T at least the longest of `rewards.lengths`. None
+            (P, G) advantages, or (P, G, T) for one per token, with T at least the longest of `rewards.spans`. None
             keeps the advantages that TRL computed. Another shape, or a value that is not finite, is an error. The
             completions table shows one number per completion: the mean over its tokens.
         """

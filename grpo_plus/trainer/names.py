@@ -10,10 +10,10 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import gather, gather_object
 from packaging.specifiers import SpecifierSet
 from torch import Tensor
-from trl import GRPOTrainer
+from trl import GRPOTrainer, prepare_multimodal_messages
 
 from grpo_plus.trainer.refill_rows import Padding
 
@@ -31,6 +31,7 @@ RELIED_ON = (
     "_load_best_model",
     "_get_per_token_logps_and_entropies",
     "_prepare_inputs",
+    "_generate",
     "_generate_single_turn",
     "_determine_best_metric",
     "_get_train_sampler",
@@ -122,6 +123,36 @@ def gathered_labels(labels: list[str | None]) -> list[str] | None:
     if None in labels:
         return None
     return gather_object(labels)
+
+
+def gathered_lengths(
+    trainer: GRPOTrainer, completion_ids: list[list[int]], tool_masks: list[list[int]] | None
+) -> tuple[Tensor, Tensor | None]:
+    """Tokens (B,) that the policy wrote in the completions of all processes, and all tokens where others wrote too.
+
+    Args:
+        tool_masks: of the completions, 0 where a tool or an environment wrote. None where the policy wrote everything.
+    """
+    full = [len(ids) for ids in completion_ids]
+    written = full if tool_masks is None else [sum(mask) for mask in tool_masks]
+    device = trainer.accelerator.device
+    lengths, full_lengths = gather(torch.tensor(list(zip(written, full, strict=True)), device=device)).unbind(1)
+    return lengths, None if torch.equal(lengths, full_lengths) else full_lengths
+
+
+def dataset_prompts(trainer: GRPOTrainer, rows: list[dict[str, Any]], prompts: list) -> list:
+    """The prompts of the dataset: `prompts` without what an environment said in reply to its reset.
+
+    Each rollout's environment may say something else. A row without a prompt stands for itself.
+    """
+    if not trainer.environments:
+        return prompts
+    return [_with_images(row) if "prompt" in row else row for row in rows]
+
+
+def _with_images(row: dict[str, Any]) -> Any:
+    images = row.get("images") or ([row["image"]] if row.get("image") is not None else [])
+    return prepare_multimodal_messages(row["prompt"], images=images) if images else row["prompt"]
 
 
 def gathered_steps(trainer: GRPOTrainer, rows: int) -> tuple[list, list] | None:

@@ -82,10 +82,19 @@ def join_rewards(old: Rewards, new: Rewards, groups: Tensor) -> Rewards:
         both = getattr(old, name), getattr(new, name)
         return None if None in both else tuple((*both[0], *both[1])[group] for group in groups.tolist())
 
-    lengths = None if old.lengths is None or new.lengths is None else torch.cat([old.lengths, new.lengths])[groups]
-    values = torch.cat([old.values, new.values])[groups]
-    steps = _join_steps(old, new, groups)
-    return replace(old, values=values, lengths=lengths, tasks=labels("tasks"), prompts=labels("prompts"), steps=steps)
+    def lengths(name: str) -> Tensor | None:
+        both = getattr(old, name), getattr(new, name)
+        return None if None in both else torch.cat(both)[groups]
+
+    return replace(
+        old,
+        values=torch.cat([old.values, new.values])[groups],
+        lengths=lengths("lengths"),
+        tasks=labels("tasks"),
+        prompts=labels("prompts"),
+        steps=_join_steps(old, new, groups),
+        full_lengths=lengths("full_lengths"),
+    )
 
 
 def join_rows(old: Tensor, new: Tensor, rows: Tensor, padding: Padding | None) -> Tensor:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from accelerate.utils import gather, pad_across_processes
 from torch import Tensor
 
@@ -43,6 +44,7 @@ class Refills:
         self._trainer = trainer
         self._last_draw = (-1, 0)  # the optimizer step, and which of its generation batches
         self._warned = False
+        self._kept = False
 
     def fill_up(self, inputs: list[dict[str, Any]], generate: Generate) -> tuple[Output, Rewards]:
         """TRL's generation batch for `inputs`, with live groups in the place of dead ones, and its rewards.
@@ -55,10 +57,13 @@ class Refills:
         dead = self._trainer.dead_groups(rewards)
         refills = 0
         for indices in self._drawn_prompts(len(dead)):
-            if not dead.any():
+            if not dead.any() or self._keeps(output):
                 break
             logged = {name: list(column) for name, column in logged_columns(self._trainer).items()}
             new, new_rewards = generate(self._rows(indices, len(output["advantages"]), columns))
+            if self._keeps(output, new):
+                self._restore_log(logged)
+                break
             groups = fill(dead, ~self._trainer.dead_groups(new_rewards))
             rewards = join_rewards(rewards, new_rewards, groups)
             taken = rows_of(groups, self._trainer.num_generations)
@@ -91,18 +96,40 @@ class Refills:
             if column:  # no images where there are none
                 column.extend(join_column(logged.get(name, []), column, taken))
 
+    def _restore_log(self, logged: dict[tuple[str, ...], list]) -> None:
+        """Leave in TRL's table of completions what it held."""
+        for name, column in logged_columns(self._trainer).items():
+            column.clear()
+            column.extend(logged.get(name, []))
+
+    def _keeps(self, *outputs: Output) -> bool:
+        """Whether the groups must stay, on any process: rows with pictures, of a tool for example, cannot be joined."""
+        odd = _unjoinable(*outputs)
+        keeps = bool(
+            self._trainer.accelerator.gather(torch.tensor([bool(odd)], device=outputs[0]["advantages"].device)).any()
+        )
+        if keeps and not self._kept:
+            self._kept = True
+            warnings.warn(
+                f"max_refills={self.max_refills} replaces rows of text only, and a generation batch holds "
+                f"{', '.join(odd) or 'more on another process'}. Its dead groups stay. Set max_refills=0 if most "
+                "batches are of this kind.",
+                stacklevel=2,
+            )
+        return keeps
+
     def join_outputs(self, old: Output, new: Output, rows: Tensor) -> Output:
         """One dictionary of TRL's with this process's part of `rows`, indices into all old rows and then all new ones.
 
         TRL fills up to the longest row of each process, and a new row can go to another process than its own.
         """
         accelerator = self._trainer.accelerator
-        names = (old.keys() | new.keys()) - {"num_items_in_batch"}
-        if unknown := sorted(name for name in names if name not in PADDING or name not in old or name not in new):
+        if unknown := _unjoinable(old, new):
             raise ValueError(
                 f"max_refills={self.max_refills} cannot join batches that hold {', '.join(unknown)}: only rows of text "
                 "can change places, and every batch must hold the same. Set max_refills=0."
             )
+        names = old.keys() - {"num_items_in_batch"}
         taken = rows_of_process(rows, accelerator.process_index, old["advantages"].shape[0])
         joined = {}
         for name in sorted(names):
@@ -129,3 +156,9 @@ class Refills:
         ratio = (1 + refills) * groups / trained if trained else math.nan
         for name, value in {"refills": refills, "dead_groups": 1 - trained / groups, "generated_ratio": ratio}.items():
             log_value(self._trainer, f"sampling/{name}", value)
+
+
+def _unjoinable(*outputs: Output) -> list[str]:
+    """What some of TRL's dictionaries hold and others do not, or what is no row of text."""
+    names = set().union(*outputs) - {"num_items_in_batch"}
+    return sorted(name for name in names if name not in PADDING or not all(name in output for output in outputs))

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import gather, gather_object
+from accelerate.utils import gather_object
 from torch import Tensor
 from trl import GRPOTrainer
 
@@ -31,7 +31,9 @@ from grpo_plus.trainer.names import (
     MULTIMODAL,
     SAMPLER_RATIO,
     complete_table_columns,
+    dataset_prompts,
     gathered_labels,
+    gathered_lengths,
     gathered_steps,
     log_value,
     metrics_of,
@@ -56,6 +58,7 @@ class TRLSeam(GuardedSeam):
     _tag_names = [*GRPOTrainer._tag_names, "grpo_plus"]  # noqa: RUF012  (TRL declares it so)
     rewards: Rewards
     _micro_batch: dict[str, Any] | None = None
+    _tool_masks: list[list[int]] | None = None
     _buffered_inputs: list[dict[str, Any]] | None
     beta: float
 
@@ -81,19 +84,21 @@ class TRLSeam(GuardedSeam):
     ) -> Tensor:
         with self._reward_calls.checked(len(prompts)):
             rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        lengths = torch.tensor([len(ids) for ids in completion_ids_list], device=rewards_per_func.device)
         tasks = [self.task_of(example) for example in inputs]
         if tasks[0] is not None and "task" not in (*self._pending_extra_logs, *self.reward_func_names):
             self._log_completion_extra("task", tasks)
+        lengths, full_lengths = gathered_lengths(self, completion_ids_list, self._tool_masks)
+        prompts = dataset_prompts(self, inputs, prompts)
         self.rewards = Rewards.from_table(
             rewards_per_func,
             num_generations=self.num_generations if self.model.training else self.num_generations_eval,
             weights=self.reward_weights,
             names=tuple(self.reward_func_names),
-            lengths=gather(lengths),
+            lengths=lengths,
             tasks=gathered_labels(tasks),
             prompts=gathered_labels([self.prompt_key(prompt) for prompt in prompts]),
             steps=gathered_steps(self, len(prompts)),
+            full_lengths=full_lengths,
         )
         if columns := complete_table_columns(self, len(prompts)):
             self._figures.warn(
@@ -104,6 +109,11 @@ class TRLSeam(GuardedSeam):
         if self.rewards.values.isinf().any():  # every process sees the whole table, so all of them are here
             check_rewards(self.rewards, gather_object(completions))
         return rewards_per_func
+
+    def _generate(self, prompts: list) -> tuple:
+        generated = super()._generate(prompts)
+        self._tool_masks = generated[2]
+        return generated
 
     def _generate_single_turn(
         self,

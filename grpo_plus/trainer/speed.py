@@ -63,12 +63,9 @@ class Speed:
     @contextmanager
     def around_training(self, model: Any) -> Iterator[None]:
         """Train with the layers of `lora_backend`, and leave the model with its own attention and layers."""
-        try:
-            with fused_lora(model, self.adapters) if self.fuses_lora else nullcontext():
-                yield
-        finally:
-            if self.packer is not None:
-                self.packer.release()
+        attention = nullcontext() if self.packer is None else self.packer.while_training()
+        with attention, fused_lora(model, self.adapters) if self.fuses_lora else nullcontext():
+            yield
 
 
 def speed_of(trainer: GRPOTrainer, config: GRPOPlusConfig) -> Speed:

@@ -52,7 +52,7 @@ class GRPOPlusTrainer(TRLSeam):
             check_router_loss(self.loss_type, self.router_aux_loss_coef)
         if not self.has_own_fields and type(self).policy_loss is GRPOPlusTrainer.policy_loss:
             check_plain_loss(self.loss_type)
-        for dataset in (self.train_dataset, self.eval_dataset):
+        for dataset in (self.train_dataset, self.eval_dataset) if self.rollout_func is None else ():
             for part in dataset.values() if isinstance(dataset, dict) else [dataset]:
                 check_task_column(self.plus.task_column, part)
         # An overridden hook may change the rewards before it calls ours.
@@ -133,7 +133,7 @@ class GRPOPlusTrainer(TRLSeam):
         if column is None:
             return None
         if column not in example:
-            raise ValueError(f"task_column={column!r} is no column of the dataset. Known: {', '.join(example)}.")
+            raise ValueError(f"task_column={column!r} is no column of the rollouts. Known: {', '.join(example)}.")
         return str(example[column])
 
     def prompt_key(self, prompt: Any) -> str | None:

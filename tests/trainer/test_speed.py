@@ -1,12 +1,14 @@
 """The switches of the speed-ups: what they refuse and when, what they say, and what falls back."""
 
 import logging
+import pickle
 import warnings
+from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig
-from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import AutoModelForCausalLM, IntervalStrategy, Qwen3MoeConfig, Qwen3MoeForCausalLM, TrainerCallback
 
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
 from grpo_plus.demo.tiny import tiny_model, tiny_tokenizer
@@ -163,9 +165,56 @@ def test_the_model_leaves_the_training_with_its_own_attention(tmp_path):
     made.train()
     assert "segment attention" in made.speed.packer.describe()
     assert made.model.config._attn_implementation == "sdpa"
-    made.evaluate(made.train_dataset.select(range(2)))  # takes it up again
     made.save_model()
     assert "grpo_plus" not in (tmp_path / "config.json").read_text()
+
+
+def test_every_use_outside_of_a_training_gives_the_attention_back(tmp_path):
+    class Watching(TrainerCallback):
+        def on_evaluate(self, *_: Any, model: Any, **__: Any) -> None:
+            during.append(model.config._attn_implementation)
+
+    during: list[str] = []
+    made = trainer(tmp_path, max_steps=2, num_iterations=2)
+    made.eval_dataset = rows = made.train_dataset.select(range(2))
+    made.args.eval_strategy, made.args.eval_steps = IntervalStrategy.STEPS, 1
+    made.add_callback(Watching())
+    uses = {
+        "evaluate": lambda: made.evaluate(rows),
+        "predict": lambda: made.predict(rows),
+        "generation batch": lambda: made._generate_and_score_completions([rows[0]] * 8),
+        "train": made.train,
+        "evaluate after": lambda: made.evaluate(rows),
+    }
+    for name, use in uses.items():
+        use()
+        assert made.model.config._attn_implementation == "sdpa", name
+        assert b"grpo_plus" not in pickle.dumps(made.model.config), name
+        assert "segment attention" in made.speed.packer.describe()
+    assert during[1:3] == ["grpo_plus_sdpa"] * 2, "the attention left in the middle of the training"
+
+    def broken(*_: Any, **__: Any) -> Any:
+        raise ZeroDivisionError
+
+    made.compute_loss = broken
+    with pytest.raises(ZeroDivisionError):
+        made.train()
+    assert made.model.config._attn_implementation == "sdpa"
+
+
+def test_a_loss_outside_of_a_training_keeps_the_attention_only_for_checkpointed_layers(tmp_path):
+    for checkpointing in (False, True):
+        made = trainer(tmp_path)
+        if checkpointing:
+            made.model.gradient_checkpointing_enable()
+        made.model.train()
+        rows = made._generate_and_score_completions([made.train_dataset[0]] * 8)
+        made.current_gradient_accumulation_steps = 1
+        made.compute_loss(made.model, rows).backward()
+        kept = made.model.config._attn_implementation.startswith("grpo_plus")
+        assert kept == checkpointing
+        made.evaluate(made.train_dataset.select(range(2)))
+        assert made.model.config._attn_implementation == "sdpa"
 
 
 def test_continuous_batching_keeps_the_attention_that_it_knows(tmp_path):
