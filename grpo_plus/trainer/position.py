@@ -62,6 +62,16 @@ class RandomStates:
         if self.cuda is not None:
             torch.cuda.set_rng_state(self.cuda)
 
+    @classmethod
+    @contextmanager
+    def kept(cls) -> Iterator[None]:
+        """Leave them as they were."""
+        states = cls.now()
+        try:
+            yield
+        finally:
+            states.restore()
+
 
 @dataclass
 class Position:
@@ -103,17 +113,27 @@ class Position:
             random=RandomStates.now(),
         )
 
+    def is_logged(self, trainer: GRPOTrainer, *, at_rest: bool) -> None:
+        """Forget the figures that were written to the log.
+
+        Args:
+            at_rest: the trainer stands here, so that its loss is that of finished steps.
+        """
+        self.metrics = {}
+        if at_rest:
+            self.loss = loss_of(trainer)
+
     @contextmanager
     def in_place(self, trainer: GRPOTrainer) -> Iterator[None]:
         """Let the trainer stand here while a checkpoint is written."""
-        counters, states = _counters(trainer), RandomStates.now()
+        counters = _counters(trainer)
         _set_counters(trainer, self.counters)
-        self.random.restore()
         try:
-            yield
+            with RandomStates.kept():
+                self.random.restore()
+                yield
         finally:
             _set_counters(trainer, counters)
-            states.restore()
 
     def save(self, path: Path, settings: dict[str, Any], *, with_table: bool) -> None:
         """Write the file of this process, for `torch.load(weights_only=True)`.

@@ -1,6 +1,7 @@
 """What of the seam saves a run and takes it up again, so that it goes on as if it had never stopped."""
 
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -29,6 +30,7 @@ from grpo_plus.trainer.checkpoints import chosen_checkpoint, saved_state, write_
 from grpo_plus.trainer.hooks import Hooks
 from grpo_plus.trainer.manifest import begin, seal
 from grpo_plus.trainer.position import Position, saved_position, settings_of, take_up, why_another_batch, within_batch
+from grpo_plus.trainer.rescue import OptimizerWatch, all_are_there, why_not_rescued
 
 REFERENCE_FILE = "grpo_plus_reference.pt"
 
@@ -43,9 +45,13 @@ class SavingSeam(Hooks, GRPOTrainer):
     """
 
     plus: GRPOPlusConfig
-    _position: Position | None = None  # after the last finished step; None where nothing will be saved
-    _within_step = False
+    _began: float
+    _optimizer_watch: OptimizerWatch
+    _position: Position | None = None  # after the last finished step; None where nothing is ever saved
+    _at_rest = False  # between two steps, where the trainer itself stands at the position
+    _whole: Path | None = None  # the last checkpoint that was sealed
     _seals: Path | None = None  # the folder that is being written
+    _buffered_inputs: list[dict[str, Any]] | None
     _train_sampler: Sampler | None = None
 
     @property
@@ -54,9 +60,16 @@ class SavingSeam(Hooks, GRPOTrainer):
         return self.plus is self.args
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train. `resume_from_checkpoint=True` resumes from the newest whole checkpoint."""
-        self._position, self._within_step = None, False
-        return super().train(self._checked(resume_from_checkpoint), *args, **kwargs)
+        """Train. Where an error ends the training, the last finished step is saved first, and can be resumed."""
+        self._position, self._at_rest, self._whole = None, False, None
+        self._began, self._optimizer_watch = time.time(), OptimizerWatch()
+        try:
+            return super().train(self._checked(resume_from_checkpoint), *args, **kwargs)
+        except BaseException as error:  # whatever leaves the training: Ctrl-C is none of Exception's
+            self._rescue(error)
+            raise
+        finally:
+            self._optimizer_watch.release()
 
     def _checked(self, asked: Any) -> str | None:
         """The checkpoint to resume from, after the main process has compared it with its manifest."""
@@ -74,40 +87,59 @@ class SavingSeam(Hooks, GRPOTrainer):
             raise ValueError(answer[1])
         return answer[0]
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """TRL's step over a micro-batch. A save from here on must not see a part of an optimizer step."""
-        self._within_step = True
-        return super().training_step(*args, **kwargs)
-
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         self._step_is_finished()
+        self._at_rest = True
         super()._maybe_log_save_evaluate(*args, **kwargs)
+        self._at_rest = False
         self._step_is_finished()
 
     def _step_is_finished(self) -> None:
-        self._within_step = False
         if self.args.save_strategy != SaveStrategy.NO or self.args.enable_jit_checkpoint:
             self._position = Position.of(self, self.running_state())
+            self._optimizer_watch.step_is_finished(self)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log. What was written must not be counted again by a run that resumes."""
+        training, written = self.model.training, len(self.state.log_history)
+        try:
+            super().log(logs, start_time)
+        finally:  # a callback may have raised after the figures were written
+            if training and self._position is not None and len(self.state.log_history) > written:
+                self._position.is_logged(self, at_rest=self._at_rest)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Seal the new checkpoint, then delete older ones: a kill at any moment leaves a checkpoint to go on from."""
+        self._write_checkpoint(model, trial)
+
+    def _write_checkpoint(self, model: Any, trial: Any, *, rescues: bool = False) -> None:
+        """Seal the new checkpoint, then delete older ones: a kill at any moment leaves a checkpoint to go on from.
+
+        Args:
+            rescues: other processes may be gone. They are not waited for, and nothing is uploaded.
+        """
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        position = self._position if self._within_step else None
-        within_step = position is not None and position.global_step == self.state.global_step
-        if position is None or not within_step:
+        position = self._position
+        stands_there = self._at_rest or position is None or position.global_step != self.state.global_step
+        if position is None or stands_there:
             position = Position.of(self, self.running_state())
+        others = _files_of_others(folder, self.accelerator.num_processes)
         if self.args.should_save:
-            begin(folder)
+            begin(folder, keep={path.name for path in others} if rescues else ())
             write_state(folder, position.running)
-        self.accelerator.wait_for_everyone()
-        with position.in_place(self) if within_step else nullcontext(), self._older_kept(folder):
+        if not rescues:
+            self.accelerator.wait_for_everyone()
+        with nullcontext() if stands_there else position.in_place(self), self._older_kept(folder):
             super()._save_checkpoint(model, trial)
         if not self.args.save_only_model:
             self._save_position(folder, position)
-        self.accelerator.wait_for_everyone()
+        if not rescues:
+            self.accelerator.wait_for_everyone()
+        elif self.args.should_save and not all_are_there(others, self._began):
+            raise TimeoutError("another process did not write its part")
         if self.args.should_save:
             self._seal(folder)
-        if self.args.push_to_hub:
+        self._whole = folder
+        if self.args.push_to_hub and not rescues:
             super()._push_from_checkpoint(str(folder))
         if self.args.should_save:
             rotate_checkpoints(
@@ -116,6 +148,24 @@ class SavingSeam(Hooks, GRPOTrainer):
                 best_model_checkpoint=self.state.best_model_checkpoint,
                 use_mtime=True,
             )
+
+    def _rescue(self, error: BaseException) -> None:
+        """Save the last finished step, unless its checkpoint is there already."""
+        position, step = self._position, self.state.global_step
+        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        if position is None or self._whole == folder:
+            return
+        reason = why_not_rescued(self, self._optimizer_watch, step_ended=step > position.global_step)
+        try:
+            if reason is None:
+                self._at_rest = False
+                self._write_checkpoint(self.model, None, rescues=True)
+        except Exception as other:  # whatever it is, the user has to see the first error and not this one
+            reason = f"{type(other).__name__}: {other}"
+        if self.accelerator.is_main_process:
+            outcome = f"is in {folder}" if reason is None else f"could not be saved: {reason}"
+            name = type(error).__name__
+            logger.warning(f"{name} ends the training after step {step}. That step {outcome}.")
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model, and beside adapters what they were trained above, for `grpo_plus.qlora.load_trained`."""
@@ -205,10 +255,15 @@ class SavingSeam(Hooks, GRPOTrainer):
             raise ValueError(text)
         problem = next((text for _, text, _ in told if text), None)
         take_up(self, saved if problem is None else None)
+        if self._buffered_inputs is not None:
+            self._resumes_within_batch(self._buffered_inputs[0])
         # A checkpoint of stock TRL has no batch, and loses nothing where a batch ended.
         lost = any(exists for _, _, exists in told) or within_batch(self)
         if problem is not None and lost and self.accelerator.is_main_process:
             logger.warning(f"Resuming from {checkpoint} with a fresh generation batch: {problem}.")
+
+    def _resumes_within_batch(self, inputs: dict[str, Any]) -> None:
+        """Do what a generation would have done to the model, with a micro-batch of the batch that is taken up."""
 
     def _adapters_as_trained(self, exact: dict[str, Tensor]) -> None:
         """Bring the adapters to `adapter_dtype`. TRL casts them at construction, and PEFT when it loads a checkpoint.
@@ -226,3 +281,9 @@ class SavingSeam(Hooks, GRPOTrainer):
 
 def _position_file(folder: Path, rank: int) -> Path:
     return folder / f"grpo_plus_position_{rank}.pt"
+
+
+def _files_of_others(folder: Path, processes: int) -> list[Path]:
+    """What the other processes write into a checkpoint."""
+    ranks = range(1, processes)
+    return [*(folder / f"rng_state_{rank}.pth" for rank in ranks), *(_position_file(folder, rank) for rank in ranks)]

@@ -40,6 +40,7 @@ from grpo_plus.trainer.names import (
     trained_tokens,
     whole_rows,
 )
+from grpo_plus.trainer.position import RandomStates
 from grpo_plus.trainer.refills import Refills
 from grpo_plus.trainer.regrouping import regrouped
 from grpo_plus.trainer.reward_calls import RewardCalls
@@ -209,6 +210,14 @@ class TRLSeam(GuardedSeam):
         """Train on one micro-batch, during whose forward and backward the adapters do not change."""
         with self.speed.adapters.step():
             return super().training_step(*args, **kwargs)
+
+    def _resumes_within_batch(self, inputs: dict[str, Any]) -> None:
+        # An update that follows a generation knows which LoRA layers share an input, and computes them together: the
+        # same sums in another order. A forward without effect lets a resumed run know as much.
+        if self.speed.fuses_lora:
+            shown = {name: inputs[name] for name in MULTIMODAL if name in inputs}
+            with torch.no_grad(), RandomStates.kept(), self.speed.adapters.held():
+                self._get_per_token_logps_and_entropies(self.model, *whole_rows(inputs), **shown)
 
     def _alive(self, inputs: dict[str, Any]) -> list[bool]:
         alive = self.speed.live_rows(inputs["advantages"]) if self.model.training else None

@@ -18,8 +18,9 @@ from tests.close import differing
 from tests.qlora.models import load_nf4, lora, make_qlora_trainer, trained_weights
 from tests.training import PROMPTS
 
+CONFIG = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
 # Each generation batch is trained on twice: the checkpoint before the kill stands inside of one.
-CONFIG = {"num_iterations": 2, "max_steps": 3, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
+REUSED = CONFIG | {"num_iterations": 2}
 
 # The process dies with the second checkpoint's last file half written.
 KILLED = """
@@ -27,7 +28,7 @@ import os, signal, sys
 from pathlib import Path
 from transformers import TrainerState
 from tests.qlora.models import make_qlora_trainer
-from tests.qlora.test_checkpoints import CONFIG
+from tests.qlora.test_checkpoints import REUSED
 
 def save_half(state, path):
     save(state, path)
@@ -37,7 +38,7 @@ def save_half(state, path):
         os.kill(os.getpid(), signal.SIGKILL)
 
 save, TrainerState.save_to_json = TrainerState.save_to_json, save_half
-make_qlora_trainer(Path(sys.argv[1]), Path(sys.argv[2]), **CONFIG).train()
+make_qlora_trainer(Path(sys.argv[1]), Path(sys.argv[2]), **REUSED).train()
 """
 
 
@@ -54,11 +55,11 @@ def killed(tmp_path_factory, base):
 def test_the_checkpoint_before_is_whole_and_goes_on_to_the_same_weights(tmp_path, killed, base, caplog):
     assert sorted(path.name for path in killed.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
     assert why_unusable(killed / "checkpoint-1") is None
-    resumed = make_qlora_trainer(killed, base, **CONFIG)
+    resumed = make_qlora_trainer(killed, base, **REUSED)
     with caplog.at_level(logging.WARNING, logger="grpo_plus"):
         resumed.train(resume_from_checkpoint=True)
     assert re.search("checkpoint-2 has no .*: its saving was interrupted", caplog.text)
-    whole = make_qlora_trainer(tmp_path, base, **CONFIG | {"save_strategy": "no"})
+    whole = make_qlora_trainer(tmp_path, base, **REUSED | {"save_strategy": "no"})
     whole.train()
     expected = trained_weights(whole)
     assert differing(trained_weights(resumed), expected) == []
