@@ -9,6 +9,7 @@ evaluation works on a copy. Every process sees all rewards and so keeps the same
 """
 
 import math
+import warnings
 from collections import defaultdict
 
 import torch
@@ -18,13 +19,18 @@ from grpo_plus.advantages.estimator import State, register
 from grpo_plus.advantages.reductions import RESOLUTION, center, check_eps, divide, zscore
 from grpo_plus.advantages.rewards import Rewards
 
+# A batch may widen the range of a task's rewards by the first factor; beyond the second it is worth a warning.
+WIDENING, SURPRISING = 10.0, 100.0
+# Running means of a task without any reward so far.
+UNKNOWN = (0.0, 1.0)
+
 
 @register("ema_task", stateful=True, sums_to_zero=True)
 def ema_task(rewards: Rewards, state: State, *, decay: float = 0.99, max_abs: float = 5.0, eps: float = 1e-6) -> Tensor:
     """Center on the group mean and divide by the task's running std.
 
     Aᵢ = (rᵢ − mean(r_group)) / (√max(m₂ − m₁², 10⁻⁶) + eps)
-    m₁, m₂ ← running means of the task's r and r², updated before they are used
+    m₁, m₂ ← running means of the task's r and r², updated before they are used; r as `bounded` lets it in
 
     A group in which some |A| exceeds `max_abs` falls back to its own population std, as in the authors' code. A jump of
     the rewards by more than about that factor is therefore lost.
@@ -37,8 +43,8 @@ def ema_task(rewards: Rewards, state: State, *, decay: float = 0.99, max_abs: fl
     total = rewards.total()
     sigma = torch.ones_like(total[:, :1])
     for task, prompts in _groups_of(rewards.tasks, total).items():
-        moments = _update_moments(state, task, total[prompts], decay)
-        sigma[prompts] = max(moments[1] - moments[0] ** 2, 1e-6) ** 0.5
+        _update_moments(state, task, bounded(state, task, total[prompts]), decay)
+        sigma[prompts] = _sigma(state, task)
     advantages = divide(center(total), sigma, eps=eps)
     too_large = (advantages.abs() > max_abs).any(-1, keepdim=True)
     return torch.where(too_large, zscore(total, ddof=0, eps=eps), advantages)
@@ -48,7 +54,7 @@ def ema_task(rewards: Rewards, state: State, *, decay: float = 0.99, max_abs: fl
 def popart(rewards: Rewards, state: State, *, decay: float = 0.99, eps: float = 1e-6) -> Tensor:
     """Center on the task's running mean and divide by the task's running std.
 
-    Aᵢ = (rᵢ − m₁) / (√max(m₂ − m₁², 10⁻⁶) + eps)
+    Aᵢ = (rᵢ − m₁) / (√max(m₂ − m₁², 10⁻⁶) + eps)            r as `bounded` lets it in
     m₁, m₂ ← running means of the task's r and r², updated before they are used
 
     The baseline is the history of the task, not the group. A group of successes has a positive advantage while the
@@ -61,9 +67,9 @@ def popart(rewards: Rewards, state: State, *, decay: float = 0.99, eps: float = 
     total = rewards.total()
     advantages = torch.zeros_like(total)
     for task, prompts in _groups_of(rewards.tasks, total).items():
-        moments = _update_moments(state, task, total[prompts], decay)
-        sigma = max(moments[1] - moments[0] ** 2, 1e-6) ** 0.5
-        advantages[prompts] = (total[prompts] - moments[0]) / (sigma + eps)
+        values = bounded(state, task, total[prompts])
+        _update_moments(state, task, values, decay)
+        advantages[prompts] = (values - state.get(task, UNKNOWN)[0]) / (_sigma(state, task) + eps)
     return advantages
 
 
@@ -106,16 +112,59 @@ def _groups_of(keys: tuple[str, ...] | None, total: Tensor) -> dict[str, list[in
     return groups
 
 
-def _update_moments(state: State, task: str, values: Tensor, decay: float) -> list[float]:
-    """Update the running means of the task's rewards and of their squares. The first batch sets both."""
+def bounded(state: State, task: str, values: Tensor) -> Tensor:
+    """The task's rewards, limited in size to `WIDENING` times the largest that the task has shown before.
+
+    One wrong reward of 1e6 among 0 and 1 would set the scale for hundreds of batches. A scale that does change is
+    reached in a few batches, since what is let in widens the range. A task without rewards other than 0 has no range.
+    In a task's first batch, a reward of `SURPRISING` times the second largest counts as the second largest.
+
+    Args:
+        values: the task's rewards, NaN where nothing was judged; any shape.
+    """
+    sizes = values[~values.isnan()].abs().sort().values
+    if not len(sizes):
+        return values
+    first = len(state.get(task, ())) < 3
+    known = sizes[-2:][0].item() if first else state[task][2]
+    largest = sizes[-1].item()
+    if known == 0 or largest <= (SURPRISING if first else WIDENING) * known:
+        return values
+    limit = known if first else WIDENING * known  # the first batch sets the means by itself
+    if largest > SURPRISING * known:
+        where = f"task {task!r}" if task else "the run"
+        warnings.warn(
+            f"A reward of size {largest:.6g} in {where}, whose rewards had sizes of up to {known:.6g}. It counts as "
+            f"{limit:.6g} in the running scale, which follows within a few batches if such rewards go on. If it is an "
+            "error, check the reward function. advantages/scale in the log shows the scale.",
+            stacklevel=2,
+        )
+    return values.clamp(-limit, limit)
+
+
+def scales(name: str, state: State) -> dict[str, float]:
+    """The running std of each task of `ema_task` and `popart`, by task; {} for other estimators."""
+    return {task: _sigma(state, task) for task in state} if name in ("ema_task", "popart") else {}
+
+
+def _sigma(state: State, task: str) -> float:
+    moments = state.get(task, UNKNOWN)
+    return max(moments[1] - moments[0] ** 2, 1e-6) ** 0.5
+
+
+def _update_moments(state: State, task: str, values: Tensor, decay: float) -> None:
+    """Update the running means of the task's rewards and of their squares, and the largest size of a reward.
+
+    The first batch sets all three.
+    """
     _check_share("decay", decay)
     judged = values[~values.isnan()]
     if judged.numel() == 0:
-        return state.get(task, [0.0, 1.0])
+        return
     batch = [judged.mean().item(), judged.square().mean().item()]
     before = state.get(task, batch)
-    state[task] = [decay * old + (1 - decay) * new for old, new in zip(before, batch, strict=True)]
-    return state[task]
+    means = [decay * old + (1 - decay) * new for old, new in zip(before[:2], batch, strict=True)]
+    state[task] = [*means, max([judged.abs().max().item(), *before[2:]])]
 
 
 def _check_unit(rewards: Rewards, total: Tensor) -> None:

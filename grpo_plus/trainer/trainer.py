@@ -20,6 +20,7 @@ from torch import Tensor
 
 from grpo_plus.advantages import ESTIMATORS, Rewards, State, apply_to_rewards, check_state, clip_limits, estimate
 from grpo_plus.advantages.metrics import advantage_metrics
+from grpo_plus.advantages.running import scales as running_scales
 from grpo_plus.config.run import (
     check_estimator,
     check_plain_loss,
@@ -118,7 +119,9 @@ class GRPOPlusTrainer(TRLSeam):
         rewards = apply_to_rewards(rewards, modifiers)
         trls = estimator is None and type(self).estimate_advantages is GRPOPlusTrainer.estimate_advantages
         trl_normalizes_each = trls and self.args.multi_objective_aggregation == "normalize_then_sum"
-        return advantage_metrics(
+        scales = running_scales(name or "", self.estimator_state if self.model.training else {})
+        figures = {f"scale/{task}" if task else "scale": scale for task, scale in scales.items()}
+        return figures | advantage_metrics(
             rewards,
             advantages,
             limit=clip_limits(rewards, modifiers),

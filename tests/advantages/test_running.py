@@ -1,11 +1,13 @@
 """Estimators with state over several batches; the numbers are worked out beside them."""
 
+import warnings
 from dataclasses import replace
 
 import pytest
 import torch
 
 from grpo_plus.advantages import ESTIMATORS, State, estimate
+from grpo_plus.advantages.running import scales
 from tests.advantages.cases import SIGNED, SIGNED_X5, rewards_of
 from tests.close import assert_close
 
@@ -93,6 +95,79 @@ def test_a_batch_that_nobody_judged_leaves_no_trace(name):
     advantages = run(name, [[[None, None]]], state, prompts=("a",))
     assert state == before
     assert (advantages == 0).all()
+
+
+def batch_of(*odd: float) -> list:
+    """Eight groups of eight rewards of 0 and 1, the first of them replaced by `odd`."""
+    values = [float((row + column) % 2) for row in range(8) for column in range(8)]
+    values[: len(odd)] = odd
+    return [values[start : start + 8] for start in range(0, 64, 8)]
+
+
+@pytest.mark.parametrize("name", ["ema_task", "popart"])
+@pytest.mark.parametrize("odd", [(1e6,), (-1e6,), (1e30,), (1e6, 1e6, -1e6)])
+@pytest.mark.parametrize("position", [0, 3])
+def test_a_wrong_reward_leaves_the_scale_where_it_was(name, odd, position):
+    if position == 0 and len(odd) > 1:
+        pytest.skip("the first batch has no history, and three rewards of a size are its scale")
+    state: State = {}
+    batches = [batch_of()] * 4
+    batches[position] = batch_of(*odd)
+    with pytest.warns(UserWarning, match=r"A reward of size 1e.* in the run, whose rewards had sizes of up to 1\. It"):
+        run(name, batches, state)
+    advantages = run(name, [batch_of()] * 2, state)
+    # 0 and 1 around a mean of .5 with a std of .5 have advantages of 1.
+    assert advantages.abs().mean().item() == pytest.approx(1, abs=0.1)
+    assert all(torch.tensor(moments).isfinite().all() for moments in state.values())
+
+
+@pytest.mark.parametrize("name", ["ema_task", "popart"])
+def test_the_wrong_reward_itself_has_no_advantage_beyond_all_bounds(name):
+    with pytest.warns(UserWarning, match="A reward of size 1e\\+06"):
+        advantages = run(name, [batch_of(), batch_of(1e6)], {})
+    # popart: (10 - .57) / .57, where a reward of 10 in 64 has moved mean and std a little.
+    assert 0 < advantages.max() < 20
+
+
+@pytest.mark.parametrize("name", ["ema_task", "popart"])
+def test_a_scale_that_changes_is_reached_in_a_few_batches(name):
+    state: State = {}
+    larger = [[1000 * reward for reward in group] for group in batch_of()]
+    with pytest.warns(UserWarning, match="A reward of size 1000"):
+        run(name, [batch_of()] * 20 + [larger] * 4, state)
+    assert state[""][2] == 1000.0
+    run(name, [larger] * 300, state)
+    assert scales(name, state) == {"": pytest.approx(500, rel=0.1)}
+
+
+@pytest.mark.parametrize("name", ["ema_task", "popart"])
+@pytest.mark.parametrize(
+    "batches",
+    [
+        [[[0.0] * 64] * 4, [[0.0] * 63 + [1.0]] + [[0.0] * 64] * 3] * 3,  # a success in 500
+        [[[0.0] * 8], [[0.05] * 8], [[0.0] * 7 + [1.0]]],  # partial credit first
+        [[[5.0, -5.0]], [[-40.0, 5.0]], [[300.0, 0.0]]],
+    ],
+)
+def test_a_healthy_run_is_not_warned_of(name, batches):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(name, batches, {})
+
+
+def test_a_rare_success_enters_whole():
+    # All zeros have no range: mean and squares of the first success are those of the plain running means.
+    state: State = {}
+    run("popart", [[[0.0] * 4], [[0.0, 0.0, 0.0, 1.0]]], state, {"decay": 0.9})
+    assert state[""] == pytest.approx([0.025, 0.025, 1.0])
+
+
+def test_tasks_have_their_own_scale_and_the_state_of_an_older_checkpoint_is_taken():
+    state: State = {"small": [0.5, 0.5]}
+    run("ema_task", [[[0, 1], [0, 100]]], state, {"decay": 0.5}, tasks=("small", "large"))
+    assert scales("ema_task", state) == {"small": pytest.approx(0.5), "large": pytest.approx(50.0)}
+    assert state["small"] == pytest.approx([0.5, 0.5, 1.0])
+    assert scales("spo", {"a": [1.0, 2.0]}) == {}
 
 
 @pytest.mark.parametrize("name", STATEFUL)
