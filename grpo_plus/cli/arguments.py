@@ -41,19 +41,22 @@ def parse(verb: str, rest: list[str], config_class: type["GRPOPlusConfig"], **de
     from trl import DatasetMixtureConfig, ModelConfig, TrlParser
     from trl.scripts.grpo import GRPOScriptArguments
 
+    from grpo_plus.cli.flags_help import help_of
     from grpo_plus.qlora.recipe import qlora_flags
 
     arguments = _with_config_file(rest)
     inputs: list[Any] = [RecipeArguments, GRPOScriptArguments, ModelConfig, DatasetMixtureConfig]
     parser = TrlParser([*inputs, config_class], prog=f"grpo-plus {verb}")
-    if not {"-h", "--help"} & set(arguments):
-        search_own_modules(_typed_names(arguments))
-        _check_width(arguments)
-        # GRPOPlusConfig comes later: its own complaint (no GPU, say) would hide the more basic one.
-        early = TrlParser(inputs, add_help=False).parse_args_and_config(arguments, return_remaining_strings=True)
-        _check(verb, *early[:4])
-        # As defaults, so that every flag on the command line or in the file still has the last word.
-        parser.set_defaults_with_config(**defaults, **(qlora_flags() if early[0].qlora else {}))
+    if {"-h", "--help"} & set(arguments):
+        print(help_of(parser, inputs, config_class), end="")
+        raise SystemExit(0)
+    search_own_modules(_typed_names(arguments))
+    _check_width(arguments)
+    # GRPOPlusConfig comes later: its own complaint (no GPU, say) would hide the more basic one.
+    early = TrlParser(inputs, add_help=False).parse_args_and_config(arguments, return_remaining_strings=True)
+    _check(verb, *early[:4])
+    # As defaults, so that every flag on the command line or in the file still has the last word.
+    parser.set_defaults_with_config(**defaults, **(qlora_flags() if early[0].qlora else {}))
     _, *parsed, unknown = parser.parse_args_and_config(arguments, return_remaining_strings=True)
     _refuse(verb, unknown)
     return tuple(parsed)

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog, parser.formatter_class = EPILOG, argparse.RawDescriptionHelpFormatter
     parser.add_argument("model", metavar="MODEL", help="a local folder, a config.json, or a name on the hub")
     parser.add_argument(
-        "--gpu", metavar="SIZE", help="the card's memory, for example 12GB: says what fits, and advises"
+        "--gpu", metavar="CARD", help="a card's name or memory, such as 4090, 'rtx 3060', 12GB: what fits, and advice"
     )
     parser.add_argument("--calibrate", metavar="FILE", help="JSON object of measured constants")
     parser.add_argument("--revision", help="of the model on the hub")
@@ -54,19 +54,21 @@ def _boolean(text: str) -> bool:
 
 def run(args: argparse.Namespace, rest: list[str]) -> int:
     """Print the table; with --gpu, what fits and what to change. Exit status 1 where the run does not fit."""
-    from grpo_plus.planner import QLORA, Constants, Run, load_constants, load_shape, parse_bytes, plan
+    from grpo_plus.planner import QLORA, Constants, Run, card, load_constants, load_shape, plan
 
-    gpu_bytes = parse_bytes(args.gpu) if args.gpu is not None else None
+    gpu = card(args.gpu) if args.gpu is not None else None
     constants = load_constants(args.calibrate) if args.calibrate is not None else Constants()
     given = {entry.name: value for entry in fields(Run) if (value := getattr(args, entry.name)) is not None}
     settings = Run(**((QLORA if args.qlora else {}) | given))
     planned = plan(load_shape(args.model, revision=args.revision), settings, constants=constants)
     print(_header(planned))
     print(planned.table())
-    if gpu_bytes is None:
+    if gpu is None:
         return 0
-    print(_verdict(planned, gpu_bytes))
-    return 0 if planned.fits(gpu_bytes) else 1
+    if gpu.note:
+        print(f"{gpu.note}\n")
+    print(_verdict(planned, gpu.size))
+    return 0 if planned.fits(gpu.size) else 1
 
 
 def _header(planned: "MemoryPlan") -> str:

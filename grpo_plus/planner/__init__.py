@@ -11,6 +11,7 @@ The plan is for one GPU, and transformers generates. Start reading at `memory.py
 """
 
 from grpo_plus.planner.advise import Advice, Suggestion, advise, largest, resized
+from grpo_plus.planner.cards import Card, card
 from grpo_plus.planner.config_file import load_shape, read_config
 from grpo_plus.planner.constants import Constants, load_constants
 from grpo_plus.planner.families import shape_of
@@ -21,12 +22,14 @@ from grpo_plus.planner.shapes import ModelShape
 __all__ = [
     "QLORA",
     "Advice",
+    "Card",
     "Constants",
     "MemoryPlan",
     "ModelShape",
     "Run",
     "Suggestion",
     "advise",
+    "card",
     "largest",
     "load_constants",
     "load_shape",

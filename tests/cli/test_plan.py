@@ -84,7 +84,7 @@ def test_a_calibration_counts(model, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--gpu", "12"], "gpu='12' is not a size with a unit. Write 12GB."),
+        (["--gpu", "4091"], "gpu='4091' is no known card. Did you mean '4090'"),
         (["--gpu", "-8GB"], "gpu='-8GB' is not above 0"),
         (["--prompt_length", "-5"], "prompt_length=-5 is not a positive whole number"),
         (["--optim", "adam8"], "Unknown optim 'adam8'"),
