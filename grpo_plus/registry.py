@@ -54,7 +54,10 @@ class UnknownNameError(ValueError):
 
 
 class Registry(Generic[Entry, Result, Promises]):
-    """Names for interchangeable functions. Each name is registered once. An unknown name suggests the nearest name.
+    """Names for interchangeable functions. An unknown name suggests the nearest name.
+
+    Each name belongs to one place: the function that registered it, which may do so again with other code, as a cell
+    of a notebook does when it runs twice.
 
     Args:
         kind: what the entries are, for error messages ("advantage estimator").
@@ -66,6 +69,7 @@ class Registry(Generic[Entry, Result, Promises]):
         self.kind = kind
         self._entry: Callable[..., Entry] = entry
         self._entries: dict[str, Entry] = {}
+        self._unregistered: dict[str, Entry] = {}
 
     def register(
         self, name: str, *positional: Promises.args, **promises: Promises.kwargs
@@ -77,7 +81,7 @@ class Registry(Generic[Entry, Result, Promises]):
 
         Raises:
             TypeError: there is no such promise.
-            ValueError: the name is taken or is not an identifier.
+            ValueError: the name is taken by another function, or is not an identifier.
         """
         parameters = inspect.signature(self._entry).parameters.values()
         known = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
@@ -94,9 +98,17 @@ class Registry(Generic[Entry, Result, Promises]):
         return add
 
     def add(self, name: str, entry: Entry) -> None:
-        """Register an entry. Raises ValueError if the name is taken or could be mistaken for a dotted path."""
-        if name in self._entries:
-            raise ValueError(f"The {self.kind} {name!r} is already registered. Choose another name.")
+        """Register an entry, in place of an earlier one from the same place.
+
+        Raises:
+            ValueError: another function has the name, or it could be mistaken for a dotted path.
+        """
+        if name in self._entries and _place(self._entries[name]) != (place := _place(entry)):
+            taken = _place(self._entries[name])[0]
+            raise ValueError(
+                f"The {self.kind} {name!r} is already registered, by {taken}, and not by {place[0]}. "
+                "Choose another name."
+            )
         if not name.isidentifier():
             raise ValueError(f"{name!r} cannot name a {self.kind}: use letters, digits and underscores only.")
         self._entries[name] = entry
@@ -104,20 +116,45 @@ class Registry(Generic[Entry, Result, Promises]):
     @contextmanager
     def temporarily(self) -> Iterator[None]:
         """Forget afterwards what was registered inside, so that a test leaves no name behind."""
-        before = dict(self._entries)
+        before, unregistered = dict(self._entries), dict(self._unregistered)
         try:
             yield
         finally:
-            self._entries = before
+            self._entries, self._unregistered = before, unregistered
 
-    def __getitem__(self, name: str) -> Entry:
-        """Look up a registered name, or import `package.module.function` under its default promises."""
-        if not isinstance(name, str):
-            raise UnknownNameError(
-                f"The {self.kind} {name!r} is not a name. Register the function, then write its name."
-            )
-        if name in self._entries:
-            return self._entries[name]
+    def name_of(self, given: str | Callable[..., Any]) -> str:
+        """The name under which `given` is found here: itself, or a function's registered name or dotted path.
+
+        A function that nobody has registered is remembered under its dotted path, with its default promises.
+
+        Raises:
+            UnknownNameError: neither a name nor a function.
+        """
+        if isinstance(given, str):
+            return given
+        if not callable(given):
+            raise UnknownNameError(f"The {self.kind} {given!r} is neither a name nor a function.")
+        for name, entry in (*self._entries.items(), *self._unregistered.items()):
+            if getattr(entry, "function", entry) is given:
+                return name
+        named = inspect.isfunction(given) and "<" not in given.__qualname__
+        path, name = _path(given), _path(given)
+        number = 1
+        while not named and name in self._unregistered:  # two lambdas share a path, and are two functions
+            number += 1
+            name = f"{path}#{number}"
+        self._unregistered[name] = self._entry(name, given)
+        return name
+
+    def __getitem__(self, name: str | Callable[..., Any]) -> Entry:
+        """Look up a registered name, take a function, or import `package.module.function`.
+
+        A function that is not registered has its default promises.
+        """
+        name = self.name_of(name)
+        for known in (self._entries, self._unregistered):
+            if name in known:
+                return known[name]
         return self._entry(name, import_function(self.kind, name, self))
 
     def __contains__(self, name: object) -> bool:
@@ -128,6 +165,22 @@ class Registry(Generic[Entry, Result, Promises]):
 
     def __len__(self) -> int:
         return len(self._entries)
+
+
+def _path(function: Callable[..., Any]) -> str:
+    """`module.function`, or the class's path for an object that can be called."""
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+def _place(entry: Any) -> tuple[str, int | None]:
+    """Where the entry's function is defined. The line counts where several functions share a path, as lambdas do."""
+    function = getattr(entry, "function", entry)
+    if not callable(function):
+        return repr(function), None
+    path = _path(function)
+    code = getattr(function, "__code__", None)
+    return path, code.co_firstlineno if code is not None and "<" in path else None
 
 
 def import_function(kind: str, path: str, known: Iterable[str] = ()) -> Callable[..., Any]:

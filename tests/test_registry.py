@@ -112,3 +112,51 @@ def test_what_is_registered_temporarily_is_forgotten_after_an_error(registry):
     with pytest.raises(RuntimeError, match="of the test"):
         fail()
     assert "mine" not in registry
+
+
+def defined(value):
+    """What a cell of a notebook defines, each time that it runs."""
+
+    def mine(rewards):
+        return value
+
+    mine.__qualname__ = "mine"
+    return mine
+
+
+def test_the_same_name_from_the_same_place_replaces(registry):
+    registry.register("mine")(defined(1))
+    registry.register("mine")(defined(2))
+    assert registry["mine"](None) == 2
+
+
+def test_the_same_name_from_another_place_is_refused(registry):
+    registry.register("mine")(defined(1))
+    with pytest.raises(
+        ValueError, match=r"'mine' is already registered, by tests.test_registry.mine, and not by .*<lambda>"
+    ):
+        registry.register("mine")(lambda rewards: 2)
+    registry.register("short")(lambda rewards: 1)
+    with pytest.raises(ValueError, match="'short' is already registered"):
+        registry.register("short")(lambda rewards: 2)
+
+
+def test_a_name_of_ours_cannot_be_taken():
+    with pytest.raises(ValueError, match="'rloo' is already registered, by grpo_plus.advantages.unnormalized.rloo"):
+        register_estimator("rloo")(defined(1))
+
+
+def test_a_function_goes_by_its_registered_name_or_its_path(registry):
+    mine, other = defined(1), defined(2)
+    registry.register("known")(mine)
+    assert registry.name_of(mine) == "known"
+    assert registry.name_of(other) == "tests.test_registry.mine"
+    assert registry[other](None) == 2
+    assert list(registry) == ["dr_grpo", "grpo", "known"]
+    assert registry.name_of("anything") == "anything"
+
+
+def test_two_functions_without_a_name_are_told_apart(registry):
+    names = [registry.name_of(function) for function in (lambda rewards: 1, lambda rewards: 2)]
+    assert len(set(names)) == 2
+    assert [registry[name](None) for name in names] == [1, 2]

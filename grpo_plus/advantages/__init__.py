@@ -20,7 +20,7 @@ An estimator of your own leaves this package as it is:
 A dotted path needs no registration: `--advantage_estimator my_package.my_module.best_of_group`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -81,7 +81,7 @@ __all__ = [
 
 
 def estimate(
-    estimator: Estimator | str,
+    estimator: Estimator | str | Callable[..., Tensor],
     rewards: Rewards,
     keywords: Mapping[str, Any] | None = None,
     *,
@@ -91,7 +91,7 @@ def estimate(
     """Compute the advantages of a batch, and check them.
 
     Args:
-        estimator: an entry of `ESTIMATORS`, its name, or a dotted path to a function.
+        estimator: an entry of `ESTIMATORS`, its name, a dotted path to a function, or a function.
         keywords: hyper-parameters of the estimator. Absent ones keep the estimator's defaults.
         modifiers: names of `MODIFIERS` and their keywords. Reward modifiers run before the estimator and advantage
             modifiers after it, each kind in the order given.
@@ -104,7 +104,7 @@ def estimate(
     Raises:
         ValueError: a reward is infinite, or the result has another shape or is not finite where it should be.
     """
-    if isinstance(estimator, str):
+    if not isinstance(estimator, Estimator):
         estimator = ESTIMATORS[estimator]
     check_rewards(rewards)
     rewards = apply_to_rewards(rewards, modifiers or {})

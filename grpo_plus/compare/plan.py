@@ -17,8 +17,8 @@ class Variant:
     """An estimator, with a loss and further fields, that is compared with others.
 
     Attributes:
-        estimator: a name that `grpo-plus ls advantages` prints, or a dotted path.
-        loss: a name that `grpo-plus ls losses` prints; None: the task's own.
+        estimator: a name that `grpo-plus ls advantages` prints, a dotted path, or a function.
+        loss: a name that `grpo-plus ls losses` prints, a dotted path, or a function; None: the task's own.
         fields: further fields of GRPOPlusConfig by name, such as {"advantage_kwargs": {"k": 4}}.
         label: what the report calls it; made of the other three where empty.
     """
@@ -29,9 +29,9 @@ class Variant:
     label: str = ""
 
     def __post_init__(self) -> None:
-        _ = ESTIMATORS[self.estimator]
-        if self.loss is not None:
-            _ = LOSSES[self.loss]
+        for name, registry in (("estimator", ESTIMATORS), ("loss", LOSSES)):
+            if (given := getattr(self, name)) is not None:
+                object.__setattr__(self, name, registry[given].name)
         for name in (ESTIMATOR, LOSS, SEED, "output_dir"):
             if name in self.fields:
                 raise ValueError(f"fields={dict(self.fields)} sets {name}, which the comparison sets itself. Drop it.")
@@ -78,13 +78,13 @@ def planned_arms(variants: Sequence[Variant | str], seeds: Sequence[int]) -> lis
     """Every variant on every seed, seed by seed, so that a comparison that is cut short has whole pairs.
 
     Args:
-        variants: a plain name is an estimator.
+        variants: a plain name or a function is an estimator.
 
     Raises:
         ValueError: an unknown name, two variants or seeds that are the same, no variant or seed, or a seed out of
             range.
     """
-    chosen = [Variant(variant) if isinstance(variant, str) else variant for variant in variants]
+    chosen = [variant if isinstance(variant, Variant) else Variant(variant) for variant in variants]
     if not chosen:
         raise ValueError("There is nothing to compare. Name at least one estimator.")
     if not seeds:

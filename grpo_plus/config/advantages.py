@@ -21,11 +21,6 @@ def check_advantages(config: "GRPOPlusConfig") -> None:
                     f"{name}={getattr(config, name)} has no estimator to go to. Set advantage_estimator too."
                 )
         return
-    if not isinstance(config.advantage_estimator, str):
-        raise ValueError(
-            f"advantage_estimator={config.advantage_estimator!r} is not a name. Register the function, then write its "
-            "name."
-        )
     _check_conflicts(config)
     _check_estimator(config)
 

@@ -5,12 +5,14 @@ from typing import Any
 
 from trl import GRPOConfig
 
+from grpo_plus.advantages import ESTIMATORS
 from grpo_plus.config.advantages import check_advantages, check_refills
 from grpo_plus.config.guard import check_guard
 from grpo_plus.config.keywords import as_dictionary
 from grpo_plus.config.losses import check_kl_target, check_loss
 from grpo_plus.config.numbers import check_numbers, check_reward_timeout
 from grpo_plus.config.speed import check_adapter_dtype, check_liger, check_speed
+from grpo_plus.losses import LOSSES
 from grpo_plus.version import __version__
 
 
@@ -22,8 +24,9 @@ class GRPOPlusConfig(GRPOConfig):
 
     Args:
         advantage_estimator: a name that `grpo-plus ls advantages` prints, a name registered with
-            `grpo_plus.advantages.register`, or a dotted path to a function. None leaves TRL's `scale_rewards` and
-            `multi_objective_aggregation` in charge. A name excludes other values than the defaults for these two.
+            `grpo_plus.advantages.register`, a dotted path to a function, or in Python the function itself. None leaves
+            TRL's `scale_rewards` and `multi_objective_aggregation` in charge. A name excludes other values than the
+            defaults for these two.
         advantage_kwargs: the estimator's hyper-parameters, such as {"ddof": 0}. On the command line: JSON.
         advantage_modifiers: what else happens to the rewards and advantages, in order. Each is a name with its
             keywords: {"filter_zero_std": {"by": "correctness"}, "clip": {"max": 5.0}}. The names stand in
@@ -203,6 +206,9 @@ class GRPOPlusConfig(GRPOConfig):
     def __post_init__(self) -> None:
         """Check the fields of ours and those of TRL's that they meet."""
         check_numbers(self)
+        if self.advantage_estimator is not None:
+            self.advantage_estimator = ESTIMATORS.name_of(self.advantage_estimator)
+        self.loss_type: str = LOSSES.name_of(self.loss_type)
         super().__post_init__()
         check_reward_timeout(self)
         self.loss_kwargs = as_dictionary("loss_kwargs", self.loss_kwargs)

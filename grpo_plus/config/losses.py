@@ -39,8 +39,6 @@ OURS_ONLY: dict[str, Any] = {"loss_kwargs": {}, "loss_reduction": None, "kl_esti
 
 def check_loss(config: "GRPOPlusConfig") -> None:
     """Refuse an unknown loss, and every setting that the chosen loss would not read."""
-    if not isinstance(config.loss_type, str):
-        raise ValueError(f"Unknown loss_type {config.loss_type!r}.{suggestion(str(config.loss_type), LOSSES)}")
     _warn_of_traps(config)
     if config.loss_type in TRL_LOSSES:
         _refuse(config, OURS_ONLY, "is read by the losses that TRL lacks only; this one has fields of its own in TRL")

@@ -35,7 +35,8 @@ def chosen_recipes(given: Given, rollouts: Rollouts) -> dict[str, Recipe]:
     Raises:
         ValueError: an unknown estimator, or a keyword that does not fit.
     """
-    named = dict(given) if isinstance(given, Mapping) else {name: {} for name in given or ESTIMATORS}
+    pairs = given.items() if isinstance(given, Mapping) else ((name, {}) for name in given or ESTIMATORS)
+    named: dict[str, Mapping[str, Any]] = {ESTIMATORS.name_of(name): keywords for name, keywords in pairs}
     recipes = {name: Recipe(ESTIMATORS[name], keywords) for name, keywords in named.items()}
     for recipe in recipes.values():
         if recipe.keywords:

@@ -28,7 +28,7 @@ def config(**fields) -> GRPOPlusConfig:
             {"advantage_estimator": "grpo", "advantage_kwargs": {"eps": float("inf")}},
             "does not fit 'grpo': eps=inf is negative or infinite",
         ),
-        ({"advantage_estimator": len}, "is not a name. Register the function"),
+        ({"advantage_estimator": 3}, "advantage estimator 3 is neither a name nor a function"),
         ({"advantage_estimator": "passk", "advantage_kwargs": {"k": 9}}, "does not fit 'passk': .*9"),
         ({"advantage_estimator": "rloo", "advantage_modifiers": {"clipp": {"max": 1.0}}}, "clipp.*Did you mean 'clip'"),
         ({"advantage_modifiers": {"clip": {"max": 1.0}}}, "Set advantage_estimator too"),
@@ -89,7 +89,7 @@ def config(**fields) -> GRPOPlusConfig:
             {"advantage_estimator": "rloo", "advantage_modifiers": {"pods": {"keep": 9}}},
             "keep=9 does not fit: groups have num_generations=8",
         ),
-        ({"loss_type": None}, "Unknown loss_type None"),
+        ({"loss_type": None}, "loss_type None is neither a name nor a function"),
         ({"advantage_kwargs": {"ddof": 0}}, "Set advantage_estimator too"),
         (
             {"advantage_estimator": "grpo", "scale_rewards": "none"},
