@@ -4,7 +4,7 @@ import os
 import platform
 import time
 from collections.abc import Callable
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,16 @@ def describe(others: tuple[str, ...] = ()) -> dict[str, Any]:
         "processor": _processor(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
-        "versions": {package: version(package) for package in packages},
+        "versions": {package: installed(package) for package in packages},
     }
+
+
+def installed(package: str) -> str:
+    """Version of a package. "checkout" for one that runs from where its files lie."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "checkout"
 
 
 def _processor() -> str:

@@ -199,7 +199,7 @@ def _quantized(linear: nn.Linear, run: Run, device: str) -> nn.Module:
         device="meta",
     )
     quantized.weight = bitsandbytes.nn.Params4bit(
-        _random(linear.weight, device).cpu(),
+        _random(linear.weight, device),  # quantized where it is made, without a way over the host
         requires_grad=False,
         compress_statistics=run.use_bnb_nested_quant,
         quant_type="nf4",

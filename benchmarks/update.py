@@ -1,13 +1,15 @@
 """What an update costs: forward and backward of GRPO's loss, grpo_plus beside stock TRL, on the same rows.
 
-python -m benchmarks.update [--device cpu] [--repeats 5] [--shapes 512,256,8 ...] [--variants full lora ...]
+python -m benchmarks.update [--device cuda|cpu] [--repeats 5] [--shapes 512,256,8 ...] [--variants full ...] [--keep]
 
 Rows are one group of G completions, uniform from 5 % to 100 % of the longest, after a prompt of full length: no gain
 from prompts of different lengths is in it. `dead` is five groups, two of them without advantage. Both sides run TRL's
 `_compute_loss`, with TRL's head scoring valid positions only, as it does on a GPU. Equality comes first: a gradient
-that differs ends the run. Both sides take turns in one process; peaks are of one process each, above what it held
-before. On a CPU: a small Qwen3 in float32, seconds of the process. On a GPU: Qwen3-1.7B's shape in bfloat16, or
-Qwen3-4B's with nf4, random weights. Writes benchmarks/results/update_<device>.json.
+that differs ends the run. Both sides take turns in one process. Peaks are above what was there before, on a CPU in a
+process of each side's own. On a CPU: a small Qwen3 in float32, seconds of the process. On a GPU: Qwen3-1.7B's shape in
+bfloat16, or Qwen3-4B's with nf4, random weights made on the device, bfloat16 autocast. Variants whose name has
+`checkpointing` in it checkpoint their layers. `--keep` keeps the earlier rows that are not measured again. Writes
+benchmarks/results/update_<device>.json after each row.
 """
 
 import argparse
@@ -17,7 +19,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -25,18 +27,26 @@ from unittest.mock import patch
 import torch
 
 from benchmarks.machine import RESULTS, describe, peak_mb, seconds
-from grpo_plus.qlora.lora_layers import fused_lora
+from benchmarks.memory_run import MODELS, random_model
+from grpo_plus.planner import QLORA, Run
 
 SHAPES = ((128, 128, 8), (512, 256, 8), (1024, 128, 8), (2048, 256, 8), (64, 512, 8), (512, 1024, 16))
-VARIANTS = ("full", "checkpointing", "lora", "nf4")
-DEAD = ("dead",)
-CPU_SHAPE = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "vocab_size": 8000}
-CPU_HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
-QWEN3_1_7B = {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "vocab_size": 151936}
-QWEN3_4B = {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "vocab_size": 151936}
-HEADS = {
-    "qwen3-1.7b": {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128},
-    "qwen3-4b": {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128},
+# By device; TRL checkpoints unless it is told not to.
+VARIANTS = {
+    "cpu": ("full", "checkpointing", "lora", "nf4"),
+    "cuda": ("lora", "lora-checkpointing", "nf4-checkpointing"),
+}
+CHOICES = ("full", "checkpointing", "lora", "lora-checkpointing", "nf4", "nf4-checkpointing", "dead")
+CPU_MODEL = {
+    "model_type": "qwen3",
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "vocab_size": 8000,
+    "tie_word_embeddings": True,
 }
 # Relative error of the whole gradient; in bfloat16, padding a row alone changes 1.5e-2.
 TOLERANCE = {"cpu": 2e-5, "cuda": 5e-2}
@@ -49,19 +59,21 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1, help="of torch on a CPU, for both sides")
     parser.add_argument("--shapes", nargs="+", type=_shape, default=SHAPES, metavar="PROMPT,COMPLETION,G")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS + DEAD, default=VARIANTS)
+    parser.add_argument("--variants", nargs="+", choices=CHOICES)
+    parser.add_argument("--keep", action="store_true", help="keep rows of the file that are not measured again")
     parser.add_argument("--case", nargs=3, metavar=("SHAPE", "VARIANT", "SIDE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.case:
         shape, variant, side = args.case
-        print(json.dumps(_case(_shape(shape), variant, side, args.device, args.repeats)))
+        print(json.dumps(measure(_shape(shape), variant, side, args.device, args.repeats)))
         return
-    cases = [(shape, variant) for shape in args.shapes for variant in args.variants]
-    if args.variants == VARIANTS:
+    cases = [(shape, variant) for shape in args.shapes for variant in args.variants or VARIANTS[args.device]]
+    if not args.variants:
         cases.append(((512, 256, 8), "dead"))
     path = RESULTS / f"update_{args.device}.json"
-    rows: list[dict[str, Any]] = []
+    earlier = json.loads(path.read_text())["rows"] if args.keep and path.exists() else []
+    rows = [row for row in earlier if (tuple(row["shape"]), row["variant"]) not in cases]
     for shape, variant in cases:
         rows.append(_row(shape, variant, args) | {"load": round(os.getloadavg()[0], 1)})
         summary = {
@@ -83,19 +95,17 @@ def _name(args: argparse.Namespace) -> str:
 
 
 def _row(shape: tuple[int, int, int], variant: str, args: argparse.Namespace) -> dict[str, Any]:
-    cases = {side: _spawn(shape, variant, side, args) for side in ("both", "trl", "plus")}
-    times = cases["both"]["seconds"]
-    medians = {side: statistics.median(times[side]) for side in times}
-    row = {
+    if args.device == "cuda":  # an allocator that counts needs no process of its own
+        both = measure(shape, variant, "both", args.device, args.repeats)
+    else:
+        both = _spawn(shape, variant, "both", args)
+        both["peak_mb"] = {side: _spawn(shape, variant, side, args)["peak_mb"][side] for side in ("trl", "plus")}
+    medians = {side: statistics.median(times) for side, times in both["seconds"].items()}
+    row = both | {
         "shape": shape,
         "variant": variant,
-        "seconds": times,
         "speed_up": medians["trl"] / medians["plus"],
-        "peak_mb": {side: cases[side]["peak_mb"] for side in ("trl", "plus")},
-        "memory_ratio": cases["trl"]["peak_mb"] / max(cases["plus"]["peak_mb"], 1e-9),
-        "gradient_error": cases["both"]["gradient_error"],
-        "token_ratio": cases["both"]["token_ratio"],
-        "packing": cases["both"]["packing"],
+        "memory_ratio": both["peak_mb"]["trl"] / max(both["peak_mb"]["plus"], 1e-9),
     }
     print(
         f"{','.join(map(str, shape)):>12} {variant:<14} TRL {medians['trl']:7.2f} s  ours {medians['plus']:6.2f} s  "
@@ -116,17 +126,19 @@ def _spawn(shape: tuple[int, int, int], variant: str, side: str, args: argparse.
     return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
 
 
-def _case(shape: tuple[int, int, int], variant: str, side: str, device: str, repeats: int) -> dict[str, Any]:
-    """`side` both: check and time; otherwise the peak of one side alone."""
+def measure(shape: tuple[int, int, int], variant: str, side: str, device: str, repeats: int) -> dict[str, Any]:
+    """`side` both: check and time, and on a GPU weigh. "trl" or "plus": the peak of one side alone."""
     groups = 5 if variant == "dead" else 1
     batches = [_rows(shape, device, seed, dead=seed in (1, 3) and groups > 1) for seed in range(groups)]
     with patch("trl.trainer.utils._use_triton", return_value=True), ExitStack() as training:
         sides = ("trl", "plus") if side == "both" else (side,)
-        trainers = {name: _trainer(name, shape, variant, device) for name in sides}
-        if "plus" in trainers and trainers["plus"].speed.fuses_lora:  # as train() does
-            training.enter_context(fused_lora(trainers["plus"].model))
+        trainers = {name: trainer_of(name, shape, variant, device) for name in sides}
+        if "plus" in trainers:  # as train() does
+            training.enter_context(trainers["plus"].speed.around_training(trainers["plus"].model))
         if side != "both":
-            return {"peak_mb": _peak(trainers[side], batches, device)}
+            return {"peak_mb": {side: _peak(trainers[side], batches, device)}}
+        for ours, trls in zip(*(_trained(trainers[name]) for name in ("plus", "trl")), strict=True):
+            ours.data.copy_(trls.data)
         gradients = {name: _update(trainer, batches) for name, trainer in trainers.items()}
         error = float((gradients["plus"] - gradients["trl"]).norm() / gradients["trl"].norm())
         if error > TOLERANCE[device]:
@@ -134,10 +146,14 @@ def _case(shape: tuple[int, int, int], variant: str, side: str, device: str, rep
         taken: dict[str, list[float]] = {name: [] for name in trainers}
         for _ in range(repeats):
             for name, trainer in trainers.items():
-                taken[name].append(seconds(partial(_run, trainer, batches), device))
+                taken[name].append(seconds(partial(run, trainer, batches), device))
+        peaks = (
+            {name: _peak(trainer, batches, device) for name, trainer in trainers.items()} if device == "cuda" else {}
+        )
     ratios = trainers["plus"]._metrics["train"]["packing/token_ratio"][-groups:]
     return {
         "seconds": taken,
+        "peak_mb": peaks,
         "gradient_error": error,
         "token_ratio": len(ratios) / sum(1 / ratio for ratio in ratios),
         "packing": trainers["plus"].speed.packer.describe(),
@@ -162,7 +178,8 @@ def _rows(shape: tuple[int, int, int], device: str, seed: int, *, dead: bool) ->
     return {name: tensor.to(device) for name, tensor in inputs.items()}
 
 
-def _trainer(side: str, shape: tuple[int, int, int], variant: str, device: str) -> Any:
+def trainer_of(side: str, shape: tuple[int, int, int], variant: str, device: str) -> Any:
+    """A trainer of one side, "trl" or "plus", that is ready for `run`."""
     from datasets import Dataset
     from peft import LoraConfig
     from trl import GRPOConfig, GRPOTrainer
@@ -171,17 +188,18 @@ def _trainer(side: str, shape: tuple[int, int, int], variant: str, device: str) 
     from grpo_plus.demo.tiny import tiny_tokenizer
 
     trainer_class, config_class = (GRPOPlusTrainer, GRPOPlusConfig) if side == "plus" else (GRPOTrainer, GRPOConfig)
-    lora = LoraConfig(r=16, target_modules="all-linear") if variant in ("lora", "nf4", "dead") else None
+    kind, checkpoints = kind_of(variant)
+    lora = None if kind == "full" else LoraConfig(r=16, target_modules="all-linear")
     trainer = trainer_class(
-        model=_model(variant, device),
+        model=_model(kind, device),
         reward_funcs=lambda completions, **_: [0.0] * len(completions),
         args=config_class(
             tempfile.mkdtemp(),
             per_device_train_batch_size=shape[2],
             num_generations=shape[2],
             max_completion_length=shape[1],
-            gradient_checkpointing=variant == "checkpointing",
-            bf16=False,
+            gradient_checkpointing=checkpoints,
+            bf16=device == "cuda",
             use_cpu=device == "cpu",
             report_to="none",
         ),
@@ -189,6 +207,8 @@ def _trainer(side: str, shape: tuple[int, int, int], variant: str, device: str) 
         processing_class=tiny_tokenizer(),
         peft_config=lora,
     )
+    if checkpoints:  # as train() does; the argument alone does nothing before
+        trainer.model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
     if device == "cpu":  # TRL makes a quantized model's adapters bfloat16, whose rounding would hide an error
         for parameter in trainer.model.parameters():
             parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
@@ -201,37 +221,40 @@ def _trainer(side: str, shape: tuple[int, int, int], variant: str, device: str) 
     return trainer
 
 
-def _model(variant: str, device: str) -> Any:
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen3Config
+def kind_of(variant: str) -> tuple[str, bool]:
+    """What trains, "full", "lora" or "nf4", and whether layers are checkpointed."""
+    kind, _, rest = variant.partition("-")
+    checkpoints = "checkpointing" in (kind, rest)
+    return {"checkpointing": "full", "dead": "lora"}.get(kind, kind), checkpoints
 
-    shape, heads = (CPU_SHAPE, CPU_HEADS)
+
+def _model(kind: str, device: str) -> Any:
+    config, dtype = CPU_MODEL, "float32"
     if device == "cuda":
-        shape, heads = (QWEN3_4B, HEADS["qwen3-4b"]) if variant == "nf4" else (QWEN3_1_7B, HEADS["qwen3-1.7b"])
-    config = Qwen3Config(**shape, **heads, max_position_embeddings=8192, tie_word_embeddings=True)
+        config, dtype = MODELS["Qwen3-4B" if kind == "nf4" else "Qwen3-1.7B"], "bfloat16"
     torch.manual_seed(0)
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    if variant != "nf4":
-        return model
-    with tempfile.TemporaryDirectory() as folder:  # bitsandbytes quantizes while it loads
-        model.save_pretrained(folder)
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-        )
-        return AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization, dtype=dtype)
+    run = Run(**QLORA | {"dtype": dtype}) if kind == "nf4" else Run(dtype=dtype)
+    return random_model(config | {"max_position_embeddings": 32768}, run, device)
+
+
+def _trained(trainer: Any) -> list[torch.Tensor]:
+    return [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
 
 
 def _update(trainer: Any, batches: list[dict[str, Any]]) -> torch.Tensor:
     """The gradient of all micro-batches, in one vector."""
-    _run(trainer, batches)
-    return torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.requires_grad]).float()
+    run(trainer, batches)
+    return torch.cat([weight.grad.flatten().float() for weight in _trained(trainer)])  # type: ignore[union-attr]
 
 
-def _run(trainer: Any, batches: list[dict[str, Any]]) -> None:
+def run(trainer: Any, batches: list[dict[str, Any]]) -> None:
+    """Forward and backward of each micro-batch, with what surrounds them in a training."""
     trainer.model.zero_grad()
     for inputs in batches:
-        trainer._compute_loss(trainer.model, inputs).backward()
+        with trainer.speed.adapters.step() if hasattr(trainer, "speed") else nullcontext():
+            with trainer.accelerator.autocast():
+                loss = trainer._compute_loss(trainer.model, inputs)
+            loss.backward()
 
 
 def _peak(trainer: Any, batches: list[dict[str, Any]], device: str) -> float:
@@ -239,7 +262,7 @@ def _peak(trainer: Any, batches: list[dict[str, Any]], device: str) -> float:
     if device == "cuda":
         _update(trainer, batches)  # without the first launches' workspaces
         trainer.model.zero_grad()
-    return peak_mb(partial(_run, trainer, batches), device)
+    return peak_mb(partial(run, trainer, batches), device)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,27 @@ def update_rows() -> list[tuple[str, ...]]:
     return table
 
 
+def gpu_rows() -> list[tuple[str, ...]]:
+    """Updates of the first run on a GPU: seconds and peak memory of TRL's, and how the other ways compare."""
+    rows = json.loads((RESULTS / "gpu_h200_first.json").read_text())["stages"]["update"]["rows"]
+    found = {row["label"]: row for row in rows if "s" in row and "failure" not in row}
+    cases = [row["label"] for row in rows if "seconds" in row]
+    table = [("model, base; prompt, longest completion, G", "TRL", *GPU_WAYS.values())]
+    for case in cases:
+        trl = found.get(f"{case} trl")
+        cells = [f"{trl['s']:.3f} s, {trl['peak_gb']:.1f} GB" if trl else "not run"]
+        for row in (found.get(f"{case} {way}") for way in GPU_WAYS):
+            pace = f"{trl['s'] / row['s']:.2f}x" if trl and row else f"{row['s']:.2f} s" if row else ""
+            cells.append(f"{pace}, {row['peak_gb']:.1f} GB" if row else "")
+        name, base, shape, *checkpointed = case.split()
+        note = " checkpointed" if checkpointed else ""
+        table.append((f"{name} {base}{note}; {shape.replace(',', ', ')}", *cells))
+    return table
+
+
+GPU_WAYS = {"segments": "segment attention", "cascade": "cascade prototype", "cascade+triton": "with the Triton head"}
+
+
 def multitask_rows() -> list[tuple[str, ...]]:
     """Accuracy minus `grpo`'s by estimator and scenario, from the summary's tables."""
     text = (RESULTS / "multitask" / "summary.md").read_text(encoding="utf-8")
@@ -37,7 +58,13 @@ def multitask_rows() -> list[tuple[str, ...]]:
     return [("accuracy minus `grpo`", *scenarios), *rows]
 
 
-TABLES = {"advantages": advantage_rows, "losses": loss_rows, "update": update_rows, "multitask": multitask_rows}
+TABLES = {
+    "advantages": advantage_rows,
+    "losses": loss_rows,
+    "update": update_rows,
+    "gpu": gpu_rows,
+    "multitask": multitask_rows,
+}
 
 
 def markdown(rows: list[tuple[str, ...]]) -> str:
