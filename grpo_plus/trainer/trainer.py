@@ -21,6 +21,7 @@ from torch import Tensor
 from grpo_plus.advantages import ESTIMATORS, Rewards, State, apply_to_rewards, check_state, clip_limits, estimate
 from grpo_plus.advantages.metrics import advantage_metrics
 from grpo_plus.advantages.running import scales as running_scales
+from grpo_plus.advantages.saved import check_saved_state, is_number
 from grpo_plus.config.run import (
     check_estimator,
     check_plain_loss,
@@ -32,6 +33,8 @@ from grpo_plus.losses import AdaptiveBeta, LossInputs, PolicyLoss, policy_loss
 from grpo_plus.models.adapters import has_adapters
 from grpo_plus.qlora.frozen import FrozenAdapterCallback
 from grpo_plus.qlora.settings import log_setting_check
+from grpo_plus.trainer.checkpoints import STATE_FILE
+from grpo_plus.trainer.manifest import MANIFEST
 from grpo_plus.trainer.record import add_to_card, record_of, write_record
 from grpo_plus.trainer.seam import TRLSeam
 
@@ -158,7 +161,13 @@ class GRPOPlusTrainer(TRLSeam):
         return state
 
     def load_running_state(self, state: dict[str, Any]) -> None:
-        """Take all of it up again, where the run still has a use for it."""
+        """Take all of it up again, where the run still has a use for it.
+
+        Raises:
+            ValueError: the state is damaged.
+        """
+        self.estimator_state.clear()  # a trainer that goes on from a checkpoint may remember what came later
+        self._check_saved(state)
         if self.plus.kl_target is not None:
             self.beta = state.get("beta", self.beta)
         if self.speed.measure is not None:
@@ -172,6 +181,18 @@ class GRPOPlusTrainer(TRLSeam):
                 f"The checkpoint holds {found}: advantage_estimator={name!r} starts without memory, as in a new run.",
                 stacklevel=2,
             )
+
+    def _check_saved(self, state: dict[str, Any]) -> None:
+        try:
+            if not is_number(state.get("beta", 0.0)) or state.get("beta", 0.0) < 0:
+                raise ValueError(f"beta is {state['beta']!r}, where a finite number of 0 or more belongs.")
+            if "estimator_state" in state:
+                check_saved_state(str(state.get("estimator")), state["estimator_state"])
+        except ValueError as error:
+            raise ValueError(
+                f"{STATE_FILE} of the checkpoint is damaged. {error} Resume from an older checkpoint, or delete the "
+                f"file and {MANIFEST} to go on without it."
+            ) from None
 
     def next_beta(self, kl: float, completions: int) -> float:
         """Beta, moved towards `kl_target` where one is set."""

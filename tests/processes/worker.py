@@ -47,6 +47,19 @@ def forgetful(completions: list[str], **_: Any) -> list[float]:
     return [0.0] * (len(completions) - PartialState().process_index)
 
 
+def down_after(calls: int) -> Any:
+    """A judge that is down on the second process after so many calls."""
+    seen: list[int] = []
+
+    def judge(completions: list[str], **_: Any) -> list[float]:
+        seen.append(len(completions))
+        if len(seen) > calls and PartialState().process_index == 1:
+            raise ConnectionError("down")
+        return vowels(completions)
+
+    return judge
+
+
 class Spoiled(Recorder):
     """Breaks on one rank: the loss of some micro-batches by their number from 0, all rewards, or by a signal."""
 
@@ -82,6 +95,8 @@ def train(output_dir: Path, config: dict[str, Any]) -> None:
         task = {"reward_funcs": [judge], "train_dataset": MIXED}
     if fails := config.pop("fails", False):
         task = {"reward_funcs": [forgetful]}
+    if fails_after := config.pop("fails_after", 0):
+        task = {"reward_funcs": [down_after(fails_after)]}
     faults = {name: config.pop(name) for name in ("spoiled", "infinite", "signalled") if name in config}
     saves_alone = config.pop("saves_alone", False)
     if faults.get("infinite", {}).get("rank") == PartialState().process_index:
@@ -106,7 +121,7 @@ def train(output_dir: Path, config: dict[str, Any]) -> None:
     try:
         trainer.train(resume_from_checkpoint=resume_from and str(output_dir.parent / resume_from))
     except (RuntimeError, ValueError, SystemExit) as left:
-        if not faults:
+        if not (faults or fails_after):
             raise
         error = f"{type(left).__name__}: {left}"
     if saves_alone and rank == 0:

@@ -2,16 +2,22 @@
 
 import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Callable
+from enum import IntEnum
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 from trl import GRPOTrainer
 
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
+from grpo_plus.advantages import ESTIMATORS, register
+from grpo_plus.demo.tiny import tiny_model, tiny_tokenizer
 from grpo_plus.trainer import manifest
 from grpo_plus.trainer.checkpoints import numbered, why_unusable
 from grpo_plus.trainer.manifest import MANIFEST, UNFINISHED
@@ -217,3 +223,131 @@ def test_a_checkpoint_is_uploaded_after_it_was_sealed(tmp_path, monkeypatch):
     )
     trainer.train()
     assert seen == [None]
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("estimator", "state", "words"),
+    [
+        ("ema_task", {"3": [NAN, 1.0]}, r"'ema_task' holds \[nan, 1.0\] for '3'"),
+        ("ema_task", {"3": [0.5, INF]}, "two finite numbers"),
+        ("ema_task", {"3": [0.5, -1.0]}, "two finite numbers"),
+        ("popart", {"3": [0.5]}, "two finite numbers"),
+        ("popart", {"3": [0.5, "1"]}, "two finite numbers"),
+        ("popart", {"3": 0.5}, "two finite numbers"),
+        ("spo", {"3": [0, 0]}, "successes and of failures"),
+        ("ema_task", [], r"is \[\], where a dictionary"),
+        ("mine", None, "is None, where a dictionary"),
+    ],
+)
+def test_a_damaged_memory_is_refused(tmp_path, estimator, state, words):
+    trainer = trainer_in(tmp_path)
+    with pytest.raises(ValueError, match=rf"grpo_plus_state.json .*{words}.*Resume from an older checkpoint"):
+        trainer.load_running_state({"estimator": estimator, "estimator_state": state})
+
+
+@pytest.mark.parametrize("beta", [NAN, -0.1, "0.1", None, True])
+def test_a_damaged_beta_is_refused(tmp_path, beta):
+    with pytest.raises(ValueError, match=r"grpo_plus_state.json .*beta is .*, where a finite number"):
+        trainer_in(tmp_path).load_running_state({"beta": beta})
+
+
+@pytest.mark.parametrize("content", ["", "[]", "null", "{"])
+def test_a_state_that_is_no_dictionary_names_its_file_without_a_manifest_too(output, content):
+    folder = output / "checkpoint-2"
+    (folder / MANIFEST).unlink()
+    (folder / "grpo_plus_state.json").write_text(content)
+    with pytest.raises(ValueError, match=r"grpo_plus_state.json is damaged: it must hold a JSON dictionary"):
+        trainer_in(output).train(resume_from_checkpoint=str(folder))
+
+
+def test_a_users_memory_may_hold_infinities_and_replaces_what_came_later(tmp_path):
+    with ESTIMATORS.temporarily():
+
+        @register("forgets_nothing", stateful=True)
+        def forgets_nothing(rewards, state):
+            return rewards.total()
+
+        trainer = trainer_in(tmp_path, advantage_estimator="forgets_nothing")
+        trainer.estimator_state["later"] = 1.0
+        saved = {"best": INF, "seen": ["a"]}
+        trainer.load_running_state({"estimator": "forgets_nothing", "estimator_state": saved})
+        assert trainer.estimator_state == saved
+        with pytest.warns(UserWarning, match="starts without memory"):
+            trainer.load_running_state({})
+        assert trainer.estimator_state == {}
+
+
+class Verdict(IntEnum):
+    RIGHT = 1
+
+
+def test_what_a_reward_function_logs_can_be_loaded_again(tmp_path):
+    """numpy's numbers and an enumeration are subclasses of float, str and int, which torch.load refuses."""
+
+    def judged(completions, log_extra, log_metric, **_):
+        values = [np.float64(0.5), Verdict.RIGHT, np.str_("x"), np.array([1, 2]), {"a": (np.int64(3),)}, Path("y")]
+        log_extra("verdict", [values[index % len(values)] for index in range(len(completions))])
+        log_metric("share", np.float32(0.25))
+        return [np.float64(len(text)) for text in completions]
+
+    config = {"num_iterations": 2, "max_steps": 2, "reward_funcs": [judged], "advantage_estimator": None}
+    trainer_in(tmp_path, per_device_train_batch_size=8, **config | {"max_steps": 1}).train()
+    content = torch.load(tmp_path / "checkpoint-1/grpo_plus_position_0.pt", weights_only=True)
+    assert content["table"]["extra"]["verdict"][:6] == [0.5, 1, "x", [1, 2], {"a": [3]}, "y"]
+    assert {type(value) for value in content["table"]["extra"]["verdict"][:3]} == {float, int, str}
+    trainer = trainer_in(tmp_path, per_device_train_batch_size=8, **config)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 2
+
+
+def test_a_position_that_cannot_be_read_names_its_file(output):
+    folder = output / "checkpoint-2"
+    (folder / MANIFEST).unlink()
+    cut(folder / "grpo_plus_position_0.pt")
+    with pytest.raises(ValueError, match=r"grpo_plus_position_0.pt cannot be read .*delete the file to go on"):
+        trainer_in(output).train(resume_from_checkpoint=str(folder))
+
+
+CHANGES = [
+    {"num_iterations": 3},
+    {"steps_per_generation": 4},
+    {"gradient_accumulation_steps": 2, "steps_per_generation": 2},
+    {"per_device_train_batch_size": 8},
+    {"num_generations": 2},
+    {"beta": 0.1},
+    {"loss_type": "bnpo"},
+    {"advantage_estimator": "rloo"},
+]
+
+
+@pytest.fixture(scope="module")
+def inside(tmp_path_factory) -> Path:
+    """A checkpoint inside a generation batch, and the model that it began from."""
+    folder = tmp_path_factory.mktemp("inside")
+    tiny_model(tiny_tokenizer(), hidden_size=32, num_heads=2).save_pretrained(folder / "base")
+    trainer_in(folder, num_iterations=2, max_steps=1).train()
+    return folder
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: next(iter(change)))
+def test_another_setting_goes_on_with_a_fresh_batch_and_one_warning(tmp_path, inside, change, caplog):
+    model = AutoModelForCausalLM.from_pretrained(inside / "base")
+    trainer = trainer_in(tmp_path, **{"num_iterations": 2, "model": model} | change)
+    batches = []
+    generate = trainer._generate_and_score_completions
+    trainer._generate_and_score_completions = lambda inputs: (batches.append(len(inputs)), generate(inputs))[1]
+    with caplog.at_level(logging.WARNING, logger="grpo_plus"):
+        trainer.train(resume_from_checkpoint=str(inside / "checkpoint-1"))
+    (line,) = [record.message for record in caplog.records if "fresh" in record.message]
+    name = "beta above 0" if "beta" in change else next(iter(change))
+    assert f"{name} was" in line
+    assert trainer.state.global_step == 3
+    assert len(batches) == max(
+        1,
+        math.ceil(
+            2 * trainer.args.gradient_accumulation_steps / trainer.args.steps_per_generation / trainer.num_iterations
+        ),
+    )
