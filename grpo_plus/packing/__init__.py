@@ -10,6 +10,7 @@ To add a form, write a `Form` (`forward.py`) at the end of `rows.py` or of a fil
 
 from grpo_plus.packing.forward import Head
 from grpo_plus.packing.head import single_pass_head, why_not_single_pass
+from grpo_plus.packing.layout import group_rows
 from grpo_plus.packing.packer import PACKING, Packer, base_model, why_not_packed
 from grpo_plus.packing.padded import Layout, Packed, PaddedRows, forward_live
 from grpo_plus.packing.regroup import regroup, reorder
@@ -23,6 +24,7 @@ __all__ = [
     "PaddedRows",
     "base_model",
     "forward_live",
+    "group_rows",
     "regroup",
     "reorder",
     "single_pass_head",

@@ -146,7 +146,7 @@ class Packer:
         places = torch.cat([part.rows for part in parts]), torch.cat([part.columns for part in parts])
         return Packed(
             unpack(logps, places, filled(rows, logps)),
-            unpack(entropies, places, imputed(rows, entropies)),
+            unpack(entropies, places, imputed(rows, entropies.detach().sum() / max(1, entropies.numel()))),
             sum(part.tokens for part in parts),
         )
 

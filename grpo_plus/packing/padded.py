@@ -8,6 +8,7 @@ from torch import Tensor
 
 from grpo_plus.packing.forward import Form, Ready
 from grpo_plus.packing.layout import Group, group_rows
+from grpo_plus.packing.transfer import on_device
 
 
 class Layout:
@@ -94,13 +95,14 @@ class Packed:
 
 def forward_live(rows: PaddedRows, forward: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Packed:
     """Run the live rows through a forward of padded rows, (input_ids, attention_mask) -> log-probs and entropies."""
-    index = torch.tensor(rows.live, device=rows.input_ids.device)
-    ids, mask = rows.input_ids[index], rows.attention_mask[index]
+    index = on_device(torch.tensor(rows.live), rows.input_ids.device)
+    ids, mask = rows.input_ids.index_select(0, index), rows.attention_mask.index_select(0, index)
     logps, entropies = forward(ids, mask)
-    scored = entropies[mask[:, -rows.completion_length :].bool()]
+    scored = mask[:, -rows.completion_length :].bool()
+    mean = torch.where(scored, entropies.detach(), 0.0).sum() / scored.sum().clamp(min=1)
     return Packed(
         filled(rows, logps).index_copy(0, index, logps),
-        imputed(rows, scored).index_copy(0, index, entropies),
+        imputed(rows, mean).index_copy(0, index, entropies),
         ids.numel(),
     )
 
@@ -113,8 +115,7 @@ def filled(rows: PaddedRows, logps: Tensor) -> Tensor:
     return rows.fill.to(logps.dtype)
 
 
-def imputed(rows: PaddedRows, entropies: Tensor) -> Tensor:
-    """Entropies (B, T) of rows that are not forwarded, where these are the entropies of the others."""
-    # The entropy of a skipped row is that of the forwarded tokens on average: 0 would read as a collapse in the log.
-    mean = entropies.detach().sum() / max(1, entropies.numel())
-    return mean * rows.completion_mask.to(entropies.dtype)
+def imputed(rows: PaddedRows, mean: Tensor) -> Tensor:
+    """Entropies (B, T) of rows that are not forwarded: the mean entropy of the forwarded tokens."""
+    # 0 would read as a collapse in the log.
+    return mean * rows.completion_mask.to(mean.dtype)

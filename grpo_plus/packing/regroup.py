@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grpo_plus.packing.transfer import on_device
+
 
 def regroup(prompts: Sequence[Hashable], tokens: Sequence[int], micro_batches: int) -> list[int]:
     """Order the rows so that equal micro-batches keep prompts together and tokens balanced.
@@ -53,14 +55,17 @@ def reorder(batches: Sequence[dict[str, Any]], order: Sequence[int]) -> list[dic
         order: for each new row, its index among the rows of all batches.
     """
     size = len(order) // len(batches)
-    index = torch.tensor(order)
+    places = torch.tensor(order)
+    indices: dict[torch.device, Tensor] = {}  # one copy for each device, not one for each tensor
     reordered: list[dict[str, Any]] = [dict(batch) for batch in batches]
     for name, value in batches[0].items():
         if isinstance(value, list):
             entries = [entry for batch in batches for entry in batch[name]]
             parts = [[entries[row] for row in order[start : start + size]] for start in range(0, len(order), size)]
         elif isinstance(value, Tensor) and value.dim() > 0:
-            rows = torch.cat([batch[name] for batch in batches])[index.to(value.device)]
+            if value.device not in indices:
+                indices[value.device] = on_device(places, value.device)
+            rows = torch.cat([batch[name] for batch in batches]).index_select(0, indices[value.device])
             parts = list(rows.split(size))
         else:
             continue

@@ -195,6 +195,11 @@ def whole_rows(inputs: dict[str, Any]) -> tuple[Tensor, Tensor, int]:
     return ids, mask, inputs["completion_ids"].shape[1]
 
 
+def is_multimodal(inputs: dict[str, Any]) -> bool:
+    """Whether the rows have images, which are not laid out by row."""
+    return any(name in inputs for name in MULTIMODAL)
+
+
 def trained_tokens(inputs: dict[str, Any]) -> Tensor:
     """(B, T), 1 at the tokens that the policy sampled and the loss counts: neither padding nor a tool's."""
     return inputs["completion_mask"] * inputs.get("tool_mask", 1)

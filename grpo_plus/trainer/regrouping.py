@@ -3,43 +3,42 @@
 A row never leaves its optimizer step. The update stays what it was; only the order of a sum changes.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from grpo_plus.packing import regroup, reorder
-from grpo_plus.trainer.names import MULTIMODAL, trained_tokens
+from grpo_plus.trainer.micro_batches import HostRows
+from grpo_plus.trainer.names import trained_tokens
 
 Inputs = dict[str, Any]
 
 
 def regrouped(
-    batches: list[Inputs], *, accumulation_steps: int, loss_type: str, alive: Callable[[Inputs], list[bool]]
-) -> list[Inputs]:
-    """The micro-batches of a generation batch with prompts together.
+    batches: list[Inputs], rows: HostRows, *, accumulation_steps: int, loss_type: str
+) -> tuple[list[Inputs], HostRows]:
+    """The micro-batches of a generation batch with prompts together, and their rows on the host.
 
     Args:
         batches: TRL's dictionaries, in the order in which they are trained on.
+        rows: of all the dictionaries.
         accumulation_steps: micro-batches that share an optimizer step.
-        alive: which rows of a micro-batch go through the model; the others weigh nothing.
     """
     window = min(accumulation_steps, len(batches))
-    if any(name in batches[0] for name in MULTIMODAL) or max(accumulation_steps, len(batches)) % window:
-        return batches
-    windows = [batches[start : start + window] for start in range(0, len(batches), window)]
-    return [batch for part in windows for batch in _window(part, loss_type, alive)]
+    if max(accumulation_steps, len(batches)) % window:
+        return batches, rows
+    prompts, tokens, size = rows.prompts, rows.tokens, len(rows.alive) // len(batches)
+    moved, orders = [], []
+    for start in range(0, len(batches), window):
+        first, last = start * size, (start + window) * size
+        order = regroup(prompts[first:last], tokens[first:last], window)
+        moved += _reordered(batches[start : start + window], order, loss_type)
+        orders += [first + row for row in order]
+    return moved, rows[torch.tensor(orders)]
 
 
-def _window(batches: list[Inputs], loss_type: str, alive: Callable[[Inputs], list[bool]]) -> list[Inputs]:
+def _reordered(batches: list[Inputs], order: list[int], loss_type: str) -> list[Inputs]:
     """The micro-batches of one optimizer step."""
-    prompts = torch.cat([batch["prompt_ids"] * batch["prompt_mask"] for batch in batches]).tolist()
-    tokens = [
-        int(length) if live else 0
-        for batch in batches
-        for length, live in zip(trained_tokens(batch).sum(1).tolist(), alive(batch), strict=True)
-    ]
-    order = regroup([tuple(prompt) for prompt in prompts], tokens, len(batches))
     if loss_type != "bnpo":
         return reorder(batches, order)
     # bnpo divides by the tokens of the micro-batch: a row keeps the divisor of the one that it came from.

@@ -14,6 +14,7 @@ from torch import Tensor
 from trl import GRPOTrainer
 
 from grpo_plus.losses.sampler import SamplerGap, joined, sampler_differences, sampler_ratio, suspicion
+from grpo_plus.packing.transfer import on_device
 from grpo_plus.trainer.names import SAMPLER_RATIO, log_value, trained_tokens
 
 
@@ -60,7 +61,7 @@ class SamplerRatio:
         trainer = self._trainer
         if inputs is None or SAMPLER_RATIO in inputs or not (trainer.model.training and self._in_update):
             return
-        rows = torch.tensor(live or range(len(logps)), device=logps.device)
+        rows = on_device(torch.tensor(live or range(len(logps))), logps.device)
         scored = logps[rows], inputs["sampling_per_token_logps"][rows], trained_tokens(inputs)[rows].bool()
         ratio = sampler_ratio(
             *scored,

@@ -27,6 +27,7 @@ from grpo_plus.trainer.figures import Figures
 from grpo_plus.trainer.generation import generating
 from grpo_plus.trainer.guard import Guard
 from grpo_plus.trainer.guarding import GuardedSeam
+from grpo_plus.trainer.micro_batches import MicroBatches, read
 from grpo_plus.trainer.names import (
     MULTIMODAL,
     SAMPLER_RATIO,
@@ -35,6 +36,7 @@ from grpo_plus.trainer.names import (
     gathered_labels,
     gathered_lengths,
     gathered_steps,
+    is_multimodal,
     log_value,
     metrics_of,
     trained_tokens,
@@ -78,6 +80,7 @@ class TRLSeam(GuardedSeam):
         self._refills = Refills(self, self.plus.max_refills)
         self._figures = Figures(self)
         self._reward_calls = RewardCalls(self, self.plus.reward_timeout)
+        self._known = MicroBatches()
         self._sampler = SamplerRatio(self, in_update=self.speed.drops_old_policy_pass)
 
     def _calculate_rewards(
@@ -190,15 +193,15 @@ class TRLSeam(GuardedSeam):
         before = self._buffered_inputs
         inputs: dict[str, Any] = super()._prepare_inputs(generation_batch)
         fresh = self._buffered_inputs
-        if fresh is None or fresh is before or not self.speed.keeps_prompts_together:
+        if fresh is None or fresh is before or not self.speed.reads_rows or is_multimodal(fresh[0]):
             return inputs
-        self._buffered_inputs = batches = regrouped(
-            fresh,
-            accumulation_steps=self.args.gradient_accumulation_steps,
-            loss_type=self.loss_type,
-            alive=self._alive,
-        )
-        return batches[self._step % self.args.steps_per_generation]
+        rows = read(fresh, self._alive)
+        if self.speed.keeps_prompts_together:
+            accumulation_steps = self.args.gradient_accumulation_steps
+            fresh, rows = regrouped(fresh, rows, accumulation_steps=accumulation_steps, loss_type=self.loss_type)
+        self._buffered_inputs = fresh
+        self._known.keep(fresh, rows)
+        return fresh[self._step % self.args.steps_per_generation]
 
     def _determine_best_metric(self, metrics: dict[str, Any], trial: Any) -> bool:
         # TRL's figure is None where no completion was judged; transformers would compare None with a number.
@@ -219,21 +222,21 @@ class TRLSeam(GuardedSeam):
             with torch.no_grad(), RandomStates.kept(), self.speed.adapters.held():
                 self._get_per_token_logps_and_entropies(self.model, *whole_rows(inputs), **shown)
 
-    def _alive(self, inputs: dict[str, Any]) -> list[bool]:
-        alive = self.speed.live_rows(inputs["advantages"]) if self.model.training else None
-        return [True] * len(inputs["advantages"]) if alive is None else alive.tolist()
+    def _alive(self, inputs: dict[str, Any]) -> Tensor | None:
+        return self.speed.live_rows(inputs["advantages"]) if self.model.training else None
 
-    def _live_rows(self) -> tuple[tuple[int, ...] | None, Tensor | None]:
-        """The rows to forward, and the log-probs at which the other rows have a ratio of 1. None, None: forward all."""
+    def _padded_rows(self, input_ids: Tensor, attention_mask: Tensor, completion_length: int) -> PaddedRows:
+        """The rows as they are forwarded: in a loss, without those that have no gradient."""
         inputs = self._micro_batch
-        alive = self._alive(inputs) if inputs is not None else []
-        if inputs is None or all(alive):
-            return None, None
-        rows = tuple(row for row, live in enumerate(alive) if live)
-        if not rows:  # every process needs a backward: the shortest row gives gradients of 0, not None
-            lengths = inputs["completion_mask"].sum(1)
-            rows = (int(torch.where(lengths > 0, lengths, lengths.max() + 1).argmin()),)
-        return rows, inputs.get("old_per_token_logps")
+        if inputs is None or not self.speed.reads_rows:
+            return PaddedRows(input_ids, attention_mask, completion_length)
+        known = self._known.of(inputs, self._alive)
+        # A skipped row keeps the log-probs at which its ratio is 1.
+        fill = None if known.live is None else inputs.get("old_per_token_logps")
+        forwards = type(self)._get_per_token_logps_and_entropies is TRLSeam._get_per_token_logps_and_entropies
+        # A subclass that comes before our forward may hand it other tokens than those of the micro-batch.
+        layout = known.layout if forwards and self.speed.packer is not None else None
+        return PaddedRows(input_ids, attention_mask, completion_length, known.live, fill, layout)
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -247,7 +250,7 @@ class TRLSeam(GuardedSeam):
         **multimodal: Any,
     ) -> tuple[Tensor, Any, Tensor | None]:
         forward = super()._get_per_token_logps_and_entropies
-        rows = PaddedRows(input_ids, attention_mask, logits_to_keep, *self._live_rows())
+        rows = self._padded_rows(input_ids, attention_mask, logits_to_keep)
         packed = None
         with self.speed.adapters.forward():
             if not compute_aux_loss and all(value is None for value in multimodal.values()):

@@ -52,6 +52,11 @@ class Speed:
     chunks: Chunks | None
     adapters: Products = field(default_factory=Products)
 
+    @property
+    def reads_rows(self) -> bool:
+        """Whether the host needs the tokens of a micro-batch, or which of its rows live."""
+        return self.packer is not None or self.skips
+
     def live_rows(self, advantages: Tensor) -> Tensor | None:
         """(B,) booleans: rows that can have a gradient. None: all rows.
 

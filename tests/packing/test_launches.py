@@ -8,11 +8,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from grpo_plus.packing.layout import group_rows
+from grpo_plus.packing.packer import Choice, Packer
+from grpo_plus.packing.padded import Layout, PaddedRows
 from grpo_plus.packing.passes import CACHED
-from grpo_plus.packing.rows import CASCADE, PADDING_FREE_FLASH
+from grpo_plus.packing.rows import CASCADE, PADDING_FREE_FLASH, SEGMENTS
 from grpo_plus.qlora.lora_layers import fused_lora
 from tests.launches import launches_per_layer
-from tests.packing.counting import launches
+from tests.packing.counting import CopiesFromHost, launches
 from tests.packing.models import VOCABULARY, tiny
 
 PROMPT, COMPLETION, GENERATIONS = 16, 8, 8
@@ -69,3 +71,23 @@ def test_a_layer_with_adapters_launches_few_kernels(monkeypatch, form, groups, m
 def test_a_layer_without_adapters_launches_about_what_trls_does(monkeypatch, form):
     stock = per_layer(monkeypatch, None, 1, lora=False)
     assert per_layer(monkeypatch, form, 8, lora=False) <= stock + 15
+
+
+def plain_head(model, hidden, targets):
+    logps = model.lm_head(hidden).log_softmax(-1).gather(1, targets.unsqueeze(1)).squeeze(1)
+    return logps, -logps.detach()
+
+
+@pytest.mark.parametrize("form", [CASCADE, SEGMENTS, CACHED, PADDING_FREE_FLASH], ids=str)
+def test_a_micro_batch_is_copied_to_the_device_once_and_never_read_there(monkeypatch, form):
+    """The model is on no device, where whoever reads a value ends in an error."""
+    model = tiny("qwen3").to("meta")
+    ids, mask = rows(groups=2)
+    chosen = Packer("auto")
+    chosen._choices[model] = Choice(form, plain_head)
+    layout = Layout(group_rows(ids, mask, COMPLETION))
+    padded = PaddedRows(ids.to("meta"), mask.to("meta"), COMPLETION, layout=layout)
+    for copies in (1, 0):  # a second iteration finds the rows where they are
+        with launches(monkeypatch), CopiesFromHost() as counted:
+            chosen.logps(model, model, padded, None).logps.sum().backward()
+        assert counted.non_blocking == [True] * copies

@@ -16,7 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from grpo_plus.packing import attention, cascade, packer
 from grpo_plus.packing.head import single_pass_head
 from grpo_plus.packing.packer import Packer
-from grpo_plus.packing.padded import PaddedRows, imputed
+from grpo_plus.packing.padded import PaddedRows, forward_live
 from tests.close import assert_close
 from tests.packing.models import HYBRIDS, tiny
 from tests.packing.rows import COMPLETION, padded_batch, padded_output, rows_alone
@@ -289,9 +289,11 @@ def test_an_explicit_single_pass_that_is_not_exact_warns():
 
 
 def test_a_row_without_anything_to_score_has_no_entropy():
-    rows = PaddedRows(*padded_batch(), COMPLETION, live=(0,))
-    empty = torch.zeros(0)
-    assert imputed(rows, empty).isfinite().all()
+    ids, mask = padded_batch()
+    mask[0, -COMPLETION:] = 0
+    rows = PaddedRows(ids, mask, COMPLETION, live=(0,))
+    nothing = torch.full((1, COMPLETION), torch.nan)  # what padding holds is nobody's business
+    assert forward_live(rows, lambda ids, mask: (torch.zeros(1, COMPLETION), nothing)).entropies[1:].eq(0).all()
 
 
 def test_a_copy_of_an_installed_model_computes_with_its_own_weights():
