@@ -3,10 +3,12 @@
 import math
 from typing import Any
 
-# What the estimators of this package remember, by task or by prompt: two numbers each.
-PAIRS = {
-    "ema_task": "the means of the rewards and of their squares",
-    "popart": "the means of the rewards and of their squares",
+# What the estimators of this package remember, by task or by prompt: how many numbers.
+# ema_task and popart of version 0.2 had the two means alone.
+MOMENTS = {"ema_task": (2, 3), "popart": (2, 3), "spo": (2,)}
+MEANING = {
+    "ema_task": "the means of the rewards and of their squares, and the largest size",
+    "popart": "the means of the rewards and of their squares, and the largest size",
     "spo": "the counts of successes and of failures",
 }
 
@@ -18,13 +20,13 @@ def check_saved_state(name: str, state: Any) -> None:
     """
     if not isinstance(state, dict):
         raise ValueError(f"The state of {name!r} is {_shown(state)}, where a dictionary belongs.")
-    if name not in PAIRS:
+    if name not in MOMENTS:
         return
-    for key, pair in state.items():
-        if not _is_pair(pair) or (name == "spo" and not sum(pair) > 0):
+    for key, numbers in state.items():
+        if not _are_moments(numbers, MOMENTS[name]) or (name == "spo" and not sum(numbers) > 0):
             raise ValueError(
-                f"The state of {name!r} holds {_shown(pair)} for {key!r}, where two finite numbers belong, the second "
-                f"not below 0: {PAIRS[name]}."
+                f"The state of {name!r} holds {_shown(numbers)} for {key!r}, where finite numbers belong, from the "
+                f"second on not below 0: {MEANING[name]}."
             )
 
 
@@ -33,8 +35,10 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _is_pair(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(map(is_number, value)) and value[1] >= 0
+def _are_moments(value: Any, lengths: tuple[int, ...]) -> bool:
+    if not isinstance(value, list) or len(value) not in lengths:
+        return False
+    return all(map(is_number, value)) and min(value[1:]) >= 0
 
 
 def _shown(value: Any) -> str:
