@@ -1,5 +1,6 @@
 """One arm: a trainer on the restored start, its log, its scores, and what it cost."""
 
+import signal
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -50,7 +51,10 @@ def _measured(task: Task, trainer: GRPOPlusTrainer, arm: Arm) -> ArmResult:
     peaks = PhasePeaks(trainer.accelerator.device)
     peaks.enter(TRAINING)
     began, cpu_began = time.perf_counter(), time.process_time()
-    trainer.train()
+    try:
+        trainer.train()
+    except SystemExit:  # SIGTERM has ended the training in good order, but there is no comparison
+        raise SystemExit(128 + signal.SIGTERM) from None
     seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began
     peaks.enter(None)
     logged = [entry["num_tokens"] for entry in trainer.state.log_history if "num_tokens" in entry]

@@ -2,6 +2,7 @@
 
 import inspect
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Iterator
@@ -113,7 +114,10 @@ def _run(config: GRPOPlusConfig, output_dir: Path, warm_up_steps: int, recipe: Q
         model = _quantized(model, recipe)
     before = _examine(model, tokenizer, held_out)
     trainer = _demo_trainer(config, model, tokenizer, held_out, recipe)
-    trainer.train()
+    try:
+        trainer.train()
+    except SystemExit:  # SIGTERM has ended the training in good order, but there is no demo
+        raise SystemExit(128 + signal.SIGTERM) from None
     if recipe is None:
         trainer.save_model()
         trained = model

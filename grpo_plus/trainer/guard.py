@@ -99,6 +99,7 @@ class Guard(TrainerCallback):
             return
         if self._loss_of_the_log is not None:
             logs["loss"], self._loss_of_the_log = self._loss_of_the_log, None
+            self._remember(self.trainer.state)
         if self.skipped_steps:
             logs["guard/skipped_steps"] = self.skipped_steps
 
@@ -118,6 +119,7 @@ class Guard(TrainerCallback):
         """Go on counting where the checkpoint stopped."""
         counts = state.stateful_callbacks.get(COUNTS, {})
         self.skipped_steps, self.in_a_row = counts.get("skipped_steps", 0), counts.get("in_a_row", 0)
+        self._loss_of_the_log = counts.get("loss_of_the_log")
 
     def on_step_begin(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
         """Remember where the step starts."""
@@ -153,8 +155,7 @@ class Guard(TrainerCallback):
             self._count(state.global_step, control)
         else:
             self.in_a_row = 0
-        if self.skipped_steps:
-            state.stateful_callbacks[COUNTS] = {"skipped_steps": self.skipped_steps, "in_a_row": self.in_a_row}
+        self._remember(state)
         # What one process has heard since it was asked, it need not ask others about.
         asked = self.signals.received if self._alone else verdict.asked
         if asked is not None and self._leaves_with is None:
@@ -191,6 +192,14 @@ class Guard(TrainerCallback):
     @property
     def _alone(self) -> bool:
         return self.trainer.accelerator.num_processes == 1
+
+    def _remember(self, state: State) -> None:
+        if self.skipped_steps:
+            state.stateful_callbacks[COUNTS] = {
+                "skipped_steps": self.skipped_steps,
+                "in_a_row": self.in_a_row,
+                "loss_of_the_log": self._loss_of_the_log,
+            }
 
     def _judge(self) -> Verdict:
         trainer, received = self.trainer, self.signals.received
@@ -276,6 +285,7 @@ class Guard(TrainerCallback):
         path /= f"nonfinite_step_{step}_rank_{self.trainer.accelerator.process_index}.pt"
         written = write_batch(path, step, self._batches, self._losses)
         self.in_a_row = 0  # whoever resumes has changed something, and gets as many tries
+        self._remember(self.trainer.state)
         self._leave(RuntimeError(" ".join(filter(None, (reason, unsound, batch, written)))), control)
         if unsound:
             control.should_save = False

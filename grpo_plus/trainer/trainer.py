@@ -6,7 +6,7 @@ The story of a step:
    place of the groups that `dead_groups` names.
 2. `estimate_advantages` turns the rewards of all processes into advantages. `advantage_metrics` describes them.
 3. TRL computes its loss with the advantages. `policy_loss` computes a loss that TRL lacks.
-4. TRL steps, and logs.
+4. TRL steps, and logs. The guard (`guard.py`) skips a step that is not finite, and ends the run on a signal.
 """
 
 import copy

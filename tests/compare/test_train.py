@@ -1,6 +1,7 @@
 import functools
 import gc
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -144,6 +145,18 @@ def test_an_interrupt_is_no_failure(tmp_path):
         compare(small_task(evaluate=interrupted), ["grpo", "rloo"], [0], tmp_path)
     assert [path.name for path in (tmp_path / "arms").iterdir()] == ["grpo-seed0"]
     assert not (tmp_path / "arms" / "grpo-seed0" / "error.txt").exists()
+
+
+def test_a_sigterm_ends_the_comparison_and_not_with_success(tmp_path):
+    def terminated(completions, **_):
+        if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:  # in a training, and not where the start is measured
+            signal.raise_signal(signal.SIGTERM)
+        return [0.0] * len(completions)
+
+    task = small_task(trainer=functools.partial(small.trainer, rewards=[terminated]))
+    with pytest.raises(SystemExit) as left:
+        compare(task, [Variant("grpo")], [0], tmp_path)
+    assert left.value.code == 128 + signal.SIGTERM
 
 
 def test_an_arm_that_another_process_holds_is_left_to_it(tmp_path, monkeypatch):

@@ -189,13 +189,19 @@ def test_a_finite_step_ends_the_row(tmp_path):
     assert trainer.state.log_history[-2]["guard/skipped_steps"] == 4
 
 
-def test_the_count_goes_on_after_a_checkpoint(tmp_path):
-    trainer = broken(tmp_path, {0: NAN, 1: NAN}, max_steps=2, save_strategy="steps", save_steps=2)
+def test_the_counts_and_the_loss_to_be_logged_go_on_after_a_checkpoint(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 2, "logging_steps": 4, "max_nonfinite_steps": 3}
+    trainer = broken(tmp_path, {0: INF, 1: INF}, max_steps=2, **settings)
     trainer.train()
-    resumed = broken(tmp_path, {0: NAN}, max_steps=4, max_nonfinite_steps=3)
     with pytest.raises(RuntimeError, match="Steps 1 to 3 were skipped"):
-        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert resumed.state.log_history[-1]["guard/skipped_steps"] == 3
+        broken(tmp_path / "again", {0: NAN}, max_steps=4, **settings).train(
+            resume_from_checkpoint=str(tmp_path / "checkpoint-2")
+        )
+    resumed = broken(tmp_path, max_steps=4, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    (logged,) = [entry for entry in resumed.state.log_history if "loss" in entry]
+    assert logged["guard/skipped_steps"] == 2
+    assert logged["loss"] == INF
 
 
 def test_a_checkpoint_of_nan_weights_is_refused_and_older_ones_stay(tmp_path):
