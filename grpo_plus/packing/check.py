@@ -22,10 +22,10 @@ from grpo_plus.packing.layout import Group
 
 PROMPT, COMPLETION, PADDING = 96, 32, 8  # tokens of the probes
 NOISE_FACTOR = 3.0
-# In full precision (True) and below: the root mean square of log-prob differences that is rounding, the most that noise
-# may excuse, and the relative error of gradients. On a model that draws random numbers, no form passes: there a right
-# form cannot be told from a wrong form.
-LIMITS = {True: (2e-5, 1e-3, 1e-3), False: (2e-2, 0.1, 0.1)}
+# For each precision of products: the root mean square of log-prob differences that is rounding, the most that noise may
+# excuse, and the relative error of gradients. On a model that draws random numbers, no form passes: there a right form
+# cannot be told from a wrong form. A wrong form is off by 0.05 to 4.
+LIMITS = {"float32": (2e-5, 1e-3, 1e-3), "tf32": (1e-3, 1e-2, 1e-2), "half": (2e-2, 0.1, 0.1)}
 # What a model that was not made for a form may raise.
 FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError, LookupError)
 
@@ -76,7 +76,7 @@ class SelfCheck:
             gradient: whether to compare a gradient too. A check cannot get a gradient from a reentrant checkpoint.
         """
         probes = _probes(groups)
-        floor, ceiling, gradient_limit = LIMITS[_full_precision(model)]
+        floor, ceiling, gradient_limit = LIMITS[_precision(model)]
         install_packed_forward(model)
         with torch.no_grad():
             padded = _plain_rows(probes, padded_logps, model.device, PADDING)
@@ -201,6 +201,17 @@ def _rms(difference: Tensor) -> float:
     return float(difference.detach().float().square().mean().sqrt())
 
 
-def _full_precision(model: PreTrainedModel) -> bool:
+def _precision(model: PreTrainedModel) -> str:
     floats = {p.dtype for p in model.parameters() if p.dtype.is_floating_point}
-    return floats <= {torch.float32, torch.float64} and not torch.is_autocast_enabled(model.device.type)
+    if not floats <= {torch.float32, torch.float64} or torch.is_autocast_enabled(model.device.type):
+        return "half"
+    return "tf32" if _rounds_products(model.device) else "float32"
+
+
+def _rounds_products(device: torch.device) -> bool:
+    """Whether products of float32 matrices are rounded to fewer digits, as under tf32=True. Measured, since torch has
+    several switches for it, whose names depend on the version."""
+    matrix = (0.7 * torch.arange(128.0 * 128)).sin().view(128, 128)
+    exact, there = matrix.double() @ matrix.double(), matrix.to(device)
+    error = torch.mm(there, there).cpu().double() - exact
+    return float(error.norm() / exact.norm()) > 1e-5

@@ -91,12 +91,15 @@ class FrozenAdapterCallback(TrainerCallback):
                 "so nothing would be learned. The adapter that is active is merged, disabled, or another one than "
                 "the one that requires gradients."
             )
+        touches = []
         for entry in self.watched:
             if entry.weight.grad is not None:
                 gradient = sample(entry.weight.grad)
                 touched = gradient.ne(0) & gradient.isfinite()
                 entry.touched |= touched
-                self.live |= bool(touched.any()) and max(rates) > 0
+                touches.append(touched.any().to(self.watched[0].weight.device))
+        # One wait for the device, not one for each weight.
+        self.live = max(rates) > 0 and bool(touches) and bool(torch.stack(touches).any())
 
     def on_step_end(
         self, args: Arguments, state: State, control: Control, optimizer: Any = None, **kwargs: Any

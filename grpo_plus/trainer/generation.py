@@ -13,6 +13,7 @@ from trl import GRPOTrainer
 
 from grpo_plus.models.adapters import adapter_parameters, adapter_values, bits_of
 from grpo_plus.models.dropout import without_dropout
+from grpo_plus.models.memory import is_out_of_memory
 from grpo_plus.planner.loaded import shape_and_run
 from grpo_plus.planner.memory import row_bytes
 
@@ -70,8 +71,8 @@ class Chunks:
             try:
                 completion_ids += complete(prompt_ids[start : start + size])
                 continue
-            except torch.OutOfMemoryError:
-                if not adapts or size == 1:
+            except RuntimeError as failure:
+                if not adapts or size == 1 or not is_out_of_memory(failure):
                     raise
             # Outside the except clause, whose traceback keeps the tensors of the attempt.
             size = self._halve(size)

@@ -13,7 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from grpo_plus.packing import attention, cascade, packer
+from grpo_plus.packing import attention, cascade, check, packer
 from grpo_plus.packing.head import single_pass_head
 from grpo_plus.packing.packer import Packer
 from grpo_plus.packing.padded import PaddedRows, forward_live
@@ -247,6 +247,32 @@ def test_a_small_constant_error_is_caught(caplog):
         chosen.logps(model, model, PaddedRows(*padded_batch(), COMPLETION), padded(model))
     assert not chosen.describe().endswith("head")
     assert "log-probabilities differ by 1.0e-04" in caplog.text
+
+
+def test_products_that_are_rounded_widen_what_passes(monkeypatch):
+    product = torch.mm
+
+    def in_tf32(left, right, **kwargs):  # 10 bits of mantissa
+        return product(*((x.view(torch.int32) & ~0x1FFF).view(torch.float32) for x in (left, right)), **kwargs)
+
+    assert not check._rounds_products(torch.device("cpu"))
+    chosen = {}
+    for rounded in (False, True):
+        for error in (5e-4, 2e-2):
+            with monkeypatch.context() as patch:
+                if rounded:
+                    patch.setattr(torch, "mm", in_tf32)
+                model = tiny("llama")
+                model.get_output_embeddings().requires_grad_(False)
+
+                def off(model, hidden, targets, error=error):
+                    logps, entropies = HEAD(model, hidden, targets)
+                    return logps + error, entropies
+
+                packing = Packer("auto", head=off)
+                packing.logps(model, model, PaddedRows(*padded_batch(), COMPLETION), padded(model))
+                chosen[rounded, error] = packing.describe().endswith("single-pass head")
+    assert chosen == {(False, 5e-4): False, (False, 2e-2): False, (True, 5e-4): True, (True, 2e-2): False}
 
 
 def test_the_gradient_is_checked_where_only_fresh_adapters_train(monkeypatch):

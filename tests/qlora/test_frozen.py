@@ -6,6 +6,7 @@ import pytest
 import torch
 from accelerate.state import DistributedType, PartialState
 from peft import PeftModel, get_peft_model
+from transformers import TrainerState
 from trl import GRPOConfig, GRPOTrainer
 
 from grpo_plus.qlora import FrozenAdapterCallback
@@ -53,6 +54,22 @@ def test_a_run_in_which_nothing_moves_is_stopped(tmp_path, base):
     config = {"adapter_dtype": "bfloat16", "learning_rate": 1e-6, "max_steps": 4}
     with pytest.raises(RuntimeError, match=r"lora_A 0.0%, lora_B 0.0%. Nothing is learned. lora_. is bfloat16"):
         run(tmp_path, moving_adapters(base), FrozenAdapterCallback(steps=3), **config)
+
+
+def test_a_step_is_judged_in_one_wait_for_the_device(monkeypatch):
+    model = torch.nn.ParameterList([torch.nn.Parameter(torch.ones(3)) for _ in range(5)])
+    callback, state = FrozenAdapterCallback(), TrainerState()
+    callback.on_train_begin(None, state, None, model=model)
+    optimizer, waits, is_true = torch.optim.SGD(model.parameters(), lr=0.1), [], torch.Tensor.__bool__
+    monkeypatch.setattr(torch.Tensor, "__bool__", lambda tensor: waits.append(tensor) or is_true(tensor))
+    for gradient, live in ((0.0, False), (1.0, True), (float("nan"), False)):
+        for weight in model:
+            weight.grad = torch.zeros(3)
+        model[3].grad[1] = gradient
+        waits.clear()
+        callback.on_pre_optimizer_step(None, state, None, optimizer=optimizer)
+        assert callback.live == live
+        assert len(waits) == 1
 
 
 def test_float32_can_be_too_coarse_too(tmp_path, base):

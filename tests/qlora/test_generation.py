@@ -134,13 +134,21 @@ def test_auto_halves_the_rows_that_memory_does_not_hold(tmp_path, base, caplog):
     assert [message.split(". ")[1] for message in warned] == ["From here on: 4", "From here on: 2"]
 
 
-def test_half_of_an_odd_number_of_rows_is_rounded_up(caplog):
+@pytest.mark.parametrize(
+    "failure",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    ],
+)
+def test_half_of_an_odd_number_of_rows_is_rounded_up(caplog, failure):
     called = []
 
     def complete(part):
         called.append(len(part))
         if len(part) > 4:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise failure
         return part
 
     chunks = Chunks(None)
@@ -158,6 +166,14 @@ def test_one_row_that_does_not_fit_and_a_number_that_was_asked_for_stay_errors()
     for chunks in (Chunks(None), Chunks(2)):
         with pytest.raises(torch.OutOfMemoryError):
             chunks.generate(never, [[1], [2]])
+
+
+def test_another_failure_of_generation_is_no_lack_of_memory():
+    def broken(part):
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        Chunks(None).generate(broken, [[1], [2]])
 
 
 def test_auto_takes_the_rows_that_the_planner_finds_room_for(tmp_path, base, monkeypatch):
