@@ -7,6 +7,7 @@ peft 0.21, bitsandbytes 0.50 and trl 1.16, on CPUs. `constants` holds what is as
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 from grpo_plus.planner.activations import (
     attention_activations,
@@ -86,17 +87,19 @@ def plan(shape: ModelShape, run: Run | None = None, *, constants: Constants | No
         always["reference model"] = weights
     state: Bytes = {"optimizer state": trained * count * (size if state_size is None else state_size)}
     gradients: Bytes = {"gradients": trained * size}
-    between = always | state | (gradients if run.generates_within_a_step else {})
+    copied = adapter_copies(shape, run)
+    training = always | state | ({"adapter copies": copied} if copied else {})
+    between = training | (gradients if run.generates_within_a_step else {})
     phases: dict[str, Bytes] = {
         "load": always | {"being loaded": _largest_tensor(shape) * run.weight_size},
         "generate": between | _spread(generation_bytes(shape, run, constants), constants),
     }
     if run.scores:
         phases["score"] = between | _spread(scoring_bytes(shape, run, constants), constants)
-    phases["update"] = always | state | gradients | _spread(update_bytes(shape, run, constants), constants)
+    phases["update"] = training | gradients | _spread(update_bytes(shape, run, constants), constants)
     # The unfused AdamW works on copies: one list of all denominators.
     copies = trained * size if run.optim == "adamw_torch" else 0
-    phases["optimizer"] = always | state | gradients | ({"optimizer copies": copies} if copies else {})
+    phases["optimizer"] = training | gradients | ({"optimizer copies": copies} if copies else {})
     return MemoryPlan(shape, run, constants, phases)
 
 
@@ -115,6 +118,21 @@ def weight_bytes(shape: ModelShape, run: Run) -> float:
     return shape.linear * (NF4_NESTED if run.use_bnb_nested_quant else NF4) + run.weight_size * (
         shape.parameters - shape.linear
     )
+
+
+def adapter_copies(shape: ModelShape, run: Run) -> float:
+    """Bytes of what `lora_backend` keeps of the adapters for their products. 0 for TRL's trainer and with a dropout.
+
+    All A and B in autocast's dtype; of adapters that have it already, the A of layers that share an input, stacked.
+    """
+    if run.lora_r is None or run.packing == "none" or run.lora_dropout:
+        return 0
+    size = MIXED if run.autocast else run.adapter_size
+    adapted = [[linear for linear in layer.linears if linear.adapted] for layer in shape.layers]
+    if size != run.adapter_size:
+        return run.lora_r * size * sum(linear.inputs + linear.outputs for linears in adapted for linear in linears)
+    runs = [list(same) for linears in adapted for _, same in groupby(linears, key=lambda linear: linear.inputs)]
+    return run.lora_r * size * sum(linear.inputs for same in runs if len(same) > 1 for linear in same)
 
 
 def _largest_tensor(shape: ModelShape) -> int:

@@ -3,9 +3,13 @@
 from typing import Any
 
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from grpo_plus.planner import QLORA, Constants, Run, plan, shape_of
 from grpo_plus.planner.activations import attention_activations, weight_copies
+from grpo_plus.qlora.lora_layers import fused_lora
 from tests.planner.configs import QWEN3_4B
 
 EXACT = Constants(context_bytes=0, fragmentation=1)
@@ -144,3 +148,39 @@ def test_adapters_of_experts_are_multiplied_out_and_added():
     shape = shape_of(mixtral)
     assert weight_copies(shape, shape.layers[0], Run(**LORA)) == 2 * 2 * (4 * 3 * HIDDEN * WIDTH)
     assert weight_copies(QWEN, QWEN.layers[0], Run(**LORA)) == 0
+
+
+def test_our_layers_keep_copies_of_the_adapters():
+    ours = LORA | {"packing": "auto", "adapter_dtype": "float32"}
+    halves = 2 * QWEN.lora(16)
+    planned = phases(Run(**ours))
+    assert {name: causes.get("adapter copies") for name, causes in planned.items()} == {
+        "load": None,
+        "generate": halves,
+        "update": halves,
+        "optimizer": halves,
+    }
+    # Of adapters in half precision: the A of q, k and v, and of gate and up, one below the other.
+    stacked = 2 * 16 * LAYERS * 5 * HIDDEN
+    assert phases(Run(**ours | {"adapter_dtype": "bfloat16"}))["update"]["adapter copies"] == stacked
+    assert phases(Run(**ours, bf16=False))["update"]["adapter copies"] == 2 * stacked
+    for without in ({"packing": "none"}, {"lora_dropout": 0.1}, {"lora_r": None}):
+        assert "adapter copies" not in phases(Run(**ours | without))["update"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_planned_copies_are_those_of_a_model(dtype):
+    config = QWEN3_4B | {"vocab_size": 64, "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96}
+    config |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.bfloat16)
+    model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
+    for weight in model.parameters():
+        weight.data = weight.data.to(getattr(torch, dtype)) if weight.requires_grad else weight.data
+    with fused_lora(model) as products, torch.autocast("cpu", torch.bfloat16):
+        for _ in range(2):
+            with products.held():
+                model(input_ids=torch.arange(4)[None])
+        targets = [target for siblings in products._kept.values() for target in siblings.copies(torch.bfloat16)[1]]
+    kept = {target.untyped_storage()._cdata: target.untyped_storage().nbytes() for target in targets}
+    run = Run(**LORA | {"lora_r": 4, "adapter_dtype": dtype, "packing": "auto"})
+    assert sum(kept.values()) == phases(run, config)["update"]["adapter copies"] > 0
