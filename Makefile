@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PREVIOUS_TRL := 1.15.0
 
-.PHONY: demo test style test-kernels test-previous-trl clean
+.PHONY: demo test style test-kernels test-kills test-previous-trl clean
 
 demo: .venv/demo
 	$(BIN)/grpo-plus demo
@@ -22,6 +22,10 @@ style: .venv/dev
 # in it, Triton and Liger would be found by transformers and TRL in every other test too.
 test-kernels: .venv/kernels
 	PYTHONPATH=.venv/kernels TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -m triton tests/kernels
+
+# Runs that are killed with SIGKILL up to 30 times each, at random moments, and resume; an hour. `make test` has a short one.
+test-kills: .venv/dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.trainer.kills --kills 30 --seeds 3
 
 # The suite's parts that meet TRL, once more on the older of the two supported minors, laid over the same environment.
 # TRL 1.15 computes its loss in Triton only; without a GPU, Triton's interpreter runs it.

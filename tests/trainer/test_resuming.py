@@ -14,7 +14,7 @@ from tests.close import differing
 from tests.training import PROMPTS, logs_of, make_trainer, weights_of
 
 STEPS = 5
-RESUMED_FROM = (1, 3, 4)
+RESUMED_FROM = (1, 3)
 
 
 def short(completions: list[str], **_: Any) -> list[float]:
@@ -51,20 +51,25 @@ CASES: dict[str, dict[str, Any]] = {
     # Three steps make an epoch, and every epoch has an order of its own.
     "epochs": {"train_dataset": PROMPTS.select(range(3))},
     "stream": REUSED | {"train_dataset": PROMPTS.to_iterable_dataset()},
+    "epochs of a stream": {"train_dataset": PROMPTS.select(range(3)).to_iterable_dataset(), "num_train_epochs": 2},
 }
+
+
+def saved_base(folder: Path) -> Path:
+    tiny_model(tiny_tokenizer(), hidden_size=32, num_heads=2).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
     """The model in a folder: TRL loads the reference from there."""
     folder = tmp_path_factory.mktemp("base")
-    tiny_model(tiny_tokenizer(), hidden_size=32, num_heads=2).save_pretrained(folder)
-    return folder
+    return saved_base(folder)
 
 
-def trained(folder: Path, base: Path, resume: Path | None = None, **config: Any) -> GRPOPlusTrainer:
+def made(folder: Path, base: Path, **config: Any) -> GRPOPlusTrainer:
     adapter = LoraConfig(r=4, target_modules="all-linear") if config.pop("lora", False) else None
-    trainer = make_trainer(
+    return make_trainer(
         folder,
         trainer_class=GRPOPlusTrainer,
         config_class=GRPOPlusConfig,
@@ -72,6 +77,10 @@ def trained(folder: Path, base: Path, resume: Path | None = None, **config: Any)
         trainer_arguments={"peft_config": adapter},
         **EVERY_STEP | {"per_device_train_batch_size": 4} | config,
     )
+
+
+def trained(folder: Path, base: Path, resume: Path | None = None, **config: Any) -> GRPOPlusTrainer:
+    trainer = made(folder, base, **config)
     trainer.train(resume_from_checkpoint=resume and str(resume))
     return trainer
 
