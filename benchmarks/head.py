@@ -106,12 +106,12 @@ def measure(shape: tuple[int, int, int], repeats: int) -> list[dict[str, Any]]:
     return rows
 
 
-def inputs(count: int, width: int, vocab: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Hidden states, a frozen weight, targets, and the loss's derivative by the log-probs."""
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(vocab, width, generator=generator).mul_(2 / math.sqrt(width))
-    targets = torch.randint(vocab, (count,), generator=generator)
-    return torch.randn(count, width, generator=generator), weight, targets, torch.randn(count, generator=generator)
+def inputs(count: int, width: int, vocab: int, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Hidden states, a frozen weight, targets, and the loss's derivative by the log-probs, made on the device."""
+    new: dict[str, Any] = {"generator": torch.Generator(device).manual_seed(0), "device": device}
+    weight = torch.randn(vocab, width, **new).mul_(2 / math.sqrt(width))
+    targets = torch.randint(vocab, (count,), **new)
+    return torch.randn(count, width, **new), weight, targets, torch.randn(count, **new)
 
 
 def once(head: Score, hidden: Tensor, weight: Tensor, targets: Tensor, cotangent: Tensor) -> dict[str, Tensor]:

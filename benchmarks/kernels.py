@@ -17,7 +17,7 @@ import json
 import os
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from benchmarks import head as heads
 from benchmarks.lora_layer import LAYERS, SCALE, TOKENS, kept_mb, layer_case
-from benchmarks.machine import RESULTS, describe, peak_mb, seconds
+from benchmarks.machine import RESULTS, describe, device_name, peak_mb, seconds
 from grpo_plus.kernels.linear_logprob import backend, reference, why_not_on
 
 SHAPES = {
@@ -83,39 +83,40 @@ def main() -> None:
         if args.blocks:
             time_blocks(args.device, args.repeats)
             return
-        parts = {"head": head_rows, "lora": lora_rows}
-        results = {part: parts[part](args.device, args.repeats) for part in args.parts}
+        write_parts({"head": head_rows, "lora": lora_rows}, args)
+
+
+def write_parts(parts: dict[str, Callable[[str, int], Iterator[dict[str, Any]]]], args: argparse.Namespace) -> None:
+    """Write the result file again after each row, so that a run that is stopped loses nothing."""
     optional = tuple(name for name in ("bitsandbytes", "peft", "triton", "liger-kernel") if _installed(name))
-    machine = describe(optional) | {"device": _name(args.device), "threads": args.threads}
+    machine = describe(optional) | {"device": device_name(args.device), "threads": args.threads}
     command = f"python -m benchmarks.kernels --device {args.device} --parts {' '.join(args.parts)}"
-    summary = {
+    summary: dict[str, Any] = {
         "command": f"{command} --repeats {args.repeats} --threads {args.threads}",
         "machine": machine | {"load": round(os.getloadavg()[0], 1)},
         "dtype": str(DTYPES[args.device]).removeprefix("torch."),
-        **results,
     }
     path = RESULTS / f"kernels_{args.device}.json"
-    path.write_text(json.dumps(summary, indent=1) + "\n")
-    print(f"written to {path}")
+    for part in args.parts:
+        summary[part] = []
+        for row in parts[part](args.device, args.repeats):
+            summary[part].append(row)
+            path.write_text(json.dumps(summary, indent=1) + "\n")
+    print(f"written to {path.name}")
 
 
 def _installed(package: str) -> bool:
     return find_spec(package.replace("-", "_")) is not None
 
 
-def _name(device: str) -> str:
-    return torch.cuda.get_device_name() if device == "cuda" else "cpu"
-
-
-def head_rows(device: str, repeats: int) -> list[dict[str, Any]]:
+def head_rows(device: str, repeats: int) -> Iterator[dict[str, Any]]:
     """One row per shape and head."""
-    return [row for shape in SHAPES[device] for row in _heads_at(shape, device, repeats)]
+    return (row for shape in SHAPES[device] for row in heads_at(shape, device, repeats))
 
 
-def _heads_at(shape: tuple[int, int, int], device: str, repeats: int) -> list[dict[str, Any]]:
-    case = [
-        tensor.to(device, DTYPES[device] if tensor.is_floating_point() else None) for tensor in heads.inputs(*shape)
-    ]
+def heads_at(shape: tuple[int, int, int], device: str, repeats: int) -> list[dict[str, Any]]:
+    """Every head at one shape. A head that fails is a row with its failure."""
+    case = _case(shape, device)
     calls = {name: partial(heads.once, head, *case) for name, head in available_heads(device).items()}
     rows: dict[str, dict[str, Any]] = {}
     for name, call in list(calls.items()):
@@ -125,7 +126,7 @@ def _heads_at(shape: tuple[int, int, int], device: str, repeats: int) -> list[di
             row["errors"] = _errors(call(), case, device)
             row["peak_mb"] = round(peak_mb(call, device)) if device == "cuda" else None
             rows[name] = row
-        except (torch.OutOfMemoryError, ImportError) as failure:  # Liger's for Hopper asks for a package of its own
+        except Exception as failure:  # others' heads fail in ways of their own on a new card; the rest is still wanted
             print(f"{_label(shape)} {name}: {type(failure).__name__}")
             rows[name] = row | {"failure": f"{type(failure).__name__}: {failure}"}
             del calls[name]
@@ -142,6 +143,13 @@ def _heads_at(shape: tuple[int, int, int], device: str, repeats: int) -> list[di
                 flush=True,
             )
     return list(rows.values())
+
+
+def _case(shape: tuple[int, int, int], device: str) -> list[Tensor]:
+    return [
+        tensor.to(dtype=DTYPES[device]) if tensor.is_floating_point() else tensor
+        for tensor in heads.inputs(*shape, device)
+    ]
 
 
 def _label(shape: tuple[int, ...]) -> str:
@@ -191,13 +199,14 @@ def _in_turns(calls: dict[str, Callable[[], object]], device: str, repeats: int)
     }
 
 
-def lora_rows(device: str, repeats: int) -> list[dict[str, Any]]:
+def lora_rows(device: str, repeats: int) -> Iterator[dict[str, Any]]:
     """One row per layer, number of tokens, and whether autocast is on, which decides what PEFT copies."""
     settings = itertools.product(LAYERS, TOKENS[device], (True, False) if device == "cuda" else (False,))
-    return [_layer_row(name, tokens, autocast, device, repeats) for name, tokens, autocast in settings]
+    return (layer_row(name, tokens, autocast, device, repeats) for name, tokens, autocast in settings)
 
 
-def _layer_row(name: str, tokens: int, autocast: bool, device: str, repeats: int) -> dict[str, Any]:
+def layer_row(name: str, tokens: int, autocast: bool, device: str, repeats: int) -> dict[str, Any]:
+    """One layer, by PEFT and by the kernel."""
     inputs, outputs = (size // SCALE[device] for size in LAYERS[name])
     row: dict[str, Any] = {"layer": name, "tokens": tokens, "in": inputs, "out": outputs, "autocast": autocast}
     with layer_case(tokens, inputs, outputs, device=device, dtype=DTYPES[device], autocast=autocast) as (calls, error):
@@ -227,9 +236,7 @@ def time_blocks(device: str, repeats: int) -> None:
 
     capability = torch.cuda.get_device_capability()
     for shape in SHAPES[device]:
-        case = [
-            tensor.to(device, DTYPES[device] if tensor.is_floating_point() else None) for tensor in heads.inputs(*shape)
-        ]
+        case = _case(shape, device)
         call = partial(heads.once, available_heads(device)["triton"], *case)
         for blocks, columns in itertools.product(BLOCKS, COLUMNS):
             triton.BLOCKS[capability], triton.COLUMNS = triton.Blocks(*blocks), columns

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from grpo_plus.qlora.adapter_products import Products
 from grpo_plus.qlora.lora_layers import fused_lora, unfit
 
 # Qwen3-4B's: hidden size 2560, 32 and 8 heads of 128, intermediate size 9728. On a CPU a quarter of each.
@@ -25,10 +26,19 @@ def layer_case(
     generator = torch.Generator().manual_seed(0)
     x, cotangent = (torch.randn(tokens, size, generator=generator).to(device, dtype) for size in (inputs, outputs))
     models = {side: _adapted(inputs, outputs, device, dtype) for side in ("peft", "fused")}
-    calls = {side: partial(_once, model, x, cotangent, autocast) for side, model in models.items()}
-    with fused_lora(models["fused"]):
+    calls: dict[str, Callable[[], Any]] = {
+        side: partial(_once, model, x, cotangent, autocast) for side, model in models.items()
+    }
+    with fused_lora(models["fused"]) as products:
+        calls["fused"] = partial(_held, products, calls["fused"])
         pairs = zip(calls["fused"](), calls["peft"](), strict=True)
         yield dict(calls), max(float((ours - pefts).norm() / pefts.norm()) for ours, pefts in pairs)
+
+
+def _held(products: Products, call: Callable[[], Any]) -> Any:
+    """As a training step calls: the adapters are copied once for forward and backward."""
+    with products.held():
+        return call()
 
 
 def kept_mb(call: Callable[[], object]) -> float:

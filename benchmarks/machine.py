@@ -39,6 +39,11 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def device_name(device: str) -> str:
+    """Name of the card, or "cpu"."""
+    return torch.cuda.get_device_name() if device == "cuda" else "cpu"
+
+
 def seconds(call: Callable[[], object], device: str) -> float:
     """What a call takes: seconds of the process on a CPU, which others share; on a GPU until it has finished."""
     if device == "cuda":

@@ -210,7 +210,7 @@ def _quantized(linear: nn.Linear, run: Run, device: str) -> nn.Module:
 
 
 def make_trainer(folder: str, model: Any, case: Case) -> Any:
-    """A trainer of two steps whose completions have their full length."""
+    """A trainer of two steps whose completions have their full length, but for the last token of one in each batch."""
     from datasets import Dataset
     from peft import LoraConfig
     from trl import GRPOConfig, GRPOTrainer
@@ -232,7 +232,7 @@ def make_trainer(folder: str, model: Any, case: Case) -> Any:
         **{name: getattr(run, name) for name in names},
     )
     adapters = LoraConfig(r=run.lora_r, target_modules="all-linear", lora_dropout=run.lora_dropout)
-    return (GRPOTrainer if case.stock else GRPOPlusTrainer)(
+    trainer = (GRPOTrainer if case.stock else GRPOPlusTrainer)(
         model=model,
         reward_funcs=_some_reward,
         args=config,
@@ -240,6 +240,15 @@ def make_trainer(folder: str, model: Any, case: Case) -> Any:
         processing_class=tiny_tokenizer(),
         peft_config=adapters if run.lora_r else None,
     )
+    generate = trainer._generate_single_turn
+    trainer._generate_single_turn = lambda *args, **kwargs: _one_shorter(generate(*args, **kwargs))
+    return trainer
+
+
+def _one_shorter(generated: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Shorten a completion. transformers drops the mask of rows that are all full, which no real batch is."""
+    completion_ids, *others = generated
+    return [completion_ids[0][:-1], *completion_ids[1:]], *others
 
 
 def _some_reward(completion_ids: list[list[int]], **_: Any) -> list[float]:

@@ -26,7 +26,7 @@ from unittest.mock import patch
 
 import torch
 
-from benchmarks.machine import RESULTS, describe, peak_mb, seconds
+from benchmarks.machine import RESULTS, describe, device_name, peak_mb, seconds
 from benchmarks.memory_run import MODELS, random_model
 from grpo_plus.planner import QLORA, Run
 
@@ -78,20 +78,16 @@ def main() -> None:
         rows.append(_row(shape, variant, args) | {"load": round(os.getloadavg()[0], 1)})
         summary = {
             "command": "python -m benchmarks.update " + " ".join(sys.argv[1:]),
-            "machine": describe() | {"threads": args.threads, "device": _name(args)},
+            "machine": describe() | {"threads": args.threads, "device": device_name(args.device)},
             "rows": rows,
         }
         path.write_text(json.dumps(summary, indent=1) + "\n")  # after each: a run that is stopped loses nothing
-    print(f"written to {path}")
+    print(f"written to {path.name}")
 
 
 def _shape(text: str) -> tuple[int, int, int]:
     prompt, completion, generations = map(int, text.split(","))
     return prompt, completion, generations
-
-
-def _name(args: argparse.Namespace) -> str:
-    return torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
 
 
 def _row(shape: tuple[int, int, int], variant: str, args: argparse.Namespace) -> dict[str, Any]:

@@ -127,7 +127,9 @@ def test_a_failing_arm_is_recorded_and_the_others_go_on(tmp_path, capsys):
     assert set(comparison.results) == {rloo}
     assert "the judge is asleep" in comparison.failures[grpo]
     assert "Traceback" in (tmp_path / "arms" / "grpo-seed0" / "error.txt").read_text()
-    assert "[1/2] grpo, seed 0: failed: RewardFunctionError: The reward function 'judge' raised" in capsys.readouterr().out
+    assert (
+        "[1/2] grpo, seed 0: failed: RewardFunctionError: The reward function 'judge' raised" in capsys.readouterr().out
+    )
     broken = False
     again = compare(task, ["grpo", "rloo"], [0], tmp_path)
     assert set(again.results) == {grpo, rloo}

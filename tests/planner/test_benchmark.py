@@ -6,7 +6,7 @@ import torch
 
 from benchmarks import memory_cap
 from benchmarks.memory_cap import longest
-from benchmarks.memory_run import TINY, TRL_DEFAULT, Case, case_of, measure, random_model
+from benchmarks.memory_run import TINY, TRL_DEFAULT, Case, case_of, make_trainer, measure, random_model
 from grpo_plus.planner import QLORA, Run, shape_of
 
 
@@ -89,3 +89,18 @@ def test_each_trial_of_the_search_is_the_run_at_another_length(monkeypatch):
     monkeypatch.setattr(memory_cap, "in_a_fresh_process", lambda case: {"error": "no kernel image"})
     with pytest.raises(RuntimeError, match="failed for another reason: no kernel image"):
         memory_cap.search(Case(TINY, run, "cpu", 200 * 2**20, stock), 0.1)
+
+
+def test_one_completion_of_a_batch_is_a_token_shorter(tmp_path):
+    rows = {"prompt_length": 8, "max_completion_length": 6, "per_device_train_batch_size": 4, "num_generations": 4}
+    small = TINY | {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 64, "vocab_size": 128}
+    for stock in (False, True):
+        run = Run(**rows, lora_r=4, bf16=False)
+        case = Case(small, run, "cpu", stock=stock)
+        trainer = make_trainer(str(tmp_path), random_model(small, run, "cpu"), case)
+        lengths = []
+        trainer.reward_funcs[0] = lambda completion_ids, lengths=lengths, **_: (
+            lengths.extend(map(len, completion_ids)) or [0.0] * len(completion_ids)
+        )
+        trainer.train()
+        assert lengths == [5, 6, 6, 6] * 2
