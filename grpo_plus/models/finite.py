@@ -18,24 +18,29 @@ def nonfinite_weights(model: nn.Module) -> list[str]:
     if not trained:
         return []
     device = next(iter(trained.values())).device
-    # One wait for the device, whatever the number of weights.
-    finite = torch.stack([_largest([weight]).isfinite().to(device) for weight in trained.values()]).tolist()
-    return [name for name, sound in zip(trained, finite, strict=True) if not sound]
+    # One wait for the device, whatever the number of weights. A norm is fast, and may overflow where no number has.
+    sound = torch.stack([_norm([weight]).isfinite().to(device) for weight in trained.values()]).tolist()
+    suspects = [name for name, finite in zip(trained, sound, strict=True) if not finite]
+    return [name for name in suspects if not trained[name].detach().isfinite().all()]
 
 
 def gradients_are_finite(model: nn.Module) -> Tensor:
-    """Whether the gradients that this process holds are finite, () bool on their device. Nothing waits for it."""
+    """Whether the norm of the gradients that this process holds is finite, () bool on their device.
+
+    It is not where a gradient is NaN or infinite, and where the squares overflow, which Adam would keep. Nothing waits
+    for the answer.
+    """
     gradients = [_local(weight.grad) for weight in model.parameters() if weight.grad is not None]
-    return _largest(filter(_has_numbers, gradients)).isfinite()
+    return _norm(filter(_has_numbers, gradients)).isfinite()
 
 
-def _largest(values: Iterable[Tensor]) -> Tensor:
-    """The largest magnitude, () on the device of the first; NaN where one is NaN, and 0 of nothing."""
-    return get_total_norm([value.detach() for value in values], float("inf"))
+def _norm(values: Iterable[Tensor]) -> Tensor:
+    """Euclidean norm of all values together, () on the device of the first; 0 of nothing."""
+    return get_total_norm([value.detach() for value in values])
 
 
 def _has_numbers(values: Tensor) -> bool:
-    # A process may hold an empty part of a weight, which has no largest number.
+    # A process may hold an empty part of a weight, and some norms of nothing are errors.
     return values.numel() > 0 and values.is_floating_point() and not values.is_meta
 
 

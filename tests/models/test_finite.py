@@ -33,9 +33,15 @@ def test_a_frozen_weight_is_not_looked_at():
 def test_large_numbers_are_finite():
     model = layers((2,)).double()
     model.w0.data[:] = 1e300  # neither the square nor the float32 of it is
-    model.w0.grad = torch.full((2,), 1e300, dtype=torch.float64)
+    model.w0.grad = torch.full((2,), 1e100, dtype=torch.float64)
     assert nonfinite_weights(model) == []
     assert gradients_are_finite(model)
+
+
+def test_a_gradient_whose_square_is_infinite_is_not_finite():
+    model = layers((2,))
+    model.w0.grad = torch.full((2,), 1e20)  # Adam's second moment would be infinite from then on
+    assert not gradients_are_finite(model)
 
 
 def test_an_empty_part_of_a_weight_is_finite():
