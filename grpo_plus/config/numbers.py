@@ -21,7 +21,7 @@ class Range:
         most: the largest value.
         above: whether `least` itself is too small.
         infinite: whether infinity is a value, which stands for "no bound".
-        optional: whether None is a value. Where TRL's default is None, it always is.
+        optional: whether None is a value. Where TRL's default or its annotation has None, it always is.
     """
 
     least: float = -math.inf
@@ -64,7 +64,7 @@ RANGES = {
     "epsilon_high": _BOUND,
     "generation_batch_size": _COUNT,
     "learning_rate": _NOT_NEGATIVE,
-    "max_completion_length": Range(1, optional=True),
+    "max_completion_length": _COUNT,
     "max_grad_norm": Range(0, infinite=True, optional=True),
     "min_p": _SHARE,
     "num_iterations": _COUNT,
@@ -99,7 +99,10 @@ def check_numbers(config: Any) -> None:
         return
     for entry in fields(GRPOConfig):
         value = getattr(config, entry.name)
-        if entry.name in RANGES and not (value is None and (entry.default is None or RANGES[entry.name].optional)):
+        if entry.name not in RANGES:
+            continue
+        optional = RANGES[entry.name].optional or entry.default is None or "None" in str(entry.type)
+        if value is not None or not optional:
             _check(config, entry.name, value, entry.default)
     if config.reward_weights is not None:
         config.reward_weights = check_weights(list(config.reward_weights))

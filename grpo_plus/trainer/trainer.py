@@ -139,7 +139,7 @@ class GRPOPlusTrainer(TRLSeam):
         if column is None:
             return None
         if column not in example:
-            raise ValueError(f"task_column={column!r} is no column of the rollouts. Known: {', '.join(example)}.")
+            raise ValueError(f"task_column={column!r} is no column of the dataset. Known: {', '.join(example)}.")
         return str(example[column])
 
     def prompt_key(self, prompt: Any) -> str | None:

@@ -43,6 +43,8 @@ VALID = {
     "delta": INF,
     "max_grad_norm": None,
     "max_completion_length": None,
+    "vllm_importance_sampling_clip_max": None,
+    "vllm_importance_sampling_clip_min": 0.1,
     "beta": torch.tensor(0.1),
     "reward_weights": [0.0, -1],
     "top_k": 0,

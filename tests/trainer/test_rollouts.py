@@ -68,7 +68,7 @@ def test_a_task_column_that_a_rollout_function_fills_is_accepted(trained):
 
 
 def test_a_task_column_that_nobody_fills_is_an_error_that_lists_the_columns(tmp_path):
-    with pytest.raises(ValueError, match="task_column='subjekt' is no column of the rollouts. Known: .*subject"):
+    with pytest.raises(ValueError, match="task_column='subjekt' is no column of the dataset. Known: .*subject"):
         rolled_out(tmp_path, task_column="subjekt")
 
 
