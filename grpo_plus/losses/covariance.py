@@ -30,7 +30,8 @@ def clip_cov(
            as `grpo` for the other tokens
 
     Means and share are those of the given batch, under gradient accumulation of the micro-batch. Tokens that PPO's clip
-    has already stopped are not drawn. The draw uses torch's global random numbers.
+    has already stopped are not drawn. The draw uses torch's global random numbers, and each process
+    draws among its own tokens.
     Cui et al., "The Entropy Mechanism of Reinforcement Learning for Reasoning Language Models"
     (https://huggingface.co/papers/2505.22617), section 4.2; defaults as in verl.
     """

@@ -95,7 +95,7 @@ class Hooks:
         Override it for a schedule of your own.
 
         Args:
-            kl: the mean KL per token that the step's last micro-batch logged, over all processes.
+            kl: the mean KL over the tokens of the step, over all processes. A step without a token asks nothing.
             completions: completions that the step trained on, over all processes.
         """
         return self.beta

@@ -37,8 +37,6 @@ from grpo_plus.trainer.names import (
     gathered_lengths,
     gathered_steps,
     is_multimodal,
-    log_value,
-    metrics_of,
     trained_tokens,
     whole_rows,
 )
@@ -48,6 +46,7 @@ from grpo_plus.trainer.regrouping import regrouped
 from grpo_plus.trainer.reward_calls import RewardCalls
 from grpo_plus.trainer.sampler_ratio import SamplerRatio
 from grpo_plus.trainer.speed import speed_of
+from grpo_plus.trainer.step_figures import step_figures_of
 
 
 class TRLSeam(GuardedSeam):
@@ -79,6 +78,7 @@ class TRLSeam(GuardedSeam):
         self.speed = speed_of(self, self.plus)
         self._refills = Refills(self, self.plus.max_refills)
         self._figures = Figures(self)
+        self._step_figures = step_figures_of(self)
         self._reward_calls = RewardCalls(self, self.plus.reward_timeout)
         self._known = MicroBatches()
         self._sampler = SamplerRatio(self, in_update=self.speed.drops_old_policy_pass)
@@ -263,9 +263,8 @@ class TRLSeam(GuardedSeam):
                 scores = forward(model, input_ids, attention_mask, *arguments, **multimodal)
             else:
                 scores = packed.logps, packed.entropies, None
-        if packed is not None and self.model.training and torch.is_grad_enabled():
-            log_value(self, "packing/token_ratio", input_ids.numel() / packed.tokens)
-            log_value(self, "packing/live_fraction", len(rows.live or input_ids) / len(input_ids))
+        if self._micro_batch is not None:
+            self._step_figures.forwarded(rows, packed, scores[1])
         last = (self._step + 1) % (self.args.steps_per_generation * self.num_iterations) == 0
         self._sampler.form(self._micro_batch, scores[0].detach(), rows.live, last=last)
         return scores
@@ -288,6 +287,7 @@ class TRLSeam(GuardedSeam):
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         trls = self.loss_type in TRL_LOSSES
+        self._step_figures.begin()
         # TRL's loss calls our forward without the micro-batch. Here our forward finds which rows to skip, and leaves
         # the ratio to the sampler for the loss.
         self._micro_batch = inputs = dict(inputs)
@@ -295,10 +295,12 @@ class TRLSeam(GuardedSeam):
             loss = super()._compute_loss(model, inputs) if trls else self._compute_our_loss(model, inputs)
         finally:
             self._micro_batch = None
-        if self.beta != 0.0 and self.model.training and self.accelerator.sync_gradients:
-            rows = inputs["completion_ids"].shape[0] * self.current_gradient_accumulation_steps
-            kl = self._metrics["train"]["kl"][-1]
-            if math.isfinite(kl):  # else the guard skips the step
+        self._step_figures.take(inputs)
+        if self.accelerator.sync_gradients or not self.model.training:
+            kl = self._step_figures.log()
+            # None: the step has no token. Not finite: the guard skips the step.
+            if self.beta != 0.0 and self.model.training and kl is not None and math.isfinite(kl):
+                rows = inputs["completion_ids"].shape[0] * self.current_gradient_accumulation_steps
                 self.beta = self.next_beta(kl, rows * self.accelerator.num_processes)
         return loss
 
@@ -312,7 +314,7 @@ class TRLSeam(GuardedSeam):
         loss_inputs, entropies = self._loss_inputs(model, inputs)
         result = self.policy_loss(loss_inputs, num_items=num_items, accumulation_steps=accumulation_steps)
         for name, values in {**result.metrics, "entropy": entropies}.items():
-            self._log_average(name, values, loss_inputs.mask)
+            self._step_figures.add(name, values, loss_inputs.mask)
         return result.loss
 
     def _loss_inputs(self, model: Any, inputs: dict[str, Any]) -> tuple[LossInputs, Tensor]:
@@ -334,10 +336,3 @@ class TRLSeam(GuardedSeam):
             importance_sampling_ratio=inputs.get(SAMPLER_RATIO),
         )
         return loss_inputs, entropies
-
-    def _log_average(self, name: str, values: Tensor, mask: Tensor) -> None:
-        """Log the mean of (B, T) values over the tokens of all processes, or of (B, 1) values over the rows."""
-        weights = mask if values.shape == mask.shape else torch.ones_like(values)
-        sums = torch.stack([(values * weights).sum(), weights.sum()]).float()
-        total, count = self.accelerator.reduce(sums, reduction="sum").tolist()
-        metrics_of(self)[name].append(total / max(count, 1.0))

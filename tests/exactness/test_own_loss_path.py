@@ -63,11 +63,13 @@ def test_three_steps_follow_trls(tmp_path, twin, loss, config, peft_config):
     for name, weight in weights_of(stock).items():
         torch.testing.assert_close(trained[name], weight, rtol=1e-5, atol=1e-6, msg=name)
     assert any((start[name] - weight).abs().max() > 1e-4 for name, weight in trained.items()), "nothing was trained"
+    # TRL takes the mean of its micro-batches' means, we that of the step's tokens.
+    rel = 1e-3 if config.get("gradient_accumulation_steps", 1) == 1 else 0.03
     for mine, theirs in zip(logs_of(ours), logs_of(stock), strict=True):
         shared = mine.keys() & theirs.keys()
         assert {"loss", "grad_norm", "entropy"} <= shared or "train_loss" in shared
         assert {key: mine[key] for key in shared} == pytest.approx(
-            {key: theirs[key] for key in shared}, rel=1e-3, abs=1e-6
+            {key: theirs[key] for key in shared}, rel=rel, abs=1e-6
         )
         assert theirs.keys() - mine.keys() <= {"clip_ratio/low_min", "clip_ratio/high_max"}
 

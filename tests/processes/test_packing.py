@@ -44,3 +44,20 @@ def test_two_ranks_train_the_same_weights_with_and_without(runs, kind):
     assert torch.equal(weights(on, 0), weights(on, 1))
     assert weights(on, 0).norm() > 0
     assert_close("weights", weights(on, 0), weights(off, 0), rtol=5e-6 if kind == "lora" else 1e-6)
+
+
+@pytest.mark.parametrize("kind", ["plain", "lora"])
+def test_the_share_of_live_rows_is_that_of_all_ranks(runs, kind):
+    folder = runs / PAIRS[kind]["on"]
+    ranks = [json.loads((folder / f"rows_{rank}.json").read_text()) for rank in range(2)]
+    # Every rank forwards one row of a micro-batch in which nothing lives.
+    live = [
+        [max(1, sum(advantage != 0 for _, _, advantage in rows[at : at + 6])) for at in range(0, len(rows), 6)]
+        for rows in ranks
+    ]
+    expected = [sum(rank[step] + rank[step + 1] for rank in live) / 24 for step in range(0, len(live[0]), 2)]
+    log = json.loads((folder / "log_0.json").read_text())
+    logged = [entry["packing/live_fraction"] for entry in log if "packing/live_fraction" in entry]
+    assert logged == pytest.approx(expected)
+    # What rank 0 alone would have said.
+    assert logged != pytest.approx([sum(live[0][step : step + 2]) / 12 for step in range(0, len(live[0]), 2)])

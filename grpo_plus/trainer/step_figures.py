@@ -1,0 +1,125 @@
+"""Means over the tokens of an optimizer step and over all processes, for the log and for beta.
+
+TRL logs the mean of its micro-batches' means. That counts a short micro-batch as much as a long one, and one without a
+scored token as 0. Which rows share a micro-batch changes under `packing`, and a mean over the step does not.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from grpo_plus.packing import Packed, PaddedRows
+from grpo_plus.trainer.names import metrics_of, trained_tokens
+
+if TYPE_CHECKING:
+    from grpo_plus.trainer.seam import TRLSeam
+
+KL, ENTROPY = "kl", "entropy"
+FOR_BETA = "kl, which TRL logs itself"
+TOKEN_RATIO, LIVE_FRACTION = "packing/token_ratio", "packing/live_fraction"
+# TRL's means over tokens. The second kind are means over rows where a row has one importance ratio.
+OVER_TOKENS = (KL, ENTROPY)
+OVER_RATIOS = ("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", "cispo_clip_ratio")
+
+
+class StepFigures:
+    """Collects the figures of an optimizer step from its micro-batches.
+
+    Args:
+        weighs: whether TRL's means over tokens are logged over the step, too. Else the log has them as TRL wrote them.
+        packs: whether rows may be skipped or go through the model without padding.
+    """
+
+    def __init__(self, trainer: "TRLSeam", *, weighs: bool, packs: bool) -> None:
+        self._trainer = trainer
+        self._weighs = weighs
+        self._packs = packs
+        self._sums: dict[str, list[float]] = {}
+        self._logged: dict[str, int] = {}
+        self._forward: tuple[Tensor, tuple[int, ...] | None] | None = None
+
+    def begin(self) -> None:
+        """Before the loss of a micro-batch."""
+        self._logged = {name: len(values) for name, values in metrics_of(self._trainer).items()}
+        self._forward = None
+
+    def forwarded(self, rows: PaddedRows, packed: Packed | None, entropies: Tensor | None) -> None:
+        """Take note of the forward in the loss of a micro-batch."""
+        if entropies is not None:
+            self._forward = entropies.detach(), rows.live
+        if packed is not None and self._trainer.model.training:
+            count = len(rows.input_ids)
+            self._add(TOKEN_RATIO, rows.input_ids.numel(), packed.tokens)
+            self._add(LIVE_FRACTION, count if rows.live is None else len(rows.live), count)
+
+    def add(self, name: str, values: Tensor, mask: Tensor) -> None:
+        """Add (B, T) values of the mask's tokens, or (B, 1) values of the rows, of a micro-batch."""
+        if values.shape != mask.shape:
+            mask = torch.ones_like(values)
+        elif name == ENTROPY:
+            mask = mask * self._forwarded_rows(mask)
+        # A masked value may be NaN.
+        self._add(name, values.where(mask.bool(), 0.0).double().sum().item(), mask.sum().item())
+
+    def take(self, inputs: dict[str, Any]) -> None:
+        """Take up what TRL has logged of a micro-batch since `begin`."""
+        metrics, mask = metrics_of(self._trainer), trained_tokens(inputs)
+        if self._packs and self._trainer.model.training:  # on every process, even where nothing was packed
+            self._add(TOKEN_RATIO, 0, 0)
+            self._add(LIVE_FRACTION, 0, 0)
+        by_token = self._trainer.importance_sampling_level == "token"
+        for name in (*OVER_TOKENS, *(OVER_RATIOS if by_token else ())):
+            if len(metrics.get(name, ())) == self._logged.get(name, 0):
+                continue
+            if name == ENTROPY and self._weighs and self._forward is not None:
+                metrics[name].pop()
+                self.add(name, self._forward[0], mask)
+            elif self._weighs or name == KL:
+                # Each process has the mean of all processes: its own tokens weigh it.
+                value = metrics[name].pop() if self._weighs else metrics[name][-1]
+                tokens = mask.sum().item()
+                self._add(name if self._weighs else FOR_BETA, value * tokens, tokens)
+
+    def log(self) -> float | None:
+        """Log the figures of the step, or of a batch of an evaluation. Figures of no token are left out.
+
+        Returns:
+            The mean KL per token. None where there is none.
+        """
+        sums, self._sums = self._sums, {}
+        means = {name: total / count for name, (total, count) in self._of_all_processes(sums).items() if count}
+        metrics = metrics_of(self._trainer)
+        for name in [name for name, values in metrics.items() if not values]:
+            del metrics[name]  # TRL would log None
+        kl = means.pop(FOR_BETA, means.get(KL))
+        for name, value in means.items():
+            metrics[name].append(value)
+        return kl
+
+    def _of_all_processes(self, sums: dict[str, list[float]]) -> dict[str, list[float]]:
+        accelerator = self._trainer.accelerator
+        if accelerator.num_processes == 1 or not sums:
+            return sums
+        names = sorted(sums)
+        table = torch.tensor([sums[name] for name in names], dtype=torch.float64, device=accelerator.device)
+        return dict(zip(names, accelerator.reduce(table, reduction="sum").tolist(), strict=True))
+
+    def _add(self, name: str, total: float, count: float) -> None:
+        sums = self._sums.setdefault(name, [0.0, 0.0])
+        sums[0] += total
+        sums[1] += count
+
+    def _forwarded_rows(self, mask: Tensor) -> Tensor:
+        """(B, 1), 1 for the rows that went through the model: the entropy of the others is not known."""
+        live = None if self._forward is None else self._forward[1]
+        if live is None:
+            return torch.ones_like(mask[:, :1])
+        return torch.zeros_like(mask[:, :1]).index_fill(0, torch.tensor(live, device=mask.device), 1)
+
+
+def step_figures_of(trainer: "TRLSeam") -> StepFigures:
+    """For a run with its speed-ups decided. The log stays TRL's where no row is moved or left out."""
+    speed = trainer.speed
+    moved = speed.skips or speed.keeps_prompts_together or trainer.mask_truncated_completions
+    return StepFigures(trainer, weighs=trainer.has_own_fields and moved, packs=speed.packer is not None or speed.skips)
