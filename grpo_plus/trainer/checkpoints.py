@@ -11,7 +11,8 @@
 import json
 import logging
 import re
-from collections.abc import Iterator
+import shutil
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -97,6 +98,20 @@ def write_state(folder: Path, running: str) -> None:
     """Write the hook's `running_state`, as JSON; no file where there is none."""
     if running != "{}":
         (folder / STATE_FILE).write_text(running, encoding="utf-8")
+
+
+def rotate(output_dir: Path, limit: int | None, *, keep: Container[Path]) -> None:
+    """Delete the oldest checkpoints beyond `limit`, but none of `keep`. None or 0: delete nothing.
+
+    transformers does it before a checkpoint is sealed, and by a function that its older versions lack.
+    """
+    if not limit or limit < 0:
+        return
+    folders = sorted(numbered(output_dir).values(), key=lambda path: path.stat().st_mtime)
+    others = [folder for folder in folders if folder not in keep]
+    kept = len(folders) - len(others)
+    for folder in others[: max(len(folders) - max(limit, kept), 0)]:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def numbered(output_dir: Path) -> dict[int, Path]:

@@ -2,6 +2,7 @@
 
 import logging
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -12,7 +13,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 from torch.utils.data import Sampler
 from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 from trl import GRPOTrainer
 
 from grpo_plus.config import GRPOPlusConfig
@@ -26,7 +27,7 @@ from grpo_plus.qlora.precision import (
     restore_adapters,
 )
 from grpo_plus.qlora.reloaded import write_record
-from grpo_plus.trainer.checkpoints import chosen_checkpoint, saved_state, write_state
+from grpo_plus.trainer.checkpoints import chosen_checkpoint, rotate, saved_state, why_unusable, write_state
 from grpo_plus.trainer.hooks import Hooks
 from grpo_plus.trainer.manifest import begin, seal
 from grpo_plus.trainer.position import Position, saved_position, settings_of, take_up, why_another_batch, within_batch
@@ -142,12 +143,8 @@ class SavingSeam(Hooks, GRPOTrainer):
         if self.args.push_to_hub and not rescues:
             super()._push_from_checkpoint(str(folder))
         if self.args.should_save:
-            rotate_checkpoints(
-                output_dir=str(folder.parent),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
+            best = self.state.best_model_checkpoint
+            rotate(folder.parent, self.args.save_total_limit, keep={folder, *([Path(best)] if best else [])})
 
     def _rescue(self, error: BaseException) -> None:
         """Save the last finished step, unless its checkpoint is there already."""
@@ -203,8 +200,21 @@ class SavingSeam(Hooks, GRPOTrainer):
     @property
     def _moves_reference(self) -> bool:
         """Whether the reference follows the policy, and can be saved whole."""
-        spread = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        return self.args.sync_ref_model and self.ref_model is not None and not spread
+        return self.args.sync_ref_model and self.ref_model is not None and not self._spreads_weights
+
+    @property
+    def _spreads_weights(self) -> bool:
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    def _warn_of_what_no_checkpoint_holds(self) -> None:
+        """Say at construction what a run that resumes will lack."""
+        if self.args.sync_ref_model and self._spreads_weights and self.args.save_strategy != SaveStrategy.NO:
+            warnings.warn(
+                "sync_ref_model=True: FSDP and DeepSpeed spread the weights of the reference, and no checkpoint holds "
+                "them. A run that resumes begins with the initial model as reference, so it goes on otherwise than it "
+                "would have. Set sync_ref_model=False for a run that may have to resume.",
+                stacklevel=2,
+            )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         check_adapter_folder(resume_from_checkpoint, self.model)
@@ -212,9 +222,20 @@ class SavingSeam(Hooks, GRPOTrainer):
         self._adapters_as_trained({})
 
     def _load_best_model(self) -> None:
+        best = Path(str(self.state.best_model_checkpoint))
+        if reason := self._agreed_reason(best):
+            logger.warning(f"The best checkpoint {best} {reason}. The model keeps its last weights.")
+            return
         super()._load_best_model()
         load_best_adapter(self.state.best_model_checkpoint, self.model)
         self._adapters_as_trained({})
+
+    def _agreed_reason(self, folder: Path) -> str | None:
+        """`why_unusable`, asked by the main process for all."""
+        answer = [why_unusable(folder) if self.accelerator.is_main_process else None]
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(answer)
+        return answer[0]
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

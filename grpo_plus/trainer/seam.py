@@ -75,6 +75,7 @@ class TRLSeam(GuardedSeam):
         self.plus = own_fields(self.args)
         self._guard = Guard(self, self.plus.max_nonfinite_steps)
         self._adapters_as_trained(exact)
+        self._warn_of_what_no_checkpoint_holds()
         self.speed = speed_of(self, self.plus)
         self._refills = Refills(self, self.plus.max_refills)
         self._figures = Figures(self)

@@ -12,17 +12,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import GRPOTrainer
 
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
 from grpo_plus.advantages import ESTIMATORS, register
 from grpo_plus.demo.tiny import tiny_model, tiny_tokenizer
 from grpo_plus.trainer import manifest
-from grpo_plus.trainer.checkpoints import numbered, why_unusable
+from grpo_plus.trainer.checkpoints import numbered, rotate, why_unusable
 from grpo_plus.trainer.manifest import MANIFEST, UNFINISHED
 from tests.close import differing
-from tests.training import make_trainer, weights_of
+from tests.training import PROMPTS, make_trainer, weights_of
 
 CONFIG = {
     "max_steps": 2,
@@ -123,6 +123,50 @@ def test_a_checkpoint_keeps_the_save_limit_of_its_run(tmp_path):
     trainer_in(tmp_path, save_total_limit=1).train()
     assert list(numbered(tmp_path)) == [3]
     assert torch.load(tmp_path / "checkpoint-3/training_args.bin", weights_only=False).save_total_limit == 1
+
+
+def test_the_oldest_checkpoints_go_and_the_best_stays(tmp_path):
+    for step in (9, 10, 11, 2):  # the order in which they were written
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        os.utime(tmp_path / f"checkpoint-{step}", (0, 100 if step == 2 else step))
+    newest, best = tmp_path / "checkpoint-2", tmp_path / "checkpoint-9"
+    rotate(tmp_path, None, keep={newest})
+    assert list(numbered(tmp_path)) == [11, 10, 9, 2]
+    rotate(tmp_path, 3, keep={newest, best})
+    assert list(numbered(tmp_path)) == [11, 9, 2]
+    rotate(tmp_path, 1, keep={newest, best})
+    assert list(numbered(tmp_path)) == [9, 2]
+    rotate(tmp_path, 1, keep={newest})
+    assert list(numbered(tmp_path)) == [2]
+
+
+def test_a_best_model_that_was_damaged_is_not_loaded(tmp_path, caplog):
+    class Damages(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            flip_a_bit(tmp_path / f"checkpoint-{state.global_step}/model.safetensors")
+
+    evaluation = {"eval_strategy": "steps", "eval_steps": 1, "num_generations_eval": 2, "per_device_eval_batch_size": 2}
+    dataset = PROMPTS.select(range(2))
+    trainer = trainer_in(
+        tmp_path,
+        max_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        trainer_arguments={"callbacks": [Damages()], "eval_dataset": dataset},
+        **evaluation,
+    )
+    with caplog.at_level(logging.WARNING, logger="grpo_plus"):
+        trainer.train()
+    assert "model.safetensors that is not what was written" in caplog.text
+    assert "keeps its last weights" in caplog.text
+
+
+def test_a_reference_that_no_checkpoint_holds_is_said_at_construction(tmp_path, inside, monkeypatch):
+    model = AutoModelForCausalLM.from_pretrained(inside / "base")
+    trainer = trainer_in(tmp_path, model=model, beta=0.1, sync_ref_model=True)
+    monkeypatch.setattr(trainer, "is_fsdp_enabled", True)
+    with pytest.warns(UserWarning, match="sync_ref_model=True: FSDP and DeepSpeed"):
+        trainer._warn_of_what_no_checkpoint_holds()
 
 
 @pytest.mark.parametrize("last", ["entropy_ctrl_state.json", "grpo_plus_position_0.pt", MANIFEST])

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import TrainerCallback
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
 from grpo_plus.trainer.checkpoints import numbered, why_unusable
@@ -135,6 +136,27 @@ def test_an_error_within_a_step_leaves_the_step_before(tmp_path, whole, micro_ba
     with pytest.raises(error):
         trainer.train()
     assert_goes_on(tmp_path, whole, 3)
+
+
+@pytest.mark.parametrize("event", ["on_step_begin", "on_pre_optimizer_step", "on_step_end"])
+def test_a_checkpoint_that_a_signal_asks_for_holds_a_finished_step(tmp_path, whole, event):
+    """transformers' enable_jit_checkpoint saves within a step, after a batch was generated and gradients were made."""
+    trainer = made(tmp_path, enable_jit_checkpoint=True)
+    (jit,) = (part for part in trainer.callback_handler.callbacks if isinstance(part, JITCheckpointCallback))
+
+    def ask() -> None:
+        jit.jit_manager.is_checkpoint_requested = True
+
+    # Step 3 begins with a new generation batch. The callback is asked before transformers' own.
+    asks = At(event, 3 if event == "on_step_end" else 2, ask)
+    trainer.callback_handler.callbacks.insert(0, asks)
+    trainer.train()
+    step = asks.step
+    assert why_unusable(tmp_path / f"checkpoint-{step}") is None
+    resumed = made(tmp_path)
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+    assert differing(weights_of(resumed), weights_of(whole)) == []
+    assert resumed.estimator_state == whole.estimator_state
 
 
 def test_an_error_at_the_end_of_a_step_leaves_that_step(tmp_path, whole):
