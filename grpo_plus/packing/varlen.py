@@ -52,10 +52,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, where: Sequences, scale: 
         key, value: (n, heads of keys, D). Query heads share the keys' heads in equal parts.
     """
     if query.is_cuda and query.dtype in HALF:
-        out, lse, *state, _ = torch.ops.aten._flash_attention_forward(
-            query, key, value, *_arguments(where), False, scale=scale, **_window(where)
-        )
-        return out, lse, state
+        return _flash_forward(query, key, value, where, scale)
     return *_plain_forward(query, key, value, where, scale), ()
 
 
@@ -76,15 +73,39 @@ def backward(
     merged `out` and `lse`, and gets this part of the whole softmax's gradients.
     """
     if query.is_cuda and query.dtype in HALF:
-        gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._flash_attention_backward(
-            grad, query, key, value, out, lse, *_arguments(where), *state, scale=scale, **_window(where)
-        )
-        return gradients
+        return _flash_backward(grad, query, key, value, out, lse, where, scale, state)
     return _plain_backward(grad, query, key, value, out, lse, where, scale)
 
 
+def _flash_forward(
+    query: Tensor, key: Tensor, value: Tensor, where: Sequences, scale: float
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    out, lse, *state, _ = torch.ops.aten._flash_attention_forward(
+        query, key, value, *_arguments(where), False, scale=scale, **_window(where)
+    )
+    return out, lse, state
+
+
+def _flash_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    where: Sequences,
+    scale: float,
+    state: list[Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._flash_attention_backward(
+        grad, query, key, value, out, lse, *_arguments(where), *state, scale=scale, **_window(where)
+    )
+    return gradients
+
+
 def _arguments(where: Sequences) -> tuple[Any, ...]:
-    return where.queries, where.keys, where.longest_queries, where.longest_keys, 0.0, where.causal
+    # For queries of one token each, the kernel would exchange heads and tokens, in its log-sum-exp too.
+    return where.queries, where.keys, max(2, where.longest_queries), where.longest_keys, 0.0, where.causal
 
 
 def _window(where: Sequences) -> dict[str, int]:

@@ -1,16 +1,19 @@
 """Cascade attention gives what each row gives alone; in few launches, and without copies of the prompt."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from grpo_plus.packing import varlen
 from grpo_plus.packing.attention import Segments, segment_attention
 from grpo_plus.packing.cascade import _merge, cascade_attention, cascade_of, why_not_cascade
 from grpo_plus.packing.layers import UnsupportedLayerError
 from grpo_plus.packing.layout import Group, group_rows, pack
 from grpo_plus.packing.prompts_first import pack_prompts_first, prompts_first
 from grpo_plus.packing.reference import shared_prompt_attention
+from grpo_plus.packing.varlen import Sequences
 from tests.close import assert_close
 from tests.packing.counting import kept_bytes, launches
 from tests.packing.models import tiny
@@ -150,6 +153,29 @@ def test_the_reasons_against_cascade_attention_are_named(monkeypatch):
     assert "dropout" in why_not_cascade(tiny("llama", attention_dropout=0.1))
     assert "layers of type conv" in why_not_cascade(tiny("lfm2"))
     assert "attention interface" in why_not_cascade(tiny("mpt"))
+
+
+@pytest.mark.parametrize("window", [None, 7])
+def test_torchs_flash_operators_take_our_arguments_and_answer_in_our_shapes(window):
+    """By the shapes that torch computes without a device, in the order of its signature."""
+    where = Sequences(torch.tensor([0, 4, 9]).int(), torch.tensor([0, 5, 12]).int(), 5, 7, window is not None, window)
+    shapes = ((9, HEADS, D), (12, KEY_HEADS, D), (12, KEY_HEADS, D))
+    query, key, value = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in shapes)
+    where = replace(where, queries=where.queries.to("meta"), keys=where.keys.to("meta"))
+    out, lse, state = varlen._flash_forward(query, key, value, where, SCALE)
+    plain_out, plain_lse = varlen._plain_forward(*(torch.zeros(s) for s in shapes), on_cpu(where), SCALE)
+    assert (out.shape, out.dtype) == (plain_out.shape, torch.bfloat16)
+    assert (lse.shape, lse.dtype) == (plain_lse.shape, torch.float32)
+    gradients = varlen._flash_backward(out, query, key, value, out, lse, where, SCALE, state)
+    assert [gradient.shape for gradient in gradients] == [torch.Size(shape) for shape in shapes]
+    names = [argument.name for argument in torch.ops.aten._flash_attention_forward.default._schema.arguments]
+    assert names[3:10] == ["cum_seq_q", "cum_seq_k", "max_q", "max_k", "dropout_p", "is_causal", "return_debug_mask"]
+    names = [argument.name for argument in torch.ops.aten._flash_attention_backward.default._schema.arguments]
+    assert names[6:12] == ["cum_seq_q", "cum_seq_k", "max_q", "max_k", "dropout_p", "is_causal"]
+
+
+def on_cpu(where):
+    return replace(where, queries=torch.tensor([0, 4, 9]), keys=torch.tensor([0, 5, 12]))
 
 
 def test_attention_keeps_the_keys_once_and_no_copies(monkeypatch):
