@@ -61,6 +61,8 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
     given = {entry.name: value for entry in fields(Run) if (value := getattr(args, entry.name)) is not None}
     settings = Run(**((QLORA if args.qlora else {}) | given))
     planned = plan(load_shape(args.model, revision=args.revision), settings, constants=constants)
+    for note in planned.shape.notes:
+        print(note)
     print(_header(planned))
     print(planned.table())
     if gpu is None:
@@ -74,7 +76,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
 def _header(planned: "MemoryPlan") -> str:
     shape, settings = planned.shape, planned.run
     trains = f"LoRA r={settings.lora_r}" if settings.lora_r else "all weights"
-    base = "nf4" if settings.load_in_4bit else settings.dtype
+    base = "nf4" if settings.load_in_4bit else "8 bits" if settings.load_in_8bit else settings.dtype
     return (
         f"{shape.name}: {shape.model_type}, {shape.parameters / 1e9:.2f} B parameters in {base}; trains {trains}\n"
         f"{settings.generation_rows} completions per generation batch, {settings.generated_at_once} at once, "

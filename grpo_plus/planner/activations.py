@@ -16,7 +16,7 @@ def layer_activations(shape: ModelShape, layer: Layer, run: Run) -> float:
     tensor, unless each layer makes a copy. Copies come from a cast of a float32 residual under autocast, from PEFT's
     cast for float32 adapters on a base that is not quantized, and from dropout.
     """
-    output = run.weight_size if run.load_in_4bit or not run.autocast else MIXED
+    output = run.weight_size if run.quantized or not run.autocast else MIXED
     taken = MIXED if run.autocast else (run.adapter_size if run.lora_r else run.weight_size)
     apart = (run.autocast and run.weight_size == FULL) or _casts_inputs(run) or run.lora_dropout > 0
     trained_norms = 0 if run.lora_r else (FULL if shape.float_norms else run.weight_size)
@@ -35,7 +35,7 @@ def layer_activations(shape: ModelShape, layer: Layer, run: Run) -> float:
 
 
 def _casts_inputs(run: Run) -> bool:
-    return run.lora_r is not None and not run.load_in_4bit and run.adapter_size == FULL
+    return run.lora_r is not None and not run.quantized and run.adapter_size == FULL
 
 
 def _shared_inputs(layer: Layer) -> int:
@@ -43,7 +43,7 @@ def _shared_inputs(layer: Layer) -> int:
     distinct: dict[bool, Linear] = {}
     mixer = [linear for linear in layer.linears if not _is_feed_forward(linear)]
     feed_forward = [linear for linear in layer.linears if _is_feed_forward(linear)]
-    distinct[True] = mixer[0]
+    distinct[True] = (mixer or feed_forward)[0]
     return distinct[True].inputs + (feed_forward[0].inputs + feed_forward[-1].inputs if feed_forward else 0)
 
 
@@ -83,7 +83,7 @@ def forward_activations(shape: ModelShape, layer: Layer, run: Run, size: int) ->
 
 def backward_activations(shape: ModelShape, layer: Layer, run: Run) -> float:
     """Bytes per token of derivatives that live at a time in a layer's backward: those of the MLP's two halves."""
-    output = run.weight_size if run.load_in_4bit or not run.autocast else MIXED
+    output = run.weight_size if run.quantized or not run.autocast else MIXED
     widened = FULL * layer.feed_forward if _casts_inputs(run) else 0
     return 2 * output * max(layer.feed_forward, layer.query, layer.mixer) + widened
 
@@ -95,7 +95,7 @@ def weight_copies(shape: ModelShape, layer: Layer, run: Run) -> float:
     the product and the sum are each as large as these weights.
     """
     adapted = 2 * run.weight_size * layer.experts if run.lora_r and layer.expert_lora else 0
-    if run.load_in_4bit or not run.autocast or run.weight_size != FULL:
+    if run.quantized or not run.autocast or run.weight_size != FULL:
         return adapted
     return adapted + MIXED * (layer.weights + layer.experts)
 

@@ -104,7 +104,7 @@ def _adapts(run: Run) -> Settings | None:
 
 
 def _quantizes(run: Run) -> Settings | None:
-    if run.load_in_4bit:
+    if run.quantized:
         return None
     return {"load_in_4bit": True, "use_bnb_nested_quant": True, "lora_r": run.lora_r or 16, "adapter_dtype": "float32"}
 

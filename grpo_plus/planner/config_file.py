@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from grpo_plus.planner.families import shape_of
+from grpo_plus.planner.architecture import shape_of
 from grpo_plus.planner.shapes import ModelShape
 
 

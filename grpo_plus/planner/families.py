@@ -1,8 +1,10 @@
-"""Turn a model's config into its shape, for the architectures that the planner knows.
+"""Turn a model's config into its shape without torch, for the architectures in `FAMILIES`.
 
-To add an architecture, write its row in `FAMILIES`, and a tiny model of it in `tests/planner/test_shapes.py`. The test
-compares every count with the model that transformers builds. The row holds facts that a config may leave out, such as
-which linear layers have a bias, or how many norms a layer has.
+A row holds facts that a config may leave out, such as which linear layers have a bias, or how many norms a layer has.
+`built.py` reads the shape of any other architecture off the model that transformers builds.
+
+To add an architecture, put a tiny model of it into `tests/planner/configs.py`, which the tests compare with the model
+that transformers builds, and its type into `TESTED` of `built.py`. A row in `FAMILIES` spares the import of torch.
 """
 
 from collections.abc import Mapping
@@ -10,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from grpo_plus.planner.shapes import Layer, Linear, ModelShape
-from grpo_plus.registry import suggestion
 
 
 @dataclass(frozen=True)
@@ -69,43 +70,36 @@ FAMILIES = {
 }
 
 
-def shape_of(config: Mapping[str, Any], *, name: str = "config") -> ModelShape:
-    """Get the shape that a config describes. Raises ValueError for an architecture that is not in `FAMILIES`."""
-    model_type = config.get("model_type")
-    if model_type not in FAMILIES:
-        _refuse(config, model_type, name)
-    family = FAMILIES[str(model_type)]
+def shape_by_row(config: Mapping[str, Any], name: str) -> ModelShape | None:
+    """Shape by the row in FAMILIES. None without a row, and where the config leaves out a size."""
+    model_type = str(config["model_type"])
+    family = FAMILIES.get(model_type)
+    if family is None:
+        return None
     read = _Reader(config, name)
-    layers = read.size("num_hidden_layers")
-    return ModelShape(
-        name=name,
-        model_type=str(model_type),
-        hidden=read.size("hidden_size"),
-        vocab=read.size("vocab_size"),
-        heads=read.size("num_attention_heads"),
-        layers=tuple(_layer(read, family, index, kind) for index, kind in enumerate(_kinds(read, family, layers))),
-        tied=bool(config.get("tie_word_embeddings", family.tied)),
-        eager=family.eager,
-        float_norms=family.float_norms,
-    )
-
-
-def _refuse(config: Mapping[str, Any], model_type: Any, name: str) -> None:
-    if "text_config" in config:
-        raise ValueError(
-            f"{name!r} has model_type={model_type!r} with a text_config: a model that also reads images or sound, "
-            "which the planner does not know. Save its text_config as config.json to plan the text part."
+    try:
+        layers = read.size("num_hidden_layers")
+        return ModelShape(
+            name=name,
+            model_type=model_type,
+            hidden=read.size("hidden_size"),
+            vocab=read.size("vocab_size"),
+            heads=read.size("num_attention_heads"),
+            layers=tuple(_layer(read, family, index, kind) for index, kind in enumerate(_kinds(read, family, layers))),
+            tied=bool(config.get("tie_word_embeddings", family.tied)),
+            eager=family.eager,
+            float_norms=family.float_norms,
         )
-    if model_type is None:
-        raise ValueError(f"The config of {name!r} has no model_type. Fetch the model's config.json again.")
-    raise ValueError(
-        f"{name!r} has model_type={model_type!r}, an architecture that the planner does not know."
-        f"{suggestion(str(model_type), FAMILIES)} Add a row to FAMILIES in grpo_plus/planner/families.py."
-    )
+    except _SizeError:
+        return None
+
+
+class _SizeError(Exception):
+    """A size that a config leaves to its class."""
 
 
 class _Reader:
-    """Reads sizes from a config, and names a size that is missing or wrong."""
+    """Reads sizes from a config, and names a size that is wrong."""
 
     def __init__(self, config: Mapping[str, Any], name: str) -> None:
         self.config, self.name = config, name
@@ -113,9 +107,13 @@ class _Reader:
     def size(self, key: str, default: int | None = None) -> int:
         value = self.config.get(key)
         value = default if value is None else value
+        if value is None:
+            raise _SizeError
         if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-            problem = "is missing" if value is None else f"is {value!r}, not a positive whole number"
-            raise ValueError(f"{key} {problem} in the config of {self.name!r}. Fetch the model's config.json again.")
+            raise ValueError(
+                f"{key} is {value!r}, not a positive whole number in the config of {self.name!r}. Fetch the model's "
+                "config.json again."
+            )
         return value
 
     def flag(self, key: str, default: bool = False) -> bool:

@@ -1,12 +1,15 @@
 """Plan a run whose model is loaded: its shape and settings, read off the model and the configuration."""
 
-from dataclasses import fields
+import json
+from dataclasses import fields, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
 
 from grpo_plus.models.adapters import adapter_parameters, bits_of, has_adapters
 from grpo_plus.planner import ModelShape, Run, shape_of
+from grpo_plus.planner.shapes import Counted
 
 PROMPT_LENGTH = Run.prompt_length
 
@@ -21,10 +24,42 @@ def shape_and_run(model: Any, args: Any, prompt_length: int = PROMPT_LENGTH) -> 
     Raises:
         ValueError: the planner does not know the architecture or a setting; the message says which.
     """
-    if bits_of(model) == 8:
-        raise ValueError("the planner does not know a base in 8 bits")
     config = model.config
-    return shape_of(config.to_dict(), name=config.name_or_path or config.model_type), _run(model, args, prompt_length)
+    # Without the quantization that it may have been saved with: what the model holds is counted.
+    plain = {key: value for key, value in config.to_dict().items() if key != "quantization_config"}
+    shape = _shape(json.dumps(plain, default=str, sort_keys=True), config.name_or_path or config.model_type)
+    run = _run(model, args, prompt_length)
+    return replace(shape, counted=_counted(model, run)), run
+
+
+@lru_cache(maxsize=8)
+def _shape(config: str, name: str) -> ModelShape:
+    """Shape of a config in JSON, remembered: generation asks before each batch, and building a model takes seconds."""
+    return shape_of(json.loads(config), name=name)
+
+
+def _counted(model: Any, run: Run) -> Counted:
+    weights = list(model.parameters())
+    trained = [weight for weight in weights if weight.requires_grad]
+    head = model.get_output_embeddings()
+    settings = ("dtype", "load_in_4bit", "load_in_8bit", "use_bnb_nested_quant", "lora_r", "adapter_dtype")
+    return Counted(
+        settings=tuple((name, getattr(run, name)) for name in settings),
+        frozen_bytes=sum(_bytes(weight) for weight in weights if not weight.requires_grad),
+        trained=sum(weight.numel() for weight in trained),
+        trained_bytes=sum(_bytes(weight) for weight in trained),
+        head_trains=head is not None and any(weight.requires_grad for weight in head.parameters()),
+    )
+
+
+def _bytes(weight: Any) -> int:
+    """Bytes of a weight. A quantized one has scales, which are tensors of their own."""
+    scales = [getattr(weight, "SCB", None)]
+    state = getattr(weight, "quant_state", None)
+    while state is not None:
+        scales += [state.absmax, state.code, getattr(state, "offset", None)]
+        state = getattr(state, "state2", None)
+    return sum(part.numel() * part.element_size() for part in (weight, *scales) if isinstance(part, torch.Tensor))
 
 
 def _run(model: Any, args: Any, prompt_length: int) -> Run:
@@ -38,16 +73,17 @@ def _run(model: Any, args: Any, prompt_length: int) -> Run:
         "optim": str(getattr(args.optim, "value", args.optim)),
         "dtype": _name(model.get_input_embeddings().weight.dtype),
         "load_in_4bit": bits_of(model) == 4,
+        "load_in_8bit": bits_of(model) == 8,
         "use_bnb_nested_quant": bool(getattr(quantization, "bnb_4bit_use_double_quant", False)),
         "adapter_dtype": None,
     }
     if has_adapters(model):
         adapter = model.peft_config[model.active_adapters[0]]
-        if not hasattr(adapter, "r"):
-            raise ValueError(f"the planner does not know {adapter.peft_type.value} adapters")
-        dtypes = [weight.dtype for _, weight in adapter_parameters(model)]
+        rank = getattr(adapter, "r", None)
+        dtypes = [weight.dtype for name, weight in adapter_parameters(model) if ".modules_to_save." not in name]
         settings |= {
-            "lora_r": adapter.r,
+            # Of other adapters than LoRA only the weights are known, which are counted.
+            "lora_r": rank if isinstance(rank, int) and rank > 0 else 1,
             "lora_dropout": getattr(adapter, "lora_dropout", 0.0),
             "adapter_dtype": _name(dtypes[0]) if dtypes else None,
         }

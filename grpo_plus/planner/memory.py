@@ -6,7 +6,7 @@ peft 0.21, bitsandbytes 0.50 and trl 1.16, on CPUs. `constants` holds what is as
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 
 from grpo_plus.planner.activations import (
@@ -21,6 +21,7 @@ from grpo_plus.planner.activations import (
 )
 from grpo_plus.planner.constants import GIB, Constants
 from grpo_plus.planner.run import FULL, MIXED, OPTIMIZERS, Run
+from grpo_plus.planner.saved_quantization import LORA_R
 from grpo_plus.planner.shapes import Layer, ModelShape
 
 PHASES = ("load", "generate", "score", "update", "optimizer")
@@ -75,19 +76,24 @@ class MemoryPlan:
 
 def plan(shape: ModelShape, run: Run | None = None, *, constants: Constants | None = None) -> MemoryPlan:
     """Plan the bytes of each phase of a step on one GPU, for prompts and completions of full length."""
-    run, constants = run or Run(), constants or Constants()
-    weights = weight_bytes(shape, run)
+    run, constants = _as_saved(shape, run or Run()), constants or Constants()
+    counted = shape.counted if shape.counted is not None and shape.counted.belongs_to(run) else None
+    weights = weight_bytes(shape, run) if counted is None else counted.frozen_bytes
     trained = shape.lora(run.lora_r) if run.lora_r else shape.parameters
-    size = run.adapter_size if run.lora_r else run.weight_size
+    trained_bytes: float = trained * (run.adapter_size if run.lora_r else run.weight_size)
+    if counted is not None:
+        trained, trained_bytes = counted.trained, counted.trained_bytes
     count, state_size = OPTIMIZERS[run.optim]
     always: Bytes = {"context": constants.context_bytes, "weights": weights}
     if run.lora_r:
-        always["adapters"] = trained * size
+        always["adapters"] = trained_bytes
     if run.beta and not run.lora_r:  # with LoRA the reference is the model without its adapters
         always["reference model"] = weights
-    state: Bytes = {"optimizer state": trained * count * (size if state_size is None else state_size)}
-    gradients: Bytes = {"gradients": trained * size}
+    state: Bytes = {"optimizer state": count * (trained_bytes if state_size is None else trained * state_size)}
+    gradients: Bytes = {"gradients": trained_bytes}
     copied = adapter_copies(shape, run)
+    if copied and counted is not None:  # of a loaded model with fewer or smaller adapters than on all layers
+        copied *= min(1, trained / shape.lora(run.lora_r or 1))
     training = always | state | ({"adapter copies": copied} if copied else {})
     between = training | (gradients if run.generates_within_a_step else {})
     phases: dict[str, Bytes] = {
@@ -98,9 +104,16 @@ def plan(shape: ModelShape, run: Run | None = None, *, constants: Constants | No
         phases["score"] = between | _spread(scoring_bytes(shape, run, constants), constants)
     phases["update"] = training | gradients | _spread(update_bytes(shape, run, constants), constants)
     # The unfused AdamW works on copies: one list of all denominators.
-    copies = trained * size if run.optim == "adamw_torch" else 0
+    copies = trained_bytes if run.optim == "adamw_torch" else 0
     phases["optimizer"] = training | gradients | ({"optimizer copies": copies} if copies else {})
     return MemoryPlan(shape, run, constants, phases)
+
+
+def _as_saved(shape: ModelShape, run: Run) -> Run:
+    """Settings of the run with the quantization that the weights were saved with, which transformers keeps."""
+    if shape.saved is None:
+        return run
+    return replace(run, **asdict(shape.saved), lora_r=run.lora_r or LORA_R)
 
 
 def _spread(causes: Bytes, constants: Constants) -> Bytes:
@@ -110,14 +123,15 @@ def _spread(causes: Bytes, constants: Constants) -> Bytes:
 def weight_bytes(shape: ModelShape, run: Run) -> float:
     """Bytes of the base model.
 
-    nf4 quantizes nn.Linear modules other than the LM head. Embeddings, head, norms and experts stay in `dtype`.
-    (transformers 5 keeps experts in plain parameters.)
+    bitsandbytes quantizes nn.Linear modules other than the LM head. Embeddings, head, norms and experts stay in
+    `dtype`. (transformers 5 keeps experts in plain parameters.) 8 bits have one float32 scale per row.
     """
-    if not run.load_in_4bit:
+    if not run.quantized:
         return shape.parameters * run.weight_size
-    return shape.linear * (NF4_NESTED if run.use_bnb_nested_quant else NF4) + run.weight_size * (
-        shape.parameters - shape.linear
-    )
+    codes = shape.linear * (NF4_NESTED if run.use_bnb_nested_quant else NF4)
+    if run.load_in_8bit:
+        codes = shape.linear + FULL * shape.quantized_rows
+    return codes + run.weight_size * (shape.parameters - shape.linear)
 
 
 def adapter_copies(shape: ModelShape, run: Run) -> float:
@@ -138,7 +152,7 @@ def adapter_copies(shape: ModelShape, run: Run) -> float:
 def _largest_tensor(shape: ModelShape) -> int:
     """Elements of the largest tensor, which exists twice while it is cast, quantized or, for experts, stacked."""
     linears = (linear.weights for layer in shape.layers for linear in layer.linears)
-    return max(shape.embedding, *linears, *(layer.experts for layer in shape.layers))
+    return max(shape.embedding, shape.outside_small or 0, *linears, *(layer.experts for layer in shape.layers))
 
 
 def generation_bytes(shape: ModelShape, run: Run, constants: Constants) -> Bytes:
@@ -155,7 +169,9 @@ def generation_bytes(shape: ModelShape, run: Run, constants: Constants) -> Bytes
     states = sum(layer.state for layer in shape.layers) * rows * FULL
     prefill = max(forward_activations(shape, layer, run, full) for layer in shape.layers) * rows * prompt
     prefill += mask_bytes(shape, rows, prompt, full)
-    last = max((layer.keys * _visible(layer, total) for layer in shape.layers), default=0) * rows * full
+    last = (
+        max((layer.cached_per_token * _visible(layer, total) for layer in shape.layers), default=0) // 2 * rows * full
+    )
     logits = rows * shape.vocab * (full + constants.sampling_copies * FULL)
     if cache[prompt] + prefill > cache[total] + last + logits:
         return {"KV cache": cache[prompt] + states, "activations": prefill}
@@ -176,7 +192,7 @@ def _visible(layer: Layer, length: int) -> int:
 
 def _cache_elements(shape: ModelShape, length: int) -> int:
     """Keys and values of one row."""
-    return sum(2 * layer.keys * _visible(layer, length) for layer in shape.layers)
+    return sum(layer.cached_per_token * _visible(layer, length) for layer in shape.layers)
 
 
 def scoring_bytes(shape: ModelShape, run: Run, constants: Constants) -> Bytes:
@@ -221,10 +237,10 @@ def update_bytes(shape: ModelShape, run: Run, constants: Constants) -> Bytes:
 
 
 def _dequantized(shape: ModelShape, run: Run) -> float:
-    """Bytes of the largest nf4 weight, dequantized twice: for the product, and once more for its transpose."""
-    if not run.load_in_4bit:
+    """Bytes of the largest quantized weight, dequantized twice: for the product, and once more for its transpose."""
+    if not run.quantized:
         return 0
-    return 2 * run.weight_size * max(linear.weights for layer in shape.layers for linear in layer.linears)
+    return 2 * run.weight_size * max((lin.weights for layer in shape.layers for lin in layer.linears), default=0)
 
 
 def _tile(shape: ModelShape, run: Run, scored: int, constants: Constants) -> float:
@@ -238,5 +254,6 @@ def _tile(shape: ModelShape, run: Run, scored: int, constants: Constants) -> flo
 def _head_backward(shape: ModelShape, run: Run, scored: int, constants: Constants) -> float:
     """Bytes of TRL's head: hidden states of scored positions, their float32 gradient, a tile, a weight that trains."""
     hidden = scored * shape.hidden * (2 * run.weight_size + FULL)
-    weight = 0 if run.lora_r else shape.embedding * (FULL + run.weight_size)
+    head_trains = not run.lora_r or (shape.counted is not None and shape.counted.head_trains)
+    weight = shape.embedding * (FULL + run.weight_size) if head_trains else 0
     return hidden + _tile(shape, run, scored, constants) + weight

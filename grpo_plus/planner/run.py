@@ -70,6 +70,7 @@ class Run:
     bf16: bool = True
     fp16: bool = False
     load_in_4bit: bool = False
+    load_in_8bit: bool = False
     use_bnb_nested_quant: bool = False
     lora_r: int | None = None
     lora_dropout: float = 0.0
@@ -90,8 +91,11 @@ class Run:
         if self.beta < 0 or not 0 <= self.lora_dropout < 1:
             name = "beta" if self.beta < 0 else "lora_dropout"
             raise ValueError(f"{name}={getattr(self, name)!r} is out of range. Write 0, or what the run will use.")
-        if self.load_in_4bit and self.lora_r is None:
-            raise ValueError("load_in_4bit=True trains nothing without adapters. Set lora_r, for example to 16.")
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ValueError("load_in_4bit=True and load_in_8bit=True: a base is loaded in one of the two. Drop one.")
+        if self.quantized and self.lora_r is None:
+            name = "load_in_4bit" if self.load_in_4bit else "load_in_8bit"
+            raise ValueError(f"{name}=True trains nothing without adapters. Set lora_r, for example to 16.")
         if self.lora_dropout and self.packing == "shared_prompt":
             raise ValueError(
                 f"packing='shared_prompt' is not exact with lora_dropout={self.lora_dropout}. Set lora_dropout=0."
@@ -103,6 +107,11 @@ class Run:
                 f"does not hold whole groups of num_generations={self.num_generations}. Change "
                 "gradient_accumulation_steps or num_generations."
             )
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the base holds codes of bitsandbytes, in 4 or 8 bits."""
+        return self.load_in_4bit or self.load_in_8bit
 
     @property
     def generation_rows(self) -> int:

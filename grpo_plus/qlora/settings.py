@@ -52,17 +52,19 @@ def _overview(model: Any, args: Any) -> Iterator[str]:
     total = sum(_elements(weight) for weight in model.parameters())
     yield f"  trained        {trained:,} of {total:,} weights ({trained / total:.2%})"
     yield f"  optimizer      {_name(args.optim)}, learning_rate={args.learning_rate}"
-    yield f"  expected peak  {_expected_peak(model, args)}"
+    yield from _expected_peak(model, args)
 
 
-def _expected_peak(model: Any, args: Any) -> str:
+def _expected_peak(model: Any, args: Any) -> Iterator[str]:
     try:
         planned = plan(*shape_and_run(model, args))
     except ValueError as error:
-        return f"unknown: {error}"
-    return (
-        f"{planned.peak / GIB:.2f} GiB of GPU memory, in {planned.binding}, for prompts of {planned.run.prompt_length} "
-        "tokens and completions of full length"
+        yield f"  expected peak  unknown: {error}"
+        return
+    yield from (f"  planner        {note}" for note in planned.shape.notes)
+    yield (
+        f"  expected peak  {planned.peak / GIB:.2f} GiB of GPU memory, in {planned.binding}, for prompts of "
+        f"{planned.run.prompt_length} tokens and completions of full length"
     )
 
 

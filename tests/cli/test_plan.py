@@ -100,9 +100,16 @@ def test_bad_input_is_one_line(model, capsys, arguments, message):
 
 
 def test_an_unknown_architecture_is_one_line(tmp_path, capsys):
-    (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
+    (tmp_path / "config.json").write_text('{"model_type": "nothing"}')
     assert cli.main(["plan", str(tmp_path)]) == 1
-    assert "model_type='mamba', an architecture that the planner does not know" in capsys.readouterr().err
+    assert "model_type='nothing', an architecture that neither the planner nor" in capsys.readouterr().err
+
+
+def test_an_architecture_that_nobody_tested_is_planned_with_a_line_that_says_so(tmp_path, capsys):
+    sizes = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4}
+    (tmp_path / "config.json").write_text(json.dumps(sizes | {"model_type": "cohere", "num_key_value_heads": 4}))
+    assert cli.main(["plan", str(tmp_path)]) == 0
+    assert "not tested on model_type='cohere'. Its shape was read off transformers' Coh" in capsys.readouterr().out
 
 
 def test_a_flag_that_is_neither_true_nor_false_is_refused(model, capsys):
