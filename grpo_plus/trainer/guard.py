@@ -265,9 +265,10 @@ class Guard(TrainerCallback):
                 f"steps; {self.limit} in a row (max_nonfinite_steps) end the run."
             )
         if self.in_a_row >= self.limit:
+            which = f"Step {step} was" if self.in_a_row == 1 else f"Steps {step - self.in_a_row + 1} to {step} were"
             self._stop(
                 step,
-                f"Steps {step - self.in_a_row + 1} to {step} were skipped, as many in a row as "
+                f"{which} skipped, as many in a row as "
                 f"max_nonfinite_steps={self.limit} allows: a loss or gradient was not finite. The weights are those "
                 f"after step {step - self.in_a_row}.",
                 control,
@@ -286,7 +287,9 @@ class Guard(TrainerCallback):
         written = write_batch(path, step, self._batches, self._losses)
         self.in_a_row = 0  # whoever resumes has changed something, and gets as many tries
         self._remember(self.trainer.state)
-        self._leave(RuntimeError(" ".join(filter(None, (reason, unsound, batch, written)))), control)
+        message = " ".join(filter(None, (reason, unsound, batch, written)))
+        logger.error(message)  # the checkpoint comes first, and its own error would be the only one to be seen
+        self._leave(RuntimeError(message), control)
         if unsound:
             control.should_save = False
 

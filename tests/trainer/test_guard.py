@@ -177,6 +177,17 @@ def test_too_many_in_a_row_end_the_run_with_the_batch_in_a_file(tmp_path):
     assert resumed.state.global_step == 7
 
 
+def test_the_reason_of_the_stop_is_seen_where_the_checkpoint_fails(tmp_path, monkeypatch, caplog):
+    def full(*_):
+        raise OSError("No space left on device")
+
+    trainer = broken(tmp_path, {0: NAN}, max_nonfinite_steps=1)
+    monkeypatch.setattr(trainer, "_save_checkpoint", full)
+    with pytest.raises(OSError, match="No space left"):
+        trainer.train()
+    assert "Step 1 was skipped" in caplog.text
+
+
 def test_a_plain_configuration_stops_after_five(tmp_path):
     trainer = broken(tmp_path, dict.fromkeys(range(100), NAN), GRPOConfig, max_steps=50)
     with pytest.raises(RuntimeError, match="Steps 1 to 5 were skipped.*max_nonfinite_steps=5.*after step 0"):
