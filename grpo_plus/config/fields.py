@@ -44,6 +44,8 @@ class GRPOPlusConfig(GRPOConfig):
         reward_timeout: seconds that one call of a reward function may take. A call that takes longer ends the run with
             an error that names the function. The functions then run in a thread of their own, where timeouts by
             signals (SIGALRM) do not work. Reward models are not timed. None: no bound, and no thread.
+        health_warnings: whether a `RewardHealthCallback` with its default thresholds reads the log, and warns once per
+            cause where the run cannot learn or learns something else. It changes nothing in the training.
         loss_kwargs: hyper-parameters of a `loss_type` that TRL lacks. On the command line: JSON. Such a loss does not
             read TRL's fields (`epsilon`, `delta`, ...).
         loss_reduction: how a loss that TRL lacks is summed, in the words of `grpo_plus.losses.reduce`. None: as its
@@ -122,6 +124,13 @@ class GRPOPlusConfig(GRPOConfig):
         metadata={
             "help": "Seconds that one call of a reward function may take before the run ends with its name; unset: no "
             "bound."
+        },
+    )
+    health_warnings: bool = field(
+        default=True,
+        metadata={
+            "help": "Warn, once per cause and with what to try, where the log says that the run cannot learn, or "
+            "learns something else than it should."
         },
     )
     loss_kwargs: dict[str, Any] | str | None = field(

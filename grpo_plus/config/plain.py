@@ -15,6 +15,7 @@ OFF: dict[str, Any] = {
     "max_refills": 0,
     "task_column": None,
     "reward_timeout": None,
+    "health_warnings": True,
     "loss_kwargs": {},
     "loss_reduction": None,
     "kl_estimator": "k3",

@@ -22,6 +22,7 @@ from grpo_plus.advantages import ESTIMATORS, Rewards, State, apply_to_rewards, c
 from grpo_plus.advantages.metrics import advantage_metrics
 from grpo_plus.advantages.running import scales as running_scales
 from grpo_plus.advantages.saved import check_saved_state, is_number
+from grpo_plus.callbacks.reward_health import RewardHealthCallback
 from grpo_plus.config.run import (
     check_estimator,
     check_plain_loss,
@@ -71,6 +72,10 @@ class GRPOPlusTrainer(TRLSeam):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train. `resume_from_checkpoint=True` resumes from the newest whole checkpoint."""
         write_record(self)
+        watched = any(isinstance(callback, RewardHealthCallback) for callback in self.callback_handler.callbacks)
+        if self.plus.health_warnings and not watched:
+            weights = dict(zip(self.reward_func_names, self.reward_weights.tolist(), strict=True))
+            self.add_callback(RewardHealthCallback(weights=weights))
         with self.speed.around_training(self.model):
             return super().train(resume_from_checkpoint, *args, **kwargs)
 
