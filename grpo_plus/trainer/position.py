@@ -83,7 +83,8 @@ class Position:
     metrics: the figures since the last log.
     loss: the loss since the last log, by the trainer's attributes.
     counters: what else of the trainer and of its state a step moves.
-    running: the hook's `running_state`, as JSON.
+    running: a copy of the hook's `running_state`. pickle is faster than JSON and than a deep copy, which counts where
+        an estimator remembers a hundred thousand prompts.
     random: the random states.
     """
 
@@ -94,7 +95,7 @@ class Position:
     metrics: dict[str, list[float]]
     loss: dict[str, Any]
     counters: dict[str, Any]
-    running: str
+    running: bytes
     random: RandomStates
 
     @classmethod
@@ -109,9 +110,13 @@ class Position:
             metrics=_copied(trainer._metrics["train"]),
             loss=loss_of(trainer),
             counters=_counters(trainer),
-            running=json.dumps(running),
+            running=pickle.dumps(running),
             random=RandomStates.now(),
         )
+
+    def running_state(self) -> str:
+        """What the hook `running_state` returned, as JSON."""
+        return _json(pickle.loads(self.running))
 
     def is_logged(self, trainer: GRPOTrainer, *, at_rest: bool) -> None:
         """Forget the figures that were written to the log.
@@ -230,6 +235,16 @@ def loss_of(trainer: GRPOTrainer) -> dict[str, Any]:
 
 def _micro_steps_per_batch(trainer: GRPOTrainer) -> int:
     return trainer.args.steps_per_generation * trainer.num_iterations
+
+
+def _json(state: dict[str, Any]) -> str:
+    try:
+        return json.dumps(state)
+    except TypeError as error:
+        raise ValueError(
+            f"running_state returned what a checkpoint cannot hold: {error}. Return numbers, strings, lists and "
+            "dictionaries: a tensor's .tolist() or .item()."
+        ) from error
 
 
 def _copied(columns: Any) -> Any:

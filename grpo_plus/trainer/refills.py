@@ -42,9 +42,13 @@ class Refills:
     def __init__(self, trainer: "TRLSeam", max_refills: int) -> None:
         self.max_refills = max_refills
         self._trainer = trainer
-        self._last_draw = (-1, 0)  # the optimizer step, and which of its generation batches
         self._warned = False
+        self.reset()
         self._kept = False
+
+    def reset(self) -> None:
+        """Begin a training."""
+        self._last_draw = (-1, 0)  # the optimizer step, and which of its generation batches
 
     def fill_up(self, inputs: list[dict[str, Any]], generate: Generate) -> tuple[Output, Rewards]:
         """TRL's generation batch for `inputs`, with live groups in the place of dead ones, and its rewards.

@@ -28,8 +28,12 @@ class SamplerRatio:
     def __init__(self, trainer: GRPOTrainer, *, in_update: bool) -> None:
         self._trainer = trainer
         self._in_update = in_update
-        self._gap = SamplerGap()
         self._warned = False
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin a training: an earlier one may have ended within a step."""
+        self._gap = SamplerGap()
 
     @contextmanager
     def left_to_the_update(self) -> Iterator[None]:

@@ -64,6 +64,7 @@ class SavingSeam(Hooks, GRPOTrainer):
         """Train. Where an error ends the training, the last finished step is saved first, and can be resumed."""
         self._position, self._at_rest, self._whole = None, False, None
         self._began, self._optimizer_watch = time.time(), OptimizerWatch()
+        self._begins_training()
         try:
             return super().train(self._checked(resume_from_checkpoint), *args, **kwargs)
         except BaseException as error:  # whatever leaves the training: Ctrl-C is none of Exception's
@@ -71,6 +72,9 @@ class SavingSeam(Hooks, GRPOTrainer):
             raise
         finally:
             self._optimizer_watch.release()
+
+    def _begins_training(self) -> None:
+        """Forget what an earlier training has collected of a step that it did not finish."""
 
     def _checked(self, asked: Any) -> str | None:
         """The checkpoint to resume from, after the main process has compared it with its manifest."""
@@ -126,7 +130,7 @@ class SavingSeam(Hooks, GRPOTrainer):
         others = _files_of_others(folder, self.accelerator.num_processes)
         if self.args.should_save:
             begin(folder, keep={path.name for path in others} if rescues else ())
-            write_state(folder, position.running)
+            write_state(folder, position.running_state())
         if not rescues:
             self.accelerator.wait_for_everyone()
         with nullcontext() if stands_there else position.in_place(self), self._older_kept(folder):

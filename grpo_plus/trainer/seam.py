@@ -77,12 +77,16 @@ class TRLSeam(GuardedSeam):
         self._adapters_as_trained(exact)
         self._warn_of_what_no_checkpoint_holds()
         self.speed = speed_of(self, self.plus)
-        self._refills = Refills(self, self.plus.max_refills)
         self._figures = Figures(self)
-        self._step_figures = step_figures_of(self)
         self._reward_calls = RewardCalls(self, self.plus.reward_timeout)
         self._known = MicroBatches()
+        self._refills = Refills(self, self.plus.max_refills)
         self._sampler = SamplerRatio(self, in_update=self.speed.drops_old_policy_pass)
+        self._step_figures = step_figures_of(self)
+
+    def _begins_training(self) -> None:
+        for part in (self._refills, self._sampler, self._step_figures):
+            part.reset()
 
     def _calculate_rewards(
         self, inputs: list[dict[str, Any]], prompts: list, completions: list, completion_ids_list: list[list[int]]

@@ -35,9 +35,13 @@ class StepFigures:
         self._trainer = trainer
         self._weighs = weighs
         self._packs = packs
-        self._sums: dict[str, list[float]] = {}
         self._logged: dict[str, int] = {}
         self._forward: tuple[Tensor, tuple[int, ...] | None] | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin a training: an earlier one may have ended within a step."""
+        self._sums: dict[str, list[float]] = {}
 
     def begin(self) -> None:
         """Before the loss of a micro-batch."""

@@ -37,9 +37,8 @@ CONFIG = {
 
 
 def trainer_in(folder: Path, **config) -> GRPOPlusTrainer:
-    return make_trainer(
-        folder, trainer_class=GRPOPlusTrainer, config_class=GRPOPlusConfig, **{**CONFIG, "max_steps": 3} | config
-    )
+    defaults = CONFIG | {"max_steps": 3, "trainer_class": GRPOPlusTrainer, "config_class": GRPOPlusConfig}
+    return make_trainer(folder, **defaults | config)
 
 
 @pytest.fixture(scope="module")
@@ -396,3 +395,21 @@ def test_another_setting_goes_on_with_a_fresh_batch_and_one_warning(tmp_path, in
             2 * trainer.args.gradient_accumulation_steps / trainer.args.steps_per_generation / trainer.num_iterations
         ),
     )
+
+
+def test_a_running_state_that_json_cannot_hold_is_an_error_that_names_the_hook(tmp_path):
+    class Remembers(GRPOPlusTrainer):
+        def running_state(self):
+            return {"mean": torch.zeros(2)}
+
+    with pytest.raises(ValueError, match=r"running_state returned .*Tensor.*tolist"):
+        trainer_in(tmp_path, trainer_class=Remembers, max_steps=1).train()
+
+
+def test_a_running_state_of_numpys_numbers_is_saved(tmp_path):
+    class Remembers(GRPOPlusTrainer):
+        def running_state(self):
+            return {"mean": np.float64(0.25), "others": (1, 2)}
+
+    trainer_in(tmp_path, trainer_class=Remembers, max_steps=1).train()
+    assert json.loads((tmp_path / "checkpoint-1/grpo_plus_state.json").read_text()) == {"mean": 0.25, "others": [1, 2]}
