@@ -79,15 +79,14 @@ def same(before, after):
 
 
 @pytest.mark.parametrize(
-    ("factors", "callbacks", "loss"),
+    ("factors", "callbacks", "loss", "config_class"),
     [
-        pytest.param({2: NAN}, (), NAN, id="loss"),  # micro-batch 2 of 2 each: the first of step 2
-        pytest.param({3: INF}, (), INF, id="infinite loss in the last micro-batch"),
-        pytest.param({}, (Gradient(2),), None, id="gradient"),
-        pytest.param({}, (Gradient(2, value=INF),), None, id="infinite gradient"),
+        pytest.param({2: NAN}, (), NAN, GRPOConfig, id="loss"),  # micro-batch 2 of 2 each: the first of step 2
+        pytest.param({3: INF}, (), INF, GRPOPlusConfig, id="infinite loss in the last micro-batch"),
+        pytest.param({}, (Gradient(2),), None, GRPOPlusConfig, id="gradient"),
+        pytest.param({}, (Gradient(2, value=INF),), None, GRPOConfig, id="infinite gradient"),
     ],
 )
-@pytest.mark.parametrize("config_class", [GRPOConfig, GRPOPlusConfig])
 def test_a_step_that_is_not_finite_is_skipped_counted_and_logged_as_it_was(
     tmp_path, factors, callbacks, loss, config_class, caplog
 ):

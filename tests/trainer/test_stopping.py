@@ -17,7 +17,8 @@ from trl import GRPOConfig
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
 from grpo_plus.trainer import stopping
 from grpo_plus.trainer.stopping import StopSignals
-from tests.training import PROMPTS, make_trainer, vowels, weights_of
+from tests.close import differing
+from tests.training import PROMPTS, logs_of, make_trainer, vowels, weights_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -60,8 +61,9 @@ def handlers():
     assert {number: signal.getsignal(number) for number in before} == before
 
 
-@pytest.mark.parametrize("config_class", [GRPOConfig, GRPOPlusConfig])
-@pytest.mark.parametrize("save_strategy", ["no", "steps", "epoch"])
+@pytest.mark.parametrize(
+    ("save_strategy", "config_class"), [("no", GRPOConfig), ("steps", GRPOPlusConfig), ("epoch", GRPOPlusConfig)]
+)
 def test_sigterm_finishes_the_step_and_saves_once(tmp_path, save_strategy, config_class, monkeypatch):
     calls = []
     save = GRPOPlusTrainer._save_checkpoint
@@ -84,16 +86,27 @@ def test_ctrl_c_does_the_same_and_is_a_keyboard_interrupt(tmp_path):
     assert saved(tmp_path) == ["checkpoint-2"]
 
 
-def test_the_stopped_run_goes_on_to_where_it_would_have_come(tmp_path):
-    whole = made(tmp_path / "whole", max_steps=4)
+@pytest.mark.parametrize(
+    ("event", "settings"),
+    [
+        ("on_pre_optimizer_step", {"save_strategy": "no"}),  # inside a generation batch, which serves two steps
+        ("on_log", {"save_strategy": "no"}),  # between two steps
+        ("on_save", {"save_strategy": "steps", "save_steps": 1}),
+    ],
+)
+def test_the_stopped_run_goes_on_to_where_it_would_have_come(tmp_path, event, settings):
+    settings = settings | {"max_steps": 4, "num_iterations": 2}
+    whole = made(tmp_path / "whole", **settings)
     whole.train()
-    first = made(tmp_path / "stopped", Send(signal.SIGTERM), max_steps=4)
+    step = 1 if event == "on_pre_optimizer_step" else 2  # `Send` counts the steps that are over
+    first = made(tmp_path / "stopped", Send(signal.SIGTERM, step, event), **settings)
     with pytest.raises(SystemExit):
         first.train()
-    second = made(tmp_path / "stopped", max_steps=4)
+    assert saved(tmp_path / "stopped") == ["checkpoint-1"]
+    second = made(tmp_path / "stopped", **settings)
     second.train(resume_from_checkpoint=True)
-    expected = weights_of(whole)
-    assert all((weight == expected[name]).all() for name, weight in weights_of(second).items())
+    assert not differing(weights_of(second), weights_of(whole))
+    assert logs_of(second)[:-1] == logs_of(whole)[:-1]
 
 
 def test_the_evaluation_that_is_due_is_left_out(tmp_path):
