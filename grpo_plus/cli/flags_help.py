@@ -9,8 +9,8 @@ from trl import GRPOConfig
 
 USAGE = "%(prog)s [--config run.yaml] [--FLAG VALUE ...]"
 ABOUT = (
-    "Train a model with GRPO. A --config file holds flags by name, one per line, and flags on the command line go "
-    "before it. The names that can be chosen: `grpo-plus ls`."
+    "Train a model with GRPO. A --config file holds flags by name, one per line; the command line goes before "
+    "it. `grpo-plus ls` lists the names that can be chosen."
 )
 
 

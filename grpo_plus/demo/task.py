@@ -50,6 +50,11 @@ def format_reward(completions: list[str], **kwargs: Any) -> list[float]:
     return [float(_FORMATTED.fullmatch(text) is not None) for text in completions]
 
 
+def digits_reward(completions: list[str], **kwargs: Any) -> list[float]:
+    """Share of the characters that are digits: an untrained model earns some of it, and learns it in a few steps."""
+    return [sum(map(str.isdigit, text)) / max(len(text), 1) for text in completions]
+
+
 def accuracy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset) -> float:
     """Share of the rows whose greedy completion is right in both respects, to the letter."""
     completions = complete(model, tokenizer, rows["prompt"])
