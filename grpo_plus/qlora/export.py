@@ -22,7 +22,7 @@ from grpo_plus.qlora.checks import ADAPTER_WEIGHTS
 from grpo_plus.qlora.originals import original_base
 from grpo_plus.qlora.precision import keep_gradients_on_the_cpu
 from grpo_plus.qlora.reloaded import adapter_folder, described_base, load_trained, write_record
-from grpo_plus.qlora.unwrapped import dequantized, dtype_of
+from grpo_plus.qlora.unwrapped import dequantized, dtype_of, unwrapped
 
 logger = logging.getLogger("grpo_plus")
 
@@ -160,6 +160,11 @@ def _check_adapters(model: Any, method: str) -> None:
     if method != "adapter" and not isinstance(model.base_model, BaseTuner):
         kind = getattr(config.peft_type, "value", config.peft_type)
         raise ValueError(f"{kind} adapters are no weights that could be merged. Use method='adapter'.")
+    if method != "adapter" and getattr(config, "lora_bias", False) and _lacks_biases(model):
+        raise ValueError(
+            "lora_bias=True has trained biases for layers that have none in the base, so a merged model has no place "
+            "for them. Use method='adapter'."
+        )
     if method == "base" and (init := changed_by_init(config)):
         raise ValueError(
             f"init_lora_weights={init!r} has changed the base, so the adapter does not fit the original weights. Use "
@@ -170,6 +175,13 @@ def _check_adapters(model: Any, method: str) -> None:
             "layer_replication trains several layers above one weight, which a merge into the original base would "
             "change for all of them. Use method='dequantize'."
         )
+
+
+def _lacks_biases(model: Any) -> bool:
+    from peft.tuners.lora import LoraLayer
+
+    layers = (module for module in model.modules() if isinstance(module, LoraLayer))
+    return any(getattr(unwrapped(layer), "bias", None) is None for layer in layers)
 
 
 def _check_export(export: Export, max_kl: float) -> None:

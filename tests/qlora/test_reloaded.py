@@ -147,3 +147,18 @@ def test_the_original_base_gets_the_vocabulary_of_the_trained_one(tmp_path, tied
         assert save_merged(trained, tmp_path / f"by-{method}", method=method, input_ids=ids).kl < 1e-3
     with pytest.raises(ValueError, match="base='/nowhere/at-all' cannot be loaded.*Give their folder as base="):
         save_merged(trained, tmp_path / "gone", method="base", base="/nowhere/at-all", input_ids=ids)
+
+
+def test_trained_biases_without_a_place_are_refused_before_anything_is_written(tmp_path, base):
+    model = moved(get_peft_model(load_nf4(base), lora(lora_bias=True)))
+    with pytest.raises(ValueError, match="lora_bias=True has trained biases.*no place.*method='adapter'"):
+        save_merged(model, tmp_path / "merged", input_ids=IDS)
+    assert save_merged(model, tmp_path / "adapter", method="adapter", input_ids=IDS).kl == 0.0
+
+
+def test_adapters_that_are_no_weights_are_refused_by_name(tmp_path, base):
+    from peft import PromptTuningConfig
+
+    model = get_peft_model(load_nf4(base), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    with pytest.raises(ValueError, match="PROMPT_TUNING adapters are no weights.*method='adapter'"):
+        save_merged(model, tmp_path / "merged", input_ids=IDS)
