@@ -102,7 +102,7 @@ def report(rows: list[dict[str, Any]], calibrate: str | None, arguments: str) ->
     summary = {
         "command": f"python -m benchmarks.memory {arguments}".strip(),
         "machine": describe() | {"gpu": torch.cuda.get_device_name()},
-        "peaks_within_10_percent": _within(complete, 0.1),
+        "peaks_within_10_percent": within(complete, 0.1),
         "rows": rows,
     }
     RESULTS.mkdir(exist_ok=True)
@@ -111,7 +111,7 @@ def report(rows: list[dict[str, Any]], calibrate: str | None, arguments: str) ->
         Path(calibrate).write_text(json.dumps(constants_from(complete), indent=2) + "\n")
 
 
-def _within(rows: list[dict[str, Any]], tolerance: float) -> str:
+def within(rows: list[dict[str, Any]], tolerance: float) -> str:
     """How many runs' largest phase was predicted within the tolerance."""
     runs = {(row["model"], row["run"]): [] for row in rows}
     for row in rows:

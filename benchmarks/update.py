@@ -125,7 +125,7 @@ def _spawn(shape: tuple[int, int, int], variant: str, side: str, args: argparse.
 def measure(shape: tuple[int, int, int], variant: str, side: str, device: str, repeats: int) -> dict[str, Any]:
     """`side` both: check and time, and on a GPU weigh. "trl" or "plus": the peak of one side alone."""
     groups = 5 if variant == "dead" else 1
-    batches = [_rows(shape, device, seed, dead=seed in (1, 3) and groups > 1) for seed in range(groups)]
+    batches = [rows_of(shape, device, seed, dead=seed in (1, 3) and groups > 1) for seed in range(groups)]
     with patch("trl.trainer.utils._use_triton", return_value=True), ExitStack() as training:
         sides = ("trl", "plus") if side == "both" else (side,)
         trainers = {name: trainer_of(name, shape, variant, device) for name in sides}
@@ -156,7 +156,7 @@ def measure(shape: tuple[int, int, int], variant: str, side: str, device: str, r
     }
 
 
-def _rows(shape: tuple[int, int, int], device: str, seed: int, *, dead: bool) -> dict[str, Any]:
+def rows_of(shape: tuple[int, int, int], device: str, seed: int, *, dead: bool) -> dict[str, Any]:
     """A micro-batch as TRL hands it to its loss: one group, completions of 5 to 100 % of the longest."""
     prompt, completion, generations = shape
     generator = torch.Generator().manual_seed(seed)
@@ -174,8 +174,10 @@ def _rows(shape: tuple[int, int, int], device: str, seed: int, *, dead: bool) ->
     return {name: tensor.to(device) for name, tensor in inputs.items()}
 
 
-def trainer_of(side: str, shape: tuple[int, int, int], variant: str, device: str) -> Any:
-    """A trainer of one side, "trl" or "plus", that is ready for `run`."""
+def trainer_of(
+    side: str, shape: tuple[int, int, int], variant: str, device: str, model: dict[str, Any] | None = None
+) -> Any:
+    """A trainer of one side, "trl" or "plus", that is ready for `run`. None: the device's own model for the variant."""
     from datasets import Dataset
     from peft import LoraConfig
     from trl import GRPOConfig, GRPOTrainer
@@ -187,7 +189,7 @@ def trainer_of(side: str, shape: tuple[int, int, int], variant: str, device: str
     kind, checkpoints = kind_of(variant)
     lora = None if kind == "full" else LoraConfig(r=16, target_modules="all-linear")
     trainer = trainer_class(
-        model=_model(kind, device),
+        model=_model(kind, device, model),
         reward_funcs=lambda completions, **_: [0.0] * len(completions),
         args=config_class(
             tempfile.mkdtemp(),
@@ -224,10 +226,10 @@ def kind_of(variant: str) -> tuple[str, bool]:
     return {"checkpointing": "full", "dead": "lora"}.get(kind, kind), checkpoints
 
 
-def _model(kind: str, device: str) -> Any:
-    config, dtype = CPU_MODEL, "float32"
-    if device == "cuda":
-        config, dtype = MODELS["Qwen3-4B" if kind == "nf4" else "Qwen3-1.7B"], "bfloat16"
+def _model(kind: str, device: str, config: dict[str, Any] | None) -> Any:
+    if config is None:
+        config = CPU_MODEL if device == "cpu" else MODELS["Qwen3-4B" if kind == "nf4" else "Qwen3-1.7B"]
+    dtype = "float32" if device == "cpu" else "bfloat16"
     torch.manual_seed(0)
     run = Run(**QLORA | {"dtype": dtype}) if kind == "nf4" else Run(dtype=dtype)
     return random_model(config | {"max_position_embeddings": 32768}, run, device)

@@ -19,7 +19,7 @@ def tiny(monkeypatch):
 @pytest.mark.parametrize(("variant", "forwards"), [("full", 1), ("checkpointing", 2), ("lora-checkpointing", 2)])
 def test_a_checkpointed_layer_is_computed_twice(side, variant, forwards):
     trainer = update.trainer_of(side, SHAPE, variant, "cpu")
-    batches = [update._rows(SHAPE, "cpu", 0, dead=False)]
+    batches = [update.rows_of(SHAPE, "cpu", 0, dead=False)]
     calls = []
     update.run(trainer, batches)  # our check of the first rows
     layers = (trainer.model.get_base_model() if "lora" in variant else trainer.model).model.layers
