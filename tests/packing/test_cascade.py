@@ -69,7 +69,7 @@ def each_row_alone(query, key, value, blocks, *, window, sinks):
 
 
 @pytest.mark.parametrize("sinks", [False, True], ids=["", "sinks"])
-@pytest.mark.parametrize("window", [None, 1, 9, 30, 100])
+@pytest.mark.parametrize("window", [None, 1, 9, 38, 39])  # 39 is the longest row
 @pytest.mark.parametrize("lengths", [ONE, TWO, EIGHT], ids=["1 group", "2 groups", "8 groups"])
 def test_outputs_and_gradients_are_those_of_the_specification(lengths, window, sinks):
     blocks, states, learned = packed(lengths, sinks)

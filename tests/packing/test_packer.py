@@ -107,14 +107,16 @@ def test_a_kernels_user_gets_the_shared_prompt(monkeypatch, kernel):
     model = tiny("qwen3")
     model.config._attn_implementation = name
     expected = rows_alone(model, *padded_batch())
-    chosen, result = packed(model)
-    assert "cascade attention" in chosen.describe()
-    assert_close("log-probabilities", result.logps, expected, rtol=2e-6)
-    # Padded rows and generation still go through the kernel, which finds its own name in the config.
-    names.clear()
-    assert_close("log-probabilities", rows_alone(model, *padded_batch()), expected, rtol=2e-6)
-    assert set(names) == {name}
-    chosen.release()
+    chosen = Packer("auto")
+    with chosen.while_training():
+        result = chosen.logps(model, model, PaddedRows(*padded_batch(), COMPLETION), padded(model))
+        assert "cascade attention" in chosen.describe()
+        assert_close("log-probabilities", result.logps, expected, rtol=2e-6)
+        # Padded rows and generation still go through the kernel, which finds its own name in the config.
+        assert model.config._attn_implementation != name
+        names.clear()
+        assert_close("log-probabilities", rows_alone(model, *padded_batch()), expected, rtol=2e-6)
+        assert set(names) == {name}
     assert model.config._attn_implementation == name
 
 
