@@ -1,7 +1,5 @@
 """The YAML recipes say what their paper says, and run, shortened, on the tiny model."""
 
-import json
-import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -11,10 +9,10 @@ import yaml
 from grpo_plus import GRPOPlusConfig, cli
 from grpo_plus.demo.tiny import tiny_model, tiny_tokenizer
 from grpo_plus.planner import QLORA, Run, parse_bytes, plan, shape_of
+from tests.printed import MODELS, workplace
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 RECIPES = ("deepseekmath.yaml", "deepseekmath_qlora.yaml")
-REWARDS = "def vowels(completions, **_):\n    return [float(sum(c in 'aeiou' for c in text)) for text in completions]\n"
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -56,14 +54,9 @@ def test_the_one_for_one_card_is_planned_to_fit_24_gb():
 @pytest.mark.parametrize("name", RECIPES)
 def test_it_runs_shortened_on_the_tiny_model(tmp_path, monkeypatch, name, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    tokenizer = tiny_tokenizer()
-    tokenizer.save_pretrained(tmp_path / "model")
-    tiny_model(tokenizer, hidden_size=64, num_heads=2).save_pretrained(tmp_path / "model")
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "train.jsonl").write_text("\n".join(json.dumps({"prompt": f"{n}+1="}) for n in range(16)))
-    (tmp_path / "my_recipe_rewards.py").write_text(REWARDS)
-    tiny = ["--model_name_or_path", "model", "--dataset_name", "data", "--reward_funcs", "my_recipe_rewards.vowels"]
+    workplace(tmp_path)
+    tiny_model(tiny_tokenizer(), hidden_size=64, num_heads=2).save_pretrained(tmp_path / MODELS[0])
+    tiny = ["--model_name_or_path", MODELS[0]]
     short = ["--max_steps", "2", "--num_generations", "4", "--per_device_train_batch_size", "4", "--output_dir", "out"]
     shorter = ["--gradient_accumulation_steps", "4", "--steps_per_generation", "2", "--max_completion_length", "8"]
     arguments = [*tiny, *short, *shorter, "--use_cpu", "--report_to", "none"]
@@ -71,4 +64,3 @@ def test_it_runs_shortened_on_the_tiny_model(tmp_path, monkeypatch, name, capsys
     assert "advantages grpo(); loss grpo" in capsys.readouterr().out
     saved = {path.name for path in (tmp_path / "out").iterdir()}
     assert ("adapter_model.safetensors" in saved) == ("qlora" in name)
-    sys.modules.pop("my_recipe_rewards", None)

@@ -15,6 +15,7 @@ from types import ModuleType
 
 from grpo_plus.cli.tracebacks import users_part
 from grpo_plus.cli.words import for_terminal
+from grpo_plus.report.secrets import masked_text
 from grpo_plus.version import __version__
 
 VERBS = ("demo", "train", "replay", "compare", "plan", "merge", "ls", "doctor")
@@ -44,8 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             raise
         if users := users_part(error):
-            print(for_terminal(users), file=sys.stderr)
-        print(for_terminal(f"grpo-plus {args.verb}: {type(error).__name__}: {error}"), file=sys.stderr)
+            print(for_terminal(masked_text(users)), file=sys.stderr)
+        line = masked_text(f"grpo-plus {args.verb}: {type(error).__name__}: {error}")
+        print(for_terminal(line), file=sys.stderr)
         print("Run it with --debug for the traceback.", file=sys.stderr)
         return 1
 

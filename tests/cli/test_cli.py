@@ -74,3 +74,17 @@ def test_an_unknown_flag_is_refused(capsys):
     with pytest.raises(SystemExit):
         cli.main(["ls", "--sort"])
     assert "ls takes no --sort" in capsys.readouterr().err
+
+
+def test_an_error_shows_no_token(capsys, monkeypatch):
+    token = "hf" + "_abcdefghijklmnopqrstuvwx"
+
+    def run(args, rest):
+        raise OSError(f"401 for https://me:secret@host/x?token={token}")
+
+    monkeypatch.setattr("grpo_plus.cli.ls.run", run)
+    assert cli.main(["ls"]) == 1
+    error = capsys.readouterr().err
+    assert token not in error
+    assert "secret@" not in error
+    assert "OSError: 401 for https://***@host/x?token=***" in error
