@@ -105,11 +105,12 @@ def batch_of(*odd: float) -> list:
 
 
 @pytest.mark.parametrize("name", ["ema_task", "popart"])
-@pytest.mark.parametrize("odd", [(1e6,), (-1e6,), (1e30,), (1e6, 1e6, -1e6)])
-@pytest.mark.parametrize("position", [0, 3])
+@pytest.mark.parametrize(
+    ("odd", "position"),
+    # The first batch has no history: three rewards of a size would be its scale.
+    [((1e6,), 0), ((1e6,), 3), ((-1e6,), 0), ((-1e6,), 3), ((1e30,), 0), ((1e30,), 3), ((1e6, 1e6, -1e6), 3)],
+)
 def test_a_wrong_reward_leaves_the_scale_where_it_was(name, odd, position):
-    if position == 0 and len(odd) > 1:
-        pytest.skip("the first batch has no history, and three rewards of a size are its scale")
     state: State = {}
     batches = [batch_of()] * 4
     batches[position] = batch_of(*odd)

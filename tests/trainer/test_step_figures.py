@@ -119,3 +119,23 @@ def test_packing_counts_all_tokens_of_the_step(tmp_path):
     log = logs_of(trainer)[0]
     assert log["packing/token_ratio"] == pytest.approx(padded / tokens)
     assert log["advantages/scale"] > 0
+
+
+def test_a_step_that_an_error_cut_off_leaves_nothing_in_the_figures_of_the_next_training(tmp_path):
+    halves = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": 1}
+    trainer = make_trainer(tmp_path, reward_funcs=[vowels], **OURS, **halves)
+    compute, calls = trainer.compute_loss, []
+
+    def fails_once(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        loss = compute(*args, **kwargs)
+        if len(calls) == 1:
+            trainer._step_figures.add("entropy", torch.full((1, 1), 1e6), torch.ones(1, 1))
+            raise ZeroDivisionError
+        return loss
+
+    trainer.compute_loss = fails_once
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    trainer.train()
+    assert logs_of(trainer)[0]["entropy"] < 10
