@@ -32,10 +32,10 @@ def gpu_rows() -> list[tuple[str, ...]]:
     table = [("model, base; prompt, longest completion, G", "TRL", *GPU_WAYS.values())]
     for case in cases:
         trl = found.get(f"{case} trl")
-        cells = [f"{trl['s']:.3f} s, {trl['peak_gb']:.1f} GB" if trl else "not run"]
+        cells = [f"{trl['s']:.3f} s, {trl['peak_gb']:.1f} GiB" if trl else "not run"]
         for row in (found.get(f"{case} {way}") for way in GPU_WAYS):
             pace = f"{trl['s'] / row['s']:.2f}x" if trl and row else f"{row['s']:.2f} s" if row else ""
-            cells.append(f"{pace}, {row['peak_gb']:.1f} GB" if row else "")
+            cells.append(f"{pace}, {row['peak_gb']:.1f} GiB" if row else "")
         name, base, shape, *checkpointed = case.split()
         note = " checkpointed" if checkpointed else ""
         table.append((f"{name} {base}{note}; {shape.replace(',', ', ')}", *cells))

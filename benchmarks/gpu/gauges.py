@@ -67,7 +67,7 @@ def median_s(setting: Setting, call: Callable[[], object]) -> float:
     return round(statistics.median(times), 4)
 
 
-def peak_gb(setting: Setting, call: Callable[[], object]) -> float | None:
+def peak_gib(setting: Setting, call: Callable[[], object]) -> float | None:
     """GiB that a call holds at its peak above what was there before. None on a CPU."""
     if setting.device == "cpu":
         call()

@@ -12,7 +12,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from benchmarks import kernels as bench
 from benchmarks import lora_layer
-from benchmarks.gpu.gauges import clean, median_ms, peak_gb, profile
+from benchmarks.gpu.gauges import clean, median_ms, peak_gib, profile
 from benchmarks.gpu.probe import states
 from benchmarks.gpu.record import Setting, Stage
 from grpo_plus.packing.attention import Segments, segment_attention
@@ -64,7 +64,7 @@ def _attention(setting: Setting, name: str, shape: tuple[int, int, int, int]) ->
         torch.autograd.grad(out, (query, key, value), torch.ones_like(out))
 
     repeats, warm = (1, 1) if shape[0] > 4096 else (5, 2)
-    row: dict[str, Any] = {"both_ms": median_ms(setting, both, repeats, warm), "peak_gb": peak_gb(setting, both)}
+    row: dict[str, Any] = {"both_ms": median_ms(setting, both, repeats, warm), "peak_gib": peak_gib(setting, both)}
     seen = profile(setting, both, top=6)
     return row | {key: seen[key] for key in ("launches", "host_ms", "kernels")}
 
