@@ -64,7 +64,7 @@ class StepFigures:
         elif name == ENTROPY:
             mask = mask * self._forwarded_rows(mask)
         # A masked value may be NaN.
-        self._add(name, values.where(mask.bool(), 0.0).double().sum().item(), mask.sum().item())
+        self._add(name, values.where(mask.bool(), 0.0).float().sum().item(), mask.sum().item())
 
     def take(self, inputs: dict[str, Any]) -> None:
         """Take up what TRL has logged of a micro-batch since `begin`."""

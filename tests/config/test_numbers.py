@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from trl import GRPOConfig
+from trl import GRPOConfig, TrlParser
 
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
 from grpo_plus.advantages import ESTIMATORS, Rewards, check_keywords
@@ -83,6 +83,16 @@ def test_numbers_in_text_become_numbers():
     config = GRPOPlusConfig(**BASE, beta="1e-3", learning_rate="1e-5", num_iterations="2", reward_weights=["5e-1"])
     assert (config.beta, config.learning_rate, config.num_iterations) == (1e-3, 1e-5, 2)
     assert config.reward_weights == [0.5]
+
+
+def test_the_command_line_reaches_the_switches(tmp_path):
+    (tmp_path / "run.yaml").write_text(
+        "output_dir: unused\nuse_cpu: true\nbf16: false\nbeta: 1e-3\nreward_weights: [1e-1, 1]\nhealth_warnings: false\n"
+    )
+    flags = ["--config", str(tmp_path / "run.yaml"), "--reward_timeout", "30"]
+    (config,) = TrlParser((GRPOPlusConfig,)).parse_args_and_config(flags)
+    assert (config.health_warnings, config.reward_timeout) == (False, 30.0)
+    assert (config.beta, config.reward_weights) == (1e-3, [0.1, 1.0])
 
 
 @pytest.mark.parametrize("seconds", [0, -1, NAN, INF, "soon"])
