@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
+from trl import GRPOConfig
 
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
 from grpo_plus.demo.tiny import tiny_model, tiny_tokenizer
@@ -38,6 +39,7 @@ CASES: dict[str, dict[str, Any]] = {
     "steps_per_generation": {"steps_per_generation": 4, "gradient_accumulation_steps": 2},
     "unaligned": {"steps_per_generation": 2, "gradient_accumulation_steps": 3},
     "logging_steps": REUSED | {"logging_steps": 3},
+    "plain config": REUSED | {"config_class": GRPOConfig},
     "moved reference": REUSED
     | {"beta": 0.1, "sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.6},
     "kl_target": REUSED | {"beta": 0.1, "kl_target": 0.01},
@@ -72,10 +74,9 @@ def made(folder: Path, base: Path, **config: Any) -> GRPOPlusTrainer:
     return make_trainer(
         folder,
         trainer_class=GRPOPlusTrainer,
-        config_class=GRPOPlusConfig,
         model=AutoModelForCausalLM.from_pretrained(base),
         trainer_arguments={"peft_config": adapter},
-        **EVERY_STEP | {"per_device_train_batch_size": 4} | config,
+        **EVERY_STEP | {"per_device_train_batch_size": 4, "config_class": GRPOPlusConfig} | config,
     )
 
 
