@@ -84,7 +84,7 @@ class SavingSeam(Hooks, GRPOTrainer):
         if self.accelerator.is_main_process:
             try:
                 answer[0] = str(chosen_checkpoint(asked, self.args.output_dir))
-            except ValueError as error:
+            except (ValueError, OSError) as error:  # the other processes wait for an answer
                 answer[1] = str(error)
         if self.accelerator.num_processes > 1:
             broadcast_object_list(answer)
@@ -154,7 +154,7 @@ class SavingSeam(Hooks, GRPOTrainer):
         """Save the last finished step, unless its checkpoint is there already."""
         position, step = self._position, self.state.global_step
         folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
-        if position is None or self._whole == folder:
+        if position is None or self._whole == folder or self.hp_search_backend is not None:
             return
         reason = why_not_rescued(self, self._optimizer_watch, step_ended=step > position.global_step)
         try:
