@@ -42,9 +42,25 @@ def built_shape(config: Mapping[str, Any], name: str, *, skipped: tuple[str, ...
         skipped: names of modules that a saved quantization has left out. None: those that bitsandbytes leaves out.
 
     Raises:
-        ValueError: transformers knows no class for the config, or the class cannot be built from it.
+        ValueError: transformers knows no class for the config, the class cannot be built from it, or the planner finds
+            no layers in it.
     """
-    model, text, notes = _built(config, name)
+    built = _built(config, name)
+    # Anything may be missing from a class that nobody has tried, and the planner answers with one kind of error.
+    try:
+        return _read(built, config, name, skipped)
+    except ValueError:
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"The planner cannot read the shape of {name!r} off transformers' {type(built.model).__name__} "
+            f"({type(error).__name__}: {str(error).strip().partition(chr(10))[0]}). Plan a model of another "
+            "architecture of the same size."
+        ) from error
+
+
+def _read(built: Built, config: Mapping[str, Any], name: str, skipped: tuple[str, ...] | None) -> ModelShape:
+    model, text, notes = built
     prefix, modules = _decoder_layers(model, text, name)
     quantized = _quantized(model, skipped)
     adapters = _adapters(model)

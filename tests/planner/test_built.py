@@ -118,6 +118,14 @@ def test_an_architecture_that_nobody_tested_is_planned_with_a_line_that_says_so(
     assert plan(shape, Run(lora_r=4)).peak > 0
 
 
+def test_a_class_that_cannot_be_read_is_an_error_that_names_it(monkeypatch):
+    monkeypatch.setattr("grpo_plus.planner.built._kinds", lambda *_: {}["anything"])
+    with pytest.raises(
+        ValueError, match=r"cannot read the shape of 'x' off transformers' Cohere2ForCausalLM \(KeyError"
+    ):
+        shape_of({**TINY, "model_type": "cohere2", "sliding_window": 16}, name="x")
+
+
 def test_sizes_that_a_config_leaves_out_are_those_of_its_class():
     """Gemma 3's text_config, for one, names neither its vocabulary nor its heads."""
     shape = shape_of({"model_type": "qwen3", "num_hidden_layers": 2})
