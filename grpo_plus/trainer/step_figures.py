@@ -4,12 +4,14 @@ TRL logs the mean of its micro-batches' means. That counts a short micro-batch a
 scored token as 0. Which rows share a micro-batch changes under `packing`, and a mean over the step does not.
 """
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from grpo_plus.packing import Packed, PaddedRows
+from grpo_plus.packing.transfer import on_device
 from grpo_plus.trainer.names import metrics_of, trained_tokens
 
 if TYPE_CHECKING:
@@ -21,6 +23,19 @@ TOKEN_RATIO, LIVE_FRACTION = "packing/token_ratio", "packing/live_fraction"
 # TRL's means over tokens. The second kind are means over rows where a row has one importance ratio.
 OVER_TOKENS = (KL, ENTROPY)
 OVER_RATIOS = ("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", "cispo_clip_ratio")
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a micro-batch adds to a figure: `factor * total` to its sum, and `count` to what it is divided by.
+
+    Tensors are float32 on the device. They are read at the end of the step, since each read waits for the device.
+    """
+
+    name: str
+    factor: float
+    total: float | Tensor
+    count: float | Tensor
 
 
 class StepFigures:
@@ -41,7 +56,7 @@ class StepFigures:
 
     def reset(self) -> None:
         """Begin a training: an earlier one may have ended within a step."""
-        self._sums: dict[str, list[float]] = {}
+        self._parts: list[Part] = []
 
     def begin(self) -> None:
         """Before the loss of a micro-batch."""
@@ -64,7 +79,7 @@ class StepFigures:
         elif name == ENTROPY:
             mask = mask * self._forwarded_rows(mask)
         # A masked value may be NaN.
-        self._add(name, values.where(mask.bool(), 0.0).float().sum().item(), mask.sum().item())
+        self._add(name, values.where(mask.bool(), 0.0).float().sum(), mask.sum().float())
 
     def take(self, inputs: dict[str, Any]) -> None:
         """Take up what TRL has logged of a micro-batch since `begin`."""
@@ -82,8 +97,8 @@ class StepFigures:
             elif self._weighs or name == KL:
                 # Each process has the mean of all processes: its own tokens weigh it.
                 value = metrics[name].pop() if self._weighs else metrics[name][-1]
-                tokens = mask.sum().item()
-                self._add(name if self._weighs else FOR_BETA, value * tokens, tokens)
+                tokens = mask.sum().float()
+                self._add(name if self._weighs else FOR_BETA, tokens, tokens, factor=value)
 
     def log(self) -> float | None:
         """Log the figures of the step, or of a batch of an evaluation. Figures of no token are left out.
@@ -91,8 +106,8 @@ class StepFigures:
         Returns:
             The mean KL per token. None where there is none.
         """
-        sums, self._sums = self._sums, {}
-        means = {name: total / count for name, (total, count) in self._of_all_processes(sums).items() if count}
+        parts, self._parts = self._parts, []
+        means = {name: total / count for name, (total, count) in self._of_all_processes(_sums(parts)).items() if count}
         metrics = metrics_of(self._trainer)
         for name in [name for name, values in metrics.items() if not values]:
             del metrics[name]  # TRL would log None
@@ -109,17 +124,27 @@ class StepFigures:
         table = torch.tensor([sums[name] for name in names], dtype=torch.float64, device=accelerator.device)
         return dict(zip(names, accelerator.reduce(table, reduction="sum").tolist(), strict=True))
 
-    def _add(self, name: str, total: float, count: float) -> None:
-        sums = self._sums.setdefault(name, [0.0, 0.0])
-        sums[0] += total
-        sums[1] += count
+    def _add(self, name: str, total: float | Tensor, count: float | Tensor, factor: float = 1.0) -> None:
+        self._parts.append(Part(name, factor, total, count))
 
     def _forwarded_rows(self, mask: Tensor) -> Tensor:
         """(B, 1), 1 for the rows that went through the model: the entropy of the others is not known."""
         live = None if self._forward is None else self._forward[1]
         if live is None:
             return torch.ones_like(mask[:, :1])
-        return torch.zeros_like(mask[:, :1]).index_fill(0, torch.tensor(live, device=mask.device), 1)
+        return torch.zeros_like(mask[:, :1]).index_fill(0, on_device(torch.tensor(live), mask.device), 1)
+
+
+def _sums(parts: list[Part]) -> dict[str, list[float]]:
+    """Sum and count of each figure, after one copy to the host."""
+    tensors = [value for part in parts for value in (part.total, part.count) if isinstance(value, Tensor)]
+    read = iter(torch.stack(tensors).tolist() if tensors else [])
+    sums: dict[str, list[float]] = {}
+    for part in parts:
+        total, count = (next(read) if isinstance(value, Tensor) else value for value in (part.total, part.count))
+        before = sums.get(part.name, [0.0, 0.0])
+        sums[part.name] = [before[0] + part.factor * total, before[1] + count]
+    return sums
 
 
 def step_figures_of(trainer: "TRLSeam") -> StepFigures:

@@ -52,7 +52,7 @@ def per_layer(monkeypatch, form, groups, *, lora):
 
         with fused_lora(model) if lora else nullcontext() as products, torch.autocast("cpu", torch.bfloat16):
             for _ in range(2):  # then gradients are there, and siblings known
-                with products.held() if lora else nullcontext():
+                with products.held() if lora else nullcontext(), launches(monkeypatch):
                     step()
             with products.held() if lora else nullcontext(), launches(monkeypatch) as counted:
                 step()
