@@ -92,6 +92,12 @@ class SavingSeam(Hooks, GRPOTrainer):
             raise ValueError(answer[1])
         return answer[0]
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The micro-batches of a step. None for a run that resumes after its end, which would take one more step."""
+        if self.state.global_step >= self.state.max_steps:
+            return [], None
+        return super().get_batch_samples(*args, **kwargs)
+
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         self._step_is_finished()
         self._at_rest = True

@@ -105,3 +105,12 @@ def test_a_run_resumes_from_any_step_to_the_same_run(tmp_path, base, name):
         assert tables_of(folder).items() <= tables_of(tmp_path / "whole").items(), step
         assert resumed.estimator_state == whole.estimator_state
         assert resumed.beta == whole.beta
+
+
+def test_a_run_that_has_ended_trains_no_further_step(tmp_path, base):
+    """Killed after its last checkpoint. transformers would take one more step before it looks at max_steps."""
+    whole = trained(tmp_path / "whole", base, **REUSED)
+    resumed = trained(tmp_path / "resumed", base, tmp_path / f"whole/checkpoint-{STEPS}", **REUSED)
+    assert resumed.state.global_step == STEPS
+    assert differing(weights_of(resumed), weights_of(whole)) == []
+    assert figures_of(resumed) == figures_of(whole)
