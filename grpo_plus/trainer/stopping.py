@@ -1,5 +1,6 @@
 """A run that is asked to stop: the first SIGTERM or Ctrl-C lets the optimizer step finish, a second one does not."""
 
+import functools
 import os
 import signal
 import threading
@@ -48,19 +49,27 @@ class StopSignals:
         self._process = os.getpid()
         self._before = {}
         main = threading.current_thread() is threading.main_thread()
+        watch_forks()
+        _listening.append(self)
         try:
             for number, defaults in DEFAULTS.items():
                 if main and signal.getsignal(number) in defaults:
                     self._before[number] = signal.signal(number, self._receive)
             yield
         finally:
-            for taken, before in self._before.items():
-                if signal.getsignal(taken) == self._receive:
-                    signal.signal(taken, before)
+            self.give_back()
+            with suppress(ValueError):  # a fork has emptied the list
+                _listening.remove(self)
+
+    def give_back(self) -> None:
+        """Give the handlers back that were taken."""
+        for taken, before in self._before.items():
+            if signal.getsignal(taken) == self._receive:
+                signal.signal(taken, before)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:
-            # A fork inherits the handler, and Process.terminate() would wait for it forever.
+            # A fork that Python does not know of inherits the handler. Process.terminate() would wait for it forever.
             return self._pass_on(number, frame)
         now = time.monotonic()
         if self.received is None:
@@ -80,6 +89,38 @@ class StopSignals:
             before(number, frame)
         else:
             os.kill(os.getpid(), number)
+
+
+_listening: list[StopSignals] = []
+_forking = threading.local()  # two threads may fork at the same time
+
+
+@functools.cache
+def watch_forks() -> None:
+    """Give a forked child its own handlers before a signal can reach it.
+
+    Python forgets the signals that a child receives before it has found itself to be one. Without our handlers such a
+    signal ends the child. With them it would be lost, and `multiprocessing.Pool`, which ends its workers by SIGTERM,
+    would wait forever. So the signals wait while a fork is made. Hooks cannot be taken back: outside of a training
+    they do nothing.
+    """
+    if hasattr(os, "register_at_fork"):  # Windows has no fork
+        os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child)
+
+
+def _before_fork() -> None:
+    _forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, DEFAULTS) if _listening else None
+
+
+def _after_fork() -> None:
+    if _forking.mask is not None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, _forking.mask)
+
+
+def _after_fork_in_child() -> None:
+    while _listening:
+        _listening.pop().give_back()
+    _after_fork()
 
 
 def leaving(number: int) -> BaseException:

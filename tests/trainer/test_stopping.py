@@ -242,6 +242,41 @@ def test_a_forked_child_dies_of_the_sigterm_that_its_parent_sends():
     assert signals.received is None
 
 
+@pytest.mark.parametrize("thread", [False, True])
+def test_a_child_is_not_deaf_while_it_is_born(thread):
+    """A pool ends its workers by SIGTERM, maybe before they have run at all; `reward_timeout` forks in a thread."""
+    deaf = []
+
+    def fork_and_terminate():
+        for _ in range(20):
+            child = os.fork()
+            if child == 0:
+                time.sleep(20)
+                os._exit(0)
+            os.kill(child, signal.SIGTERM)
+            deadline = time.monotonic() + 5
+            while os.waitpid(child, os.WNOHANG) == (0, 0):
+                if time.monotonic() > deadline:
+                    deaf.append(child)
+                    os.kill(child, signal.SIGKILL)
+                    os.waitpid(child, 0)
+                    return
+                time.sleep(0.001)
+
+    signals = StopSignals()
+    with signals.listening():
+        if thread:
+            forking = threading.Thread(target=fork_and_terminate)
+            forking.start()
+            forking.join()
+        else:
+            fork_and_terminate()
+        assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
+        assert signal.getsignal(signal.SIGTERM) == signals._receive
+    assert not deaf
+    assert signals.received is None
+
+
 def test_a_second_ctrl_c_interrupts_at_once(monkeypatch):
     monkeypatch.setattr(stopping, "ECHO", 0.0)
     signals = StopSignals()
