@@ -30,20 +30,23 @@ def process(rewards: Rewards, *, ddof: int = 1, eps: float = 1e-4) -> Tensor:
             "would not all have an effect. Set reward_weights to 0 for the ones that are only watched, or override "
             "estimate_advantages to add their advantages to those of the steps."
         )
+    if rewards.spans is None:
+        raise ValueError("advantage_estimator='process' needs the lengths of the completions: set lengths.")
+    num_tokens = max(1, int(rewards.spans.max()))
+    if rewards.steps is None and not rewards.judged.any():
+        return torch.zeros(*rewards.judged.shape, num_tokens, dtype=torch.float64)  # a judge that is down
     if rewards.steps is None:
         raise ValueError(
             "advantage_estimator='process' needs rewards of steps, and no reward function gave any. In one of them "
             "call log_extra('step_rewards', ...) and log_extra('step_ends', ...), each with one list per completion."
         )
-    if rewards.spans is None:
-        raise ValueError("advantage_estimator='process' needs the lengths of the completions: set lengths.")
     steps = rewards.steps.rewards.masked_fill(~rewards.judged.unsqueeze(-1), torch.nan)
     prompts, generations, _ = steps.shape
     advantages = process_advantages(
         steps.flatten(0, 1),
         rewards.steps.ends.flatten(0, 1),
         num_generations=generations,
-        num_tokens=max(1, int(rewards.spans.max())),
+        num_tokens=num_tokens,
         ddof=ddof,
         eps=eps,
     )

@@ -34,7 +34,10 @@ class Steps:
             ValueError: a completion has more or fewer rewards than ends, an infinite reward, or a step that ends
                 outside the completion.
         """
-        columns = [(_as_row(values), _as_row(indices)) for values, indices in zip(rewards, ends, strict=True)]
+        columns = [
+            (_as_row("step_rewards", row, values), _as_row("step_ends", row, indices))
+            for row, (values, indices) in enumerate(zip(rewards, ends, strict=True))
+        ]
         for row, (values, indices) in enumerate(columns):
             _check_row(row, values, indices, int(lengths.flatten()[row]))
         return cls(
@@ -43,8 +46,11 @@ class Steps:
         )
 
 
-def _as_row(given: Row) -> Tensor:
-    return torch.as_tensor([] if given is None else given, dtype=torch.float64)
+def _as_row(column: str, row: int, given: Row) -> Tensor:
+    try:
+        return torch.as_tensor([] if given is None else given, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"Completion {row} has {column} {given!r}. Give a list of numbers.") from error
 
 
 def _padded(rows: list[Tensor], value: float) -> Tensor:

@@ -73,8 +73,9 @@ class RewardCalls:
                 columns = self._with_harmless_logs(name, columns)
                 try:
                     return await self._bounded_async(name, lambda: function(**columns), rows)
-                # Whatever the function raises waits until the other processes have gathered.
-                except Exception as error:
+                # Whatever the function raises waits until the other processes have gathered. A client of a server
+                # may cancel its own call, which is none of Exception's.
+                except (Exception, asyncio.CancelledError) as error:
                     return self._keep(name, error, rows)
 
             return call_async
@@ -95,14 +96,16 @@ class RewardCalls:
             self._keep(name, error, 0)
             return instead
 
-    def _keep(self, name: str, error: Exception, rows: int) -> list[float]:
+    def _keep(self, name: str, error: BaseException, rows: int) -> list[float]:
         ours = isinstance(error, (_WrongRewardsError, _TooLateError))
         if isinstance(error, _WrongRewardsError):
             failure: Exception = ValueError(str(error))
         elif ours:
             failure = RewardFunctionError(str(error))
         else:
-            failure = RewardFunctionError(f"The reward function {name!r} raised {type(error).__name__}: {error}")
+            failure = RewardFunctionError(
+                f"The reward function {name!r} raised {type(error).__name__}: {_words(error)}"
+            )
         failure.__cause__ = None if ours else error
         self._failures.append(failure)
         return [0.0] * rows
@@ -160,14 +163,14 @@ class RewardCalls:
 
         def metric(figure: str, value: Any) -> None:
             with figures.guarded(f"log_metric({figure!r}, ...) of the reward function {name!r}"):
-                log_metric(figure, float(value))
+                log_metric(_text(figure), float(value))
 
         def extra(column: str, values: Any) -> None:
             if column in STEP_COLUMNS:  # the estimator reads these: a wrong one is an error
                 log_extra(column, values)
                 return
             with figures.guarded(f"log_extra({column!r}, ...) of the reward function {name!r}"):
-                log_extra(column, list(values))
+                log_extra(_text(column), list(values))
 
         return columns | {"log_metric": metric, "log_extra": extra}
 
@@ -290,6 +293,19 @@ def _short(value: Any) -> str:
     text = " ".join(repr(value).split())
     text = text if len(text) <= 60 else f"{text[:57]}..."
     return f"{text} ({type(value).__name__})"
+
+
+def _words(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:  # an error of the user's whose own text fails
+        return "(without words)"
+
+
+def _text(name: Any) -> str:
+    if not isinstance(name, str):  # TRL sorts the names, which ends the training where some are no text
+        raise TypeError(f"the name must be text, not {type(name).__name__}")
+    return name
 
 
 def _too_late(name: str, seconds: float) -> str:

@@ -149,3 +149,14 @@ def test_what_lies_past_the_end_of_a_completion_is_zero():
         "hook", torch.full((1, 2, 4), NAN).where(torch.arange(4) >= 3, 1.0), rewards_of([[0, 1]], lengths=[3, 1])
     )
     assert advantages.tolist() == [[[1.0, 1.0, 1.0, 0.0], [1.0, 0.0, 0.0, 0.0]]]
+
+
+def test_a_judge_that_is_down_and_reports_no_steps_gives_zeros():
+    down = replace(steps_of([[1.0], [0.0]], [[1], [1]], [2, 3]), steps=None, values=torch.full((1, 2, 1), NAN))
+    assert estimate("process", down).tolist() == [[[0.0] * 3, [0.0] * 3]]
+
+
+@pytest.mark.parametrize("steps", [[None, 1.0], ["a", 1.0]])
+def test_a_step_without_a_number_names_its_completion(steps):
+    with pytest.raises(ValueError, match=r"Completion 1 has step_rewards \[.*, 1.0\]. Give a list of numbers."):
+        steps_of([[1.0, 1.0], steps], [[0, 1], [0, 1]], [2, 2])
