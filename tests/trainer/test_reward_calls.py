@@ -144,14 +144,14 @@ def test_a_call_that_cancels_itself_is_named(trainer):
 
 
 def test_an_error_without_words_is_named(trainer):
-    class Mute(Exception):
+    class MuteError(Exception):
         def __str__(self):
             raise KeyError("detail")
 
     def judge(**_: Any) -> Any:
-        raise Mute
+        raise MuteError
 
-    with pytest.raises(RewardFunctionError, match="'judge' raised Mute"):
+    with pytest.raises(RewardFunctionError, match="'judge' raised MuteError"):
         scored(trainer, judge)
 
 
