@@ -34,6 +34,14 @@ def gradients_are_finite(model: nn.Module) -> Tensor:
     return _norm(filter(_has_numbers, gradients)).isfinite()
 
 
+def has_nonfinite_state(optimizer: Any) -> bool:
+    """Whether a moment of the optimizer is NaN or infinite. False for an optimizer that shows no state."""
+    states = getattr(optimizer, "state", None) or {}
+    values = [value for state in states.values() if isinstance(state, dict) for value in state.values()]
+    moments = [_local(value) for value in values if isinstance(value, Tensor) and _has_numbers(_local(value))]
+    return any(not value.isfinite().all() for value in moments)
+
+
 def _norm(values: Iterable[Tensor]) -> Tensor:
     """Euclidean norm of all values together, () on the device of the first; 0 of nothing."""
     return get_total_norm([value.detach() for value in values])

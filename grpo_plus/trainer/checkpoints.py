@@ -12,6 +12,7 @@ import json
 import logging
 import re
 import shutil
+import zipfile
 from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -47,7 +48,7 @@ def why_unusable(folder: Path) -> str | None:
     for mark in (UNFINISHED, SENTINEL):
         if (folder / mark).exists():
             return f"has no {MANIFEST}, which is written last: its saving was interrupted"
-    return _damaged_trainer_state(folder / TRAINER_STATE_NAME)
+    return _damaged_trainer_state(folder / TRAINER_STATE_NAME) or _damaged_file(folder)
 
 
 def chosen_checkpoint(asked: Literal[True] | str | Path, output_dir: str | Path) -> Path:
@@ -166,3 +167,33 @@ def _damaged_trainer_state(path: Path) -> str | None:
         return f"has a {path.name} that is cut off"
     step = state.get("global_step") if isinstance(state, dict) else None
     return None if isinstance(step, int) else f"has a {path.name} without the step that it was saved at"
+
+
+def _damaged_file(folder: Path) -> str | None:
+    """The first file of weights or states that was cut off or is something else: all that shows without a manifest."""
+    for path in sorted(folder.iterdir()):
+        saved = path.suffix in (".pt", ".pth", ".bin") and not path.match(OURS)
+        if saved and not (zipfile.is_zipfile(path) or _head(path, 1) == b"\x80"):  # an archive, or an old pickle
+            return f"has a {path.name} that is damaged"
+        if path.suffix == ".safetensors" and not _is_whole(path):
+            return f"has a {path.name} that is damaged"
+    return None
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file of weights is as long as its own header says."""
+    start = 8 + int.from_bytes(_head(path, 8), "little")
+    size = path.stat().st_size
+    try:
+        tensors = json.loads(_head(path, start)[8:]) if 8 < start <= size else None
+    except ValueError:
+        return False
+    if not isinstance(tensors, dict):
+        return False
+    ends = [entry["data_offsets"][1] for name, entry in tensors.items() if name != "__metadata__"]
+    return size == start + max(ends, default=0)
+
+
+def _head(path: Path, size: int) -> bytes:
+    with path.open("rb") as file:
+        return file.read(size)

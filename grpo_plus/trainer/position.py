@@ -168,7 +168,10 @@ def saved_position(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(content, dict) or not isinstance(content.get("settings"), dict):
+            raise ValueError("it holds something else")
+        return content
     except (RuntimeError, ValueError, EOFError, OSError, pickle.UnpicklingError) as error:
         raise ValueError(
             f"{path} cannot be read ({type(error).__name__}). Resume from an older checkpoint, or delete the file to "

@@ -18,6 +18,7 @@ from trl import GRPOTrainer
 
 from grpo_plus.config import GRPOPlusConfig
 from grpo_plus.models.adapters import has_adapters
+from grpo_plus.models.finite import has_nonfinite_state, nonfinite_weights
 from grpo_plus.qlora.checks import check_adapter_folder, load_best_adapter
 from grpo_plus.qlora.precision import (
     check_saved_modules,
@@ -229,6 +230,11 @@ class SavingSeam(Hooks, GRPOTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         check_adapter_folder(resume_from_checkpoint, self.model)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if names := nonfinite_weights(self.model):
+            raise ValueError(
+                f"The weight {names[0]!r} (one of {len(names)}) in {resume_from_checkpoint} is not finite. Resume from "
+                "an older checkpoint."
+            )
         self._adapters_as_trained({})
 
     def _load_best_model(self) -> None:
@@ -251,6 +257,11 @@ class SavingSeam(Hooks, GRPOTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
+        if has_nonfinite_state(self.optimizer):
+            raise ValueError(
+                f"The optimizer's state in {checkpoint} is not finite, and would make the weights so. Resume from an "
+                "older checkpoint, or delete its file to begin with an empty state."
+            )
         self.load_running_state(saved_state(checkpoint))
         if self._moves_reference:
             self._load_reference(Path(checkpoint) / REFERENCE_FILE)

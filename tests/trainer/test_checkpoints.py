@@ -7,11 +7,13 @@ import os
 import shutil
 from collections.abc import Callable
 from enum import IntEnum
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import GRPOTrainer
 
@@ -236,6 +238,39 @@ def test_a_checkpoint_of_stock_trl_resumes_with_one_line(tmp_path, lost, caplog)
     assert trainer.state.global_step == 3
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"])
+@pytest.mark.parametrize("damage", [cut, lambda path: path.write_bytes(b""), lambda path: path.write_bytes(b"no such")])
+def test_a_file_that_is_cut_off_is_found_without_a_manifest_too(output, name, damage):
+    folder = output / "checkpoint-2"
+    (folder / MANIFEST).unlink()
+    assert why_unusable(folder) is None
+    damage(folder / name)
+    assert why_unusable(folder) == f"has a {name} that is damaged"
+
+
+def test_weights_and_moments_that_are_not_finite_are_not_resumed(output):
+    folder = output / "checkpoint-2"
+    (folder / MANIFEST).unlink()
+    state = torch.load(folder / "optimizer.pt", weights_only=True)
+    state["state"][0]["exp_avg"].view(-1)[0] = math.inf
+    torch.save(state, folder / "optimizer.pt")
+    with pytest.raises(ValueError, match="The optimizer's state in .*checkpoint-2 is not finite"):
+        trainer_in(output).train(resume_from_checkpoint=str(folder))
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"][0, 0] = math.nan
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"The weight 'lm_head.weight' \(one of 1\) in .*checkpoint-2 is not finite"):
+        trainer_in(output).train(resume_from_checkpoint=str(folder))
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"files": {}}', None])
+def test_a_manifest_that_lists_nothing_is_no_manifest(output, content):
+    path = output / "checkpoint-2" / MANIFEST
+    path.unlink()
+    path.mkdir() if content is None else path.write_text(content)
+    assert why_unusable(path.parent) == f"has a {MANIFEST} that is damaged"
+
+
 @pytest.mark.parametrize("content", ["{}", "[]", "", '{"global_step": "2"}'])
 def test_a_trainer_state_without_its_step_is_found_without_a_manifest_too(tmp_path, content):
     folder = tmp_path / "checkpoint-2"
@@ -347,10 +382,11 @@ def test_what_a_reward_function_logs_can_be_loaded_again(tmp_path):
     assert trainer.state.global_step == 2
 
 
-def test_a_position_that_cannot_be_read_names_its_file(output):
+@pytest.mark.parametrize("damage", [cut, partial(torch.save, {}), partial(torch.save, 3)])
+def test_a_position_that_cannot_be_read_names_its_file(output, damage):
     folder = output / "checkpoint-2"
     (folder / MANIFEST).unlink()
-    cut(folder / "grpo_plus_position_0.pt")
+    damage(folder / "grpo_plus_position_0.pt")
     with pytest.raises(ValueError, match=r"grpo_plus_position_0.pt cannot be read .*delete the file to go on"):
         trainer_in(output).train(resume_from_checkpoint=str(folder))
 
