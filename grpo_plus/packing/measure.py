@@ -172,9 +172,12 @@ class Measure:
         """What was found, for a checkpoint. None where nothing has been measured."""
         return self._found
 
-    def go_on_with(self, state: dict[str, Any] | None) -> None:
+    def go_on_with(self, state: dict[str, Any] | None, device: torch.device) -> None:
         """Take what an earlier run found, where it ran on such a card and the way is still exact."""
         self._found, self.is_done = state, False
+        if self.layers is not None:
+            # The first generation comes before the first update, and rounds as the earlier run would have.
+            self.layers.on = not self.knows(device) or bool(state and state.get("own_layers"))
 
     def knows(self, device: torch.device) -> bool:
         """Whether an earlier run has found the way for such a card."""
@@ -187,22 +190,30 @@ class Measure:
         forms: Sequence[Form | None],
         heads: Sequence[Head | None],
         forward_of: Callable[[Way], Callable[[], Tensor] | None],
+        *,
+        can_time: bool = True,
     ) -> Way | None:
-        """The way to take from now on, with the LoRA layers set to it. None: no way had enough memory.
+        """The way to take from now on, with the LoRA layers set to it.
 
         Args:
             device: where the update runs.
             parameters: what trains.
             forms, heads: as `timed_ways` takes them.
             forward_of: the forward of a way, whose values have a gradient. None where the way is not exact.
+            can_time: whether the rows at hand are an update's. Where they are not, and what an earlier run found is
+                none of these ways, the next update is timed.
+
+        Returns:
+            None where no way had enough memory, and where none is known and none can be timed.
         """
         own_layers = (False,) if self.layers is None else (True, False)
         way = self._known(device, [Way(*parts) for parts in _product(forms, heads, own_layers)], forward_of)
+        self.is_done = way is not None or can_time
         if way is None:
-            way = self._timed(device, parameters, forms, heads, own_layers, forward_of)
+            self._found = None
+            way = self._timed(device, parameters, forms, heads, own_layers, forward_of) if can_time else None
         if self.layers is not None:
             self.layers.on = way is None or way.own_layers
-        self.is_done = True
         return way
 
     def _known(self, device: torch.device, ways: Sequence[Way], forward_of: Callable[[Way], Any]) -> Way | None:

@@ -204,16 +204,14 @@ class Packer:
     def _is_to_measure(self, base: PreTrainedModel, rows: PaddedRows) -> bool:
         if self.measure is None or self.measure.is_done or self._choices[base] is None:
             return False
-        if self.measure.knows(base.device):
-            return True
-        # A forward alone is no update, and a micro-batch of a few live rows tells little of the others.
-        return torch.is_grad_enabled() and (rows.live is None or 2 * len(rows.live) >= len(rows.input_ids))
+        return self.measure.knows(base.device) or _can_be_timed(rows)
 
     def _fastest(
         self, base: PreTrainedModel, rows: PaddedRows, layout: Layout, padded_logps: PaddedLogps
     ) -> Choice | None:
         """The fastest exact form and head. The first exact ones where no way could be timed."""
         assert self.measure is not None
+        can_time = _can_be_timed(rows)
         ids, mask = rows.forwarded()
 
         def forward_of(way: Way) -> Callable[[], Tensor] | None:
@@ -235,7 +233,7 @@ class Packer:
         trained = [parameter for parameter in base.parameters() if parameter.requires_grad]
         with without_dropout(base), torch.enable_grad():
             check = SelfCheck.of(base, layout.groups or (), padded_logps, gradient=self.gradient_check)
-            way = self.measure.fastest(base.device, trained, forms, heads, forward_of)
+            way = self.measure.fastest(base.device, trained, forms, heads, forward_of, can_time=can_time)
         if way is None:
             return self._choices[base]
         if way.form in (CACHED, None):
@@ -247,6 +245,12 @@ def _run(choice: Choice, model: nn.Module, parts: Sequence[Ready]) -> Logps:
     scores = [model(packed=partial(choice.form.run, part.call, choice.head)) for part in parts]
     logps, entropies = (torch.cat(part) for part in zip(*scores, strict=True))
     return logps, entropies
+
+
+def _can_be_timed(rows: PaddedRows) -> bool:
+    """Whether the forward at hand tells how fast updates are."""
+    # A forward alone is no update, and a micro-batch of a few live rows tells little of the others.
+    return torch.is_grad_enabled() and (rows.live is None or 2 * len(rows.live) >= len(rows.input_ids))
 
 
 def _backward_needs_attention(base: PreTrainedModel) -> bool:

@@ -176,7 +176,7 @@ class GRPOPlusTrainer(TRLSeam):
         if self.plus.kl_target is not None:
             self.beta = state.get("beta", self.beta)
         if self.speed.measure is not None:
-            self.speed.measure.go_on_with(state.get("measured"))
+            self.speed.measure.go_on_with(state.get("measured"), self.accelerator.device)
         name, saved = self.plus.advantage_estimator, state.get("estimator")
         if "estimator_state" in state and saved == name:
             self.estimator_state.update(state["estimator_state"])
@@ -191,6 +191,8 @@ class GRPOPlusTrainer(TRLSeam):
         try:
             if not is_number(state.get("beta", 0.0)) or state.get("beta", 0.0) < 0:
                 raise ValueError(f"beta is {state['beta']!r}, where a finite number of 0 or more belongs.")
+            if not isinstance(state.get("measured", {}), dict):
+                raise ValueError(f"measured is {state['measured']!r}, where a dictionary belongs.")
             if "estimator_state" in state:
                 check_saved_state(str(state.get("estimator")), state["estimator_state"])
         except ValueError as error:

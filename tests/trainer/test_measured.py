@@ -122,6 +122,39 @@ def test_another_card_is_measured_anew(tmp_path):
     assert found(second)["form"] == "shared_prompt (segment attention)"
 
 
+def test_a_way_that_is_gone_is_measured_in_an_update_and_not_in_a_pass_of_the_reference(tmp_path):
+    # The reference's pass comes first, without gradients and with the adapters off: nothing can be timed there.
+    settings = {"beta": 0.1, "max_steps": 1}
+    trained(tmp_path, LORA, clock={"per_token": 1.0}, save_strategy="steps", save_steps=1, **settings)
+    second = trainer(tmp_path, LORA, save_strategy="no", **settings | {"max_steps": 2})
+    work = Work(second, per_token=1.0)
+    load = second.load_running_state
+    second.load_running_state = lambda state: load(state | {"measured": state["measured"] | {"form": "gone"}})
+    second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert work.readings > 0
+    assert found(second)["form"] == "shared_prompt (segment attention)"
+
+
+def test_a_resumed_run_generates_with_the_layers_that_the_earlier_one_found(tmp_path):
+    # A generation comes before the first update.
+    made = trainer(tmp_path, LORA)
+    earlier = {"card": "cpu", "form": "None", "head": False, "own_layers": False}
+    for state, on in (
+        ({"measured": earlier}, False),
+        ({"measured": earlier | {"own_layers": True}}, True),
+        ({"measured": earlier}, False),
+        ({"measured": earlier | {"card": "NVIDIA T4"}}, True),
+        ({}, True),
+    ):
+        made.load_running_state(state)
+        assert made.speed.adapters.on is on
+
+
+def test_a_damaged_measure_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"damaged\. measured is \[1\], where a dictionary belongs"):
+        trainer(tmp_path).load_running_state({"measured": [1]})
+
+
 def test_the_measure_leaves_gradients_and_random_numbers_alone(tmp_path):
     measured, _ = trained(tmp_path, clock={"per_token": 1.0})
     fixed = trainer(tmp_path)
