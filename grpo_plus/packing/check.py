@@ -26,8 +26,9 @@ NOISE_FACTOR = 3.0
 # excuse, and the relative error of gradients. On a model that draws random numbers, no form passes: there a right form
 # cannot be told from a wrong form. A wrong form is off by 0.05 to 4.
 LIMITS = {"float32": (2e-5, 1e-3, 1e-3), "tf32": (1e-3, 1e-2, 1e-2), "half": (2e-2, 0.1, 0.1)}
-# What a model that was not made for a form may raise.
-FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError, LookupError)
+# A model that was not made for a form may raise anything, and so may the compiler of a kernel: the errors of Triton and
+# of a C compiler have no class in common but this.
+FAILURES = (Exception,)
 
 Gradients = tuple[Tensor, Tensor]  # token ids (N,) and what reaches their embeddings, (N, H)
 PaddedLogps = Callable[[Tensor, Tensor, int], Tensor]  # input_ids, attention_mask, completion length -> (B, T)
@@ -78,8 +79,7 @@ class SelfCheck:
         probes = _probes(groups)
         floor, ceiling, gradient_limit = LIMITS[_precision(model)]
         install_packed_forward(model)
-        with torch.no_grad():
-            padded = _plain_rows(probes, padded_logps, model.device, PADDING)
+        padded, _ = _with_gradient(model, False, lambda: _plain_rows(probes, padded_logps, model.device, PADDING))
         truth, gradients = _with_gradient(model, gradient, lambda: _plain_rows(probes, padded_logps, model.device, 0))
         allowed = min(max(NOISE_FACTOR * _rms(padded - truth), floor), ceiling)
         return cls(model, probes, truth, gradients, allowed, gradient_limit)
@@ -155,16 +155,19 @@ def _with_gradient(
     model: PreTrainedModel, wanted: bool, forward: Callable[[], Tensor]
 ) -> tuple[Tensor, Gradients | None]:
     """Log-probabilities (M,), and the gradient of their weighted sum at the tokens' embeddings."""
-    if not wanted:
-        with torch.no_grad():
-            return forward(), None
     try:
+        if not wanted:
+            with torch.no_grad():
+                return forward(), None
         with torch.enable_grad(), _embedded(model) as calls:
             logps = forward()
             weights = torch.arange(len(logps), device=logps.device, dtype=logps.dtype).cos()  # no two rows alike
             gradients = torch.autograd.grad((logps * weights).sum(), [leaf for _, leaf in calls])
     finally:
         forget_prompts()
+        # In older versions of torch, autocast gives a later forward the casts that were made here without a graph, and
+        # the weights no gradient.
+        torch.clear_autocast_cache()
     ids = torch.cat([ids.flatten() for ids, _ in calls])
     return logps.detach(), (ids, torch.cat([gradient.flatten(0, -2) for gradient in gradients]).float())
 

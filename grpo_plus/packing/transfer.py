@@ -56,9 +56,11 @@ def _copied(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
         data = tensor.contiguous().view(-1).view(torch.uint8)
         pieces += [data, data.new_zeros(-len(data) % ALIGNMENT)]
     buffer = torch.cat(pieces)
-    if device.type == "cuda":
+    pinned = device.type == "cuda"
+    if pinned:
         buffer = buffer.pin_memory()
-    there, at, copies = buffer.to(device, non_blocking=True), 0, []
+    # Out of ordinary memory a device that does not wait, as MPS, would read what is freed when this function returns.
+    there, at, copies = buffer.to(device, non_blocking=pinned), 0, []
     for tensor, data in zip(tensors, pieces[::2], strict=True):
         copies.append(there[at : at + len(data)].view(tensor.dtype).view(tensor.shape))
         at += len(data) + -len(data) % ALIGNMENT

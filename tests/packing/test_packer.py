@@ -9,14 +9,17 @@ import weakref
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from grpo_plus.packing import attention, cascade, check, packer
 from grpo_plus.packing.head import single_pass_head
+from grpo_plus.packing.layout import group_rows
 from grpo_plus.packing.packer import Packer
 from grpo_plus.packing.padded import PaddedRows, forward_live
+from grpo_plus.packing.rows import SEGMENTS
 from tests.close import assert_close
 from tests.packing.models import HYBRIDS, tiny
 from tests.packing.rows import COMPLETION, padded_batch, padded_output, rows_alone
@@ -188,6 +191,47 @@ def test_a_model_that_the_check_cannot_judge_stays_padded():
 def test_an_explicit_form_that_is_not_exact_is_an_error():
     with pytest.raises(ValueError, match="packing='shared_prompt' cannot be exact here.*LlamaForCausalLM"):
         packed(forgetful(), "shared_prompt")
+
+
+class CompilerError(Exception):
+    """As Triton's, which is no RuntimeError."""
+
+
+def test_a_head_whose_kernel_does_not_compile_leaves_the_models_head(caplog):
+    def broken(model, hidden, targets):
+        raise CompilerError("no C compiler")
+
+    model = tiny("llama")
+    model.get_output_embeddings().requires_grad_(False)
+    packing = Packer("auto", head=broken)
+    with caplog.at_level(logging.INFO, "grpo_plus"):
+        packing.logps(model, model, PaddedRows(*padded_batch(), COMPLETION), padded(model))
+    assert packing.describe() == "shared_prompt (segment attention)"
+    assert "CompilerError: no C compiler" in caplog.text
+
+
+class Casts(TorchDispatchMode):
+    """Dtype casts of tensors of a shape."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._to_copy.default and args[0].shape == self.shape
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+def test_no_cast_of_the_check_serves_an_update(gradient):
+    # Older versions of torch take a cast that was made without a graph: the weight would get no gradient.
+    model, groups = tiny("llama"), group_rows(*padded_batch(), COMPLETION)
+    weight = model.model.layers[0].mlp.up_proj.weight
+    with torch.autocast("cpu", torch.bfloat16):
+        check.choose([SEGMENTS], model, groups, padded(model), [None], gradient=gradient)
+        with Casts(weight.shape) as casts:
+            torch.nn.functional.linear(torch.ones(1, weight.shape[1]), weight)
+    assert casts.count == 1
 
 
 def test_a_rejected_attention_is_taken_back(monkeypatch):

@@ -140,6 +140,9 @@ def test_auto_halves_the_rows_that_memory_does_not_hold(tmp_path, base, caplog):
         torch.OutOfMemoryError("CUDA out of memory"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 8 GB, other allocations: 1 GB, max allowed: 9 GB)."),
     ],
 )
 def test_half_of_an_odd_number_of_rows_is_rounded_up(caplog, failure):
