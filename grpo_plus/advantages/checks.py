@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -97,12 +97,16 @@ def check_state(name: str, state: Any) -> None:
             )
 
 
-def check_weights(weights: Sequence[Any]) -> list[float]:
+def check_weights(weights: Iterable[Any]) -> list[float]:
     """The reward weights as floats.
 
     Raises:
         ValueError: a weight is no finite number. A NaN or an infinite weight would drop its reward without a word.
     """
+    if isinstance(weights, (str, bytes, Mapping)) or not isinstance(weights, Iterable):
+        raise ValueError(
+            f"reward_weights={weights!r} is no list. Give one number per reward function, in their order: [1.0, 0.5]."
+        )
     numbers = []
     for place, weight in enumerate(weights):
         try:

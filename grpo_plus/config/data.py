@@ -11,7 +11,8 @@ from typing import Any
 
 PROMPT = "prompt"
 # What TRL passes to a reward function beside the dataset's columns.
-PASSED = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments")
+ALWAYS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+PASSED = (*ALWAYS, "environments")
 KEPT = (PROMPT, "image", "images")  # the columns that remove_unused_columns=True leaves
 # Other names for what a column holds, the likeliest first.
 ALIKE = {
@@ -46,6 +47,8 @@ def check_data(given: Mapping[str, Any]) -> None:
             _check_messages(name, dataset, functions)
             if given.get("rollout_func") is None:  # a rollout function may fill columns of its own
                 _check_functions(name, columns, functions, unused=unused)
+    for function in functions:
+        _check_takes_all(function)
 
 
 def check_needs(functions: Iterable[Any]) -> None:
@@ -67,6 +70,18 @@ def _check_functions(dataset: str, columns: Sequence[str], functions: Sequence[A
                     f"remove_unused_columns=True drops the column {needed!r}, which the reward function "
                     f"{_name(function)!r} takes. Set remove_unused_columns=False, TRL's default."
                 )
+
+
+def _check_takes_all(function: Callable[..., Any]) -> None:
+    """Refuse a function without **kwargs: TRL passes everything by name, and adds names from version to version."""
+    parameters = _parameters(function)
+    if parameters is None or any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters):
+        return
+    if refused := [name for name in ALWAYS if name not in [parameter.name for parameter in parameters]]:
+        raise ValueError(
+            f"The reward function {_name(function)!r} has no place for {', '.join(refused)}, which TRL passes beside "
+            f"the dataset's columns. Add **kwargs to its parameters: def {_name(function)}(completions, **kwargs)."
+        )
 
 
 def _check_column(dataset: str, columns: Sequence[str], needed: str, why: str) -> None:
@@ -112,17 +127,21 @@ def _first_row(dataset: Any) -> dict[str, Any] | None:
 
 def _needed(function: Callable[..., Any]) -> list[str]:
     """The columns that a reward function cannot be called without."""
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):  # a builtin does not say
-        return []
     return [
         parameter.name
-        for parameter in parameters
+        for parameter in _parameters(function) or ()
         if parameter.default is parameter.empty
         and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
         and parameter.name not in PASSED
     ]
+
+
+def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter] | None:
+    """None where the function does not say, as a builtin."""
+    try:
+        return list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):
+        return None
 
 
 def _listed(functions: Any) -> list[Any]:

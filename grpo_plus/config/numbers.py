@@ -20,6 +20,7 @@ class Range:
         least: the smallest value.
         most: the largest value.
         above: whether `least` itself is too small.
+        whole: whether it counts something. 4.0 is then taken as 4.
         infinite: whether infinity is a value, which stands for "no bound".
         optional: whether None is a value. Where TRL's default or its annotation has None, it always is.
     """
@@ -27,30 +28,31 @@ class Range:
     least: float = -math.inf
     most: float = math.inf
     above: bool = False
+    whole: bool = False
     infinite: bool = False
     optional: bool = False
 
     def holds(self, value: float) -> bool:
         """Whether the value is in the range. NaN never is."""
-        if math.isinf(value) and not self.infinite:
+        if (math.isinf(value) and not self.infinite) or (self.whole and value % 1 != 0):
             return False
         return (value > self.least if self.above else value >= self.least) and value <= self.most
 
     def __str__(self) -> str:
         if self.most < math.inf:
             return (
-                f"a number from {self.least:g} to {self.most:g}, 0 excluded,"
+                f"a number above {self.least:g} and not above {self.most:g}"
                 if self.above
-                else (f"a number from {self.least:g} to {self.most:g}")
+                else f"a number from {self.least:g} to {self.most:g}"
             )
-        kind = "a number" if self.infinite else "a finite number"
+        kind = "a whole number" if self.whole else "a number" if self.infinite else "a finite number"
         if self.least == -math.inf:
             return kind
         return f"{kind} above {self.least:g}" if self.above else f"{kind} of {self.least:g} or more"
 
 
 _FINITE, _POSITIVE, _NOT_NEGATIVE = Range(), Range(0, above=True), Range(0)
-_BOUND, _SHARE, _COUNT = Range(0, infinite=True), Range(0, 1), Range(1)
+_BOUND, _SHARE, _COUNT = Range(0, infinite=True), Range(0, 1), Range(1, whole=True)
 
 RANGES = {
     "beta": _NOT_NEGATIVE,
@@ -67,6 +69,7 @@ RANGES = {
     "max_completion_length": _COUNT,
     "max_grad_norm": Range(0, infinite=True, optional=True),
     "min_p": _SHARE,
+    "num_generations": _COUNT,
     "num_iterations": _COUNT,
     "off_policy_mask_threshold": _BOUND,
     "ref_model_mixup_alpha": _SHARE,
@@ -105,7 +108,7 @@ def check_numbers(config: Any) -> None:
         if value is not None or not optional:
             _check(config, entry.name, value, entry.default)
     if config.reward_weights is not None:
-        config.reward_weights = check_weights(list(config.reward_weights))
+        config.reward_weights = check_weights(config.reward_weights)
 
 
 def check_reward_timeout(config: "GRPOPlusConfig") -> None:
@@ -122,8 +125,10 @@ def _check(config: GRPOConfig, name: str, value: Any, default: Any) -> None:
     number = _number(value)
     if number is None or not RANGES[name].holds(number):
         raise ValueError(f"{name}={value!r} must be {RANGES[name]}. Write one, or leave {name} unset ({default!r}).")
-    if isinstance(value, str):
-        setattr(config, name, int(number) if isinstance(default, int) else number)
+    if RANGES[name].whole and not isinstance(value, int):
+        setattr(config, name, int(number))
+    elif isinstance(value, str):
+        setattr(config, name, number)
 
 
 def _number(value: Any) -> float | None:

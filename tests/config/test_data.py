@@ -61,6 +61,14 @@ def test_every_kind_of_function_is_asked(function):
         check(TALK.remove_columns("answer"), function)
 
 
+@pytest.mark.parametrize(
+    "function", [lambda completions: [1.0], lambda completions, prompts, answer: [1.0]], ids=["one", "three"]
+)
+def test_a_function_without_kwargs_has_no_place_for_what_trl_passes(function):
+    with pytest.raises(ValueError, match=r"has no place for .*log_metric, which TRL passes .* Add \*\*kwargs"):
+        check(TALK, function)
+
+
 def test_what_trl_passes_by_itself_is_no_column():
     check(TALK, named, max, lambda completions, **_: [1.0])
 

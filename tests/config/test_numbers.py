@@ -27,7 +27,7 @@ WRONG = [
     ("learning_rate", NAN, "learning_rate=nan must be"),
     ("learning_rate", 10**400, "must be a finite number of 0 or more"),
     ("max_grad_norm", NAN, "max_grad_norm=nan must be"),
-    ("num_iterations", 0, "num_iterations=0 must be a finite number of 1 or more"),
+    ("num_iterations", 0, "num_iterations=0 must be a whole number of 1 or more"),
     ("reward_weights", [1.0, NAN], "reward_weights[1]=nan is no weight"),
     ("reward_weights", [-INF, 1.0], "reward_weights[0]=-inf is no weight"),
     ("reward_weights", ["heavy"], "reward_weights[0]='heavy' is no weight"),
@@ -36,7 +36,7 @@ WRONG = [
     ("temperature", -0.5, "temperature=-0.5 must be"),
     ("temperature", INF, "temperature=inf must be"),
     ("top_entropy_quantile", 1.5, "top_entropy_quantile=1.5 must be a number from 0 to 1"),
-    ("top_p", 0.0, "top_p=0.0 must be a number from 0 to 1, 0 excluded"),
+    ("top_p", 0.0, "top_p=0.0 must be a number above 0 and not above 1"),
 ]
 VALID = {
     "epsilon_high": INF,
@@ -83,6 +83,19 @@ def test_numbers_in_text_become_numbers():
     config = GRPOPlusConfig(**BASE, beta="1e-3", learning_rate="1e-5", num_iterations="2", reward_weights=["5e-1"])
     assert (config.beta, config.learning_rate, config.num_iterations) == (1e-3, 1e-5, 2)
     assert config.reward_weights == [0.5]
+
+
+def test_a_count_is_whole():
+    config = GRPOPlusConfig(**BASE, num_generations=4.0, max_completion_length="16")
+    assert [(type(n), n) for n in (config.num_generations, config.max_completion_length)] == [(int, 4), (int, 16)]
+    with pytest.raises(ValueError, match=r"max_completion_length=2.5 must be a whole number of 1 or more"):
+        GRPOPlusConfig(**BASE, max_completion_length=2.5)
+
+
+@pytest.mark.parametrize("weights", [1.0, "[1, 1]", {"vowels": 1.0}])
+def test_weights_are_a_list(weights):
+    with pytest.raises(ValueError, match=r"reward_weights=.* is no list. Give one number per reward function"):
+        GRPOPlusConfig(**BASE, reward_weights=weights)
 
 
 def test_the_command_line_reaches_the_switches(tmp_path):
