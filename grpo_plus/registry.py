@@ -194,7 +194,7 @@ def import_function(kind: str, path: str, known: Iterable[str] = ()) -> Callable
         UnknownNameError: there is no such module, or the module has no such function.
     """
     module_path, _, attribute = path.rpartition(".")
-    if not module_path:
+    if "" in path.split(".") or not module_path:  # ./rewards.py would be a relative import
         raise UnknownNameError(
             f"Unknown {kind} {path!r}.{suggestion(path, known)} A function of yours is written package.module.function."
         )

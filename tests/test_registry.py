@@ -6,7 +6,7 @@ import pytest
 
 from grpo_plus.advantages import register as register_estimator
 from grpo_plus.losses import register as register_loss
-from grpo_plus.registry import Registry, UnknownNameError
+from grpo_plus.registry import Registry, UnknownNameError, import_function
 
 
 @pytest.fixture
@@ -160,3 +160,9 @@ def test_two_functions_without_a_name_are_told_apart(registry):
     names = [registry.name_of(function) for function in (lambda rewards: 1, lambda rewards: 2)]
     assert len(set(names)) == 2
     assert [registry[name](None) for name in names] == [1, 2]
+
+
+@pytest.mark.parametrize("path", ["./rewards.py", "rewards..right", ".right", "rewards."])
+def test_a_path_of_files_says_how_a_function_is_written(path):
+    with pytest.raises(UnknownNameError, match=r"A function of yours is written package\.module\.function"):
+        import_function("reward function", path)

@@ -105,6 +105,9 @@ def save_merged(
             tokenizer.save_pretrained(unfinished)
         kl = _kl_of_folder(unfinished, method, model, trained, ids, device)
         export = Export(path, method, kl, without, f"the adapter above {described_base(model)}")
+        if method == "adapter" and changed_by_init(model.peft_config[model.active_adapters[0]]):
+            # Its start is computed again, or drawn: all is right then, or most of the training is lost.
+            max_kl = min(max_kl, max(without / 100, ROUNDING))
         _check_export(export, max_kl)
         unfinished.replace(target)
     print(export)
@@ -193,7 +196,7 @@ def _check_export(export: Export, max_kl: float) -> None:
             if export.method == "adapter"
             else ""
         )
-        raise RuntimeError(f"{export} is more than max_kl={max_kl}, so nothing was saved.{hint}")
+        raise RuntimeError(f"{export} is more than max_kl={max_kl:.2g}, so nothing was saved.{hint}")
     if not export.kl <= max(export.kl_without_adapter, ROUNDING):
         hint = (
             "Quantizing the base has changed it by more than the training did: the original weights are not those "

@@ -117,6 +117,16 @@ def test_an_adapter_that_changed_its_base_is_exported_with_that_base_only(tmp_pa
         assert export.kl_divergence(trained, export.token_logps(again, IDS)) < 1e-6
 
 
+def test_a_changed_base_that_a_reload_misses_by_a_little_is_refused(tmp_path, base, monkeypatch):
+    """Below max_kl, and a little nearer than no adapter at all: most of a short training would be lost."""
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = moved(get_peft_model(plain, lora(init_lora_weights="pissa", r=8)), 0.02)
+    measured = save_merged(model, tmp_path / "merged", input_ids=IDS)
+    monkeypatch.setattr(export, "_kl_of_folder", lambda *_: 0.8 * measured.kl_without_adapter)
+    with pytest.raises(RuntimeError, match="needs the base that it was trained above"):
+        save_merged(model, tmp_path / "adapter", method="adapter", input_ids=IDS, max_kl=1.0)
+
+
 def test_a_base_that_has_no_name_cannot_be_read_again(tmp_path, caplog):
     def made(**changes):
         torch.manual_seed(0)
