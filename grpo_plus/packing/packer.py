@@ -165,6 +165,13 @@ class Packer:
         for base in self._choices:
             uninstall_segments(base)
 
+    def go_on_with(self, measured: dict[str, Any] | None, device: torch.device) -> None:
+        """Choose anew, as in a new process, and take what an earlier run has measured on such a card."""
+        if self.measure is not None:
+            self.release()
+            self._choices.clear()
+            self.measure.go_on_with(measured, device)
+
     def describe(self) -> str:
         """Active form and head in a few words."""
         choice = next(iter(self._choices.values()), None)

@@ -175,8 +175,8 @@ class GRPOPlusTrainer(TRLSeam):
         self._check_saved(state)
         if self.plus.kl_target is not None:
             self.beta = state.get("beta", self.beta)
-        if self.speed.measure is not None:
-            self.speed.measure.go_on_with(state.get("measured"), self.accelerator.device)
+        if self.speed.packer is not None:
+            self.speed.packer.go_on_with(state.get("measured"), self.accelerator.device)
         name, saved = self.plus.advantage_estimator, state.get("estimator")
         if "estimator_state" in state and saved == name:
             self.estimator_state.update(state["estimator_state"])

@@ -150,6 +150,18 @@ def test_a_resumed_run_generates_with_the_layers_that_the_earlier_one_found(tmp_
         assert made.speed.adapters.on is on
 
 
+def test_a_trainer_that_has_measured_takes_what_a_checkpoint_says(tmp_path):
+    # Padded rows were the fastest for this trainer, which is another thing than rows that cannot be packed.
+    made, work = trained(tmp_path, clock={"per_token": -1e-3, "per_call": 1.0}, save_strategy="steps", save_steps=2)
+    before, load = work.readings, made.load_running_state
+    faster = found(made) | {"form": "shared_prompt (segment attention)"}
+    made.load_running_state = lambda state: load(state | {"measured": faster})
+    made.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert work.readings == before
+    assert found(made) == faster
+    assert made.speed.packer.describe() == "shared_prompt (segment attention)"
+
+
 def test_a_damaged_measure_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"damaged\. measured is \[1\], where a dictionary belongs"):
         trainer(tmp_path).load_running_state({"measured": [1]})
