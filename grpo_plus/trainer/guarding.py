@@ -1,5 +1,6 @@
 """What of the seam watches over a run: see `guard.py`."""
 
+import math
 from typing import Any
 
 from torch import Tensor
@@ -40,6 +41,13 @@ class GuardedSeam(SavingSeam):
         """Log; a loss that is not finite as it was."""
         self._guard.complete(logs)
         super().log(logs, start_time)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Evaluate. Within a training, NaN stands for a figure that no completion gave: a schedule compares numbers."""
+        metrics = super().evaluate(*args, **kwargs)
+        if not self.is_in_train:
+            return metrics
+        return {name: math.nan if value is None else value for name, value in metrics.items()}
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model, unless a trained weight is not finite."""

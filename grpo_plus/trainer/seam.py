@@ -211,8 +211,8 @@ class TRLSeam(GuardedSeam):
     def _determine_best_metric(self, metrics: dict[str, Any], trial: Any) -> bool:
         # TRL's figure is None where no completion was judged; transformers would compare None with a number.
         worst = -math.inf if self.args.greater_is_better else math.inf
-        measured = {name: worst if value is None else value for name, value in metrics.items()}
-        return super()._determine_best_metric(measured, trial)
+        missing = {name: worst for name, value in metrics.items() if value is None or value != value}
+        return super()._determine_best_metric(metrics | missing, trial)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Train on one micro-batch, during whose forward and backward the adapters do not change."""

@@ -1,5 +1,6 @@
 """Figures for the log: none of them can end a training, and none is made up where nothing was measured."""
 
+import math
 import warnings
 from typing import Any
 
@@ -55,6 +56,29 @@ def test_a_judge_that_is_down_for_a_batch_ends_nothing(tmp_path, config_class, c
     assert log["reward"] is None
     assert log["advantages/frac_zero"] == 1.0
     assert all(torch.equal(weight, start[name]) for name, weight in weights_of(trainer).items())
+
+
+def test_a_schedule_that_follows_an_evaluation_without_a_verdict_goes_on(tmp_path):
+    def down_in_evaluation(completions: list[str], **_: Any) -> list[float | None]:
+        return vowels(completions) if trainer.model.training else [None] * len(completions)
+
+    trainer = make_trainer(
+        tmp_path,
+        trainer_class=GRPOPlusTrainer,
+        config_class=GRPOPlusConfig,
+        reward_funcs=[down_in_evaluation],
+        trainer_arguments={"eval_dataset": PROMPTS.select(range(2))},
+        max_steps=2,
+        lr_scheduler_type="reduce_lr_on_plateau",
+        lr_scheduler_kwargs={"patience": 0, "factor": 0.5},
+        metric_for_best_model="eval_reward",
+        eval_strategy="steps",
+        eval_steps=1,
+    )
+    with pytest.warns(UserWarning, match="No reward function judged"):
+        trainer.train()
+    assert not math.isnan(trainer.lr_scheduler.best)
+    assert trainer.evaluate()["eval_reward"] is None
 
 
 def test_a_judge_that_is_down_in_the_evaluation_ends_nothing(tmp_path):
