@@ -57,7 +57,10 @@ class Cascade:
 def why_not_cascade(model: PreTrainedModel) -> str | None:
     """Reason why cascade attention cannot replace the model's. With None it may; the self-check decides."""
     config: Any = model.config.get_text_config()
-    if reason := why_not_flash(model.device, _dtype(model.device.type, model.dtype)):
+    dtype = _dtype(model.device.type, model.dtype)
+    if reason := why_not_flash(model.device, dtype):
+        return reason
+    if getattr(config, "sliding_window", None) and (reason := varlen.why_not_windows(model.device, dtype)):
         return reason
     if getattr(config, "attn_logit_softcapping", None) is not None:
         return "torch's flash attention has no soft cap for scores"

@@ -44,6 +44,30 @@ def why_not_flash(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+def why_not_windows(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Reason why a window over more keys than queries comes out wrong. None where it is right.
+
+    The rows of the self-check are shorter than most models' windows, and would not tell.
+    """
+    ends = torch.tensor([0, 3, 9], dtype=torch.int32), torch.tensor([0, 6, 20], dtype=torch.int32)
+    where = Sequences(ends[0].to(device), ends[1].to(device), 6, 14, causal=True, window=4)
+    there = Sequences(*ends, 6, 14, causal=True, window=4)
+    query, key, value, grad = (
+        torch.arange(float(rows * heads * 32)).mul(step).sin().view(rows, heads, 32)
+        for rows, heads, step in ((9, 2, 0.7), (20, 1, 0.9), (20, 1, 1.1), (9, 2, 1.3))
+    )
+    expected, lse = _plain_forward(query, key, value, there, 0.2)
+    right = expected, *_plain_backward(grad, query, key, value, expected, lse, there, 0.2)
+    q, k, v, g = (states.to(device, dtype) for states in (query, key, value, grad))
+    try:
+        out, lse, state = forward(q, k, v, where, 0.2)
+        found = out, *backward(g, q, k, v, out, lse, where, 0.2, state)
+    except (RuntimeError, TypeError) as failure:
+        return f"torch's flash attention has no windows here: {failure}"
+    errors = [float((a.cpu().float() - b).norm() / b.norm()) for a, b in zip(found, right, strict=True)]
+    return None if max(errors) < 0.05 else "torch's flash attention gets windows wrong here"
+
+
 def forward(query: Tensor, key: Tensor, value: Tensor, where: Sequences, scale: float) -> tuple[Tensor, Tensor, Any]:
     """Output (N, heads, D), log-sum-exp of the scores (heads, N), and the state that `backward` wants back.
 

@@ -5,6 +5,7 @@ import gc
 import logging
 import warnings
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from grpo_plus.packing import attention, cascade, check, packer
+from grpo_plus.packing import attention, cascade, check, packer, varlen
 from grpo_plus.packing.head import single_pass_head
 from grpo_plus.packing.layout import group_rows
 from grpo_plus.packing.packer import Packer
@@ -74,6 +75,26 @@ def test_flash_attention_comes_first_where_it_runs(monkeypatch, packing):
         packing, "shared_prompt (cascade attention)"
     )
     assert_close("log-probabilities", result.logps, rows_alone(model, *padded_batch()), rtol=2e-6)
+
+
+def test_flash_kernels_that_get_windows_wrong_are_not_taken_for_windows(monkeypatch):
+    # The window is longer than the rows of the self-check, which would see nothing.
+    flash_runs(monkeypatch)
+    right, models = varlen.forward, [tiny("gemma3"), tiny("llama")]
+    models[0].config.sliding_window = 512
+
+    def without_window(query, key, value, where, scale):
+        return right(query, key, value, replace(where, window=None), scale)
+
+    assert [cascade.why_not_cascade(model) for model in models] == [None, None]
+    monkeypatch.setattr(varlen, "forward", without_window)
+    reasons = [cascade.why_not_cascade(model) for model in models]
+    assert reasons == ["torch's flash attention gets windows wrong here", None]
+
+
+def test_right_windows_pass_in_half_precision():
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert varlen.why_not_windows(torch.device("cpu"), dtype) is None
 
 
 def test_segment_attention_follows_where_the_cascade_is_wrong(monkeypatch, caplog):
