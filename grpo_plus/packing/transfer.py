@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+# A copy that does not wait would read the buffer after it is freed: these devices do not keep the source.
+READS_LATER = ("mps",)
 ALIGNMENT = 16  # bytes; a tensor begins at a multiple, so that any dtype can be read there
 
 Value = TypeVar("Value")
@@ -56,11 +58,9 @@ def _copied(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
         data = tensor.contiguous().view(-1).view(torch.uint8)
         pieces += [data, data.new_zeros(-len(data) % ALIGNMENT)]
     buffer = torch.cat(pieces)
-    pinned = device.type == "cuda"
-    if pinned:
+    if device.type == "cuda":
         buffer = buffer.pin_memory()
-    # Out of ordinary memory a device that does not wait, as MPS, would read what is freed when this function returns.
-    there, at, copies = buffer.to(device, non_blocking=pinned), 0, []
+    there, at, copies = buffer.to(device, non_blocking=device.type not in READS_LATER), 0, []
     for tensor, data in zip(tensors, pieces[::2], strict=True):
         copies.append(there[at : at + len(data)].view(tensor.dtype).view(tensor.shape))
         at += len(data) + -len(data) % ALIGNMENT

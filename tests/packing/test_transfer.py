@@ -1,8 +1,10 @@
 """Copies to the device: in one piece, and without waiting only where the source outlives the copy."""
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from grpo_plus.packing import transfer
 from grpo_plus.packing.transfer import on_device
 
 
@@ -19,12 +21,14 @@ class Copies(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_copy_out_of_ordinary_memory_waits():
-    # MPS reads later what `on_device` frees when it returns. "meta" stands for any device but CUDA.
+@pytest.mark.parametrize("later", [True, False])
+def test_a_copy_waits_where_the_device_would_read_later_what_is_freed_on_return(monkeypatch, later):
+    assert "mps" in transfer.READS_LATER
+    monkeypatch.setattr(transfer, "READS_LATER", ("meta",) if later else ())
     value = torch.arange(3), [torch.arange(5, dtype=torch.int32), torch.zeros(0)]
     with Copies() as copies:
         moved = on_device(value, torch.device("meta"))
-    assert copies.waits == [True]
+    assert copies.waits == [later]
     assert [(part.dtype, part.shape) for part in (moved[0], *moved[1])] == [
         (part.dtype, part.shape) for part in (value[0], *value[1])
     ]
