@@ -104,7 +104,7 @@ def check_numbers(config: Any) -> None:
         value = getattr(config, entry.name)
         if entry.name not in RANGES:
             continue
-        optional = RANGES[entry.name].optional or entry.default is None or "None" in str(entry.type)
+        optional = RANGES[entry.name].optional or entry.default is None or _may_be_none(entry.name)
         if value is not None or not optional:
             _check(config, entry.name, value, entry.default)
     if config.reward_weights is not None:
@@ -119,6 +119,12 @@ def check_reward_timeout(config: "GRPOPlusConfig") -> None:
     if seconds is None or not _POSITIVE.holds(seconds):
         raise ValueError(f"reward_timeout={config.reward_timeout!r} must be a number of seconds above 0, or unset.")
     config.reward_timeout = seconds
+
+
+def _may_be_none(name: str) -> bool:
+    """Whether the field's annotation has None. The type of the field itself loses it in transformers' parser."""
+    annotations = (vars(kind).get("__annotations__", {}) for kind in GRPOConfig.__mro__)
+    return any("None" in str(found[name]) for found in annotations if name in found)
 
 
 def _check(config: GRPOConfig, name: str, value: Any, default: Any) -> None:
