@@ -28,7 +28,7 @@ RUNS = 3  # the first run of a way compiles kernels and grows the allocator's po
 class Layers(Protocol):
     """LoRA layers that can change between ours and PEFT's.
 
-    on: whether they are ours.
+    on: whether they are ours in an update.
     """
 
     on: bool
@@ -172,12 +172,9 @@ class Measure:
         """What was found, for a checkpoint. None where nothing has been measured."""
         return self._found
 
-    def go_on_with(self, state: dict[str, Any] | None, device: torch.device) -> None:
+    def go_on_with(self, state: dict[str, Any] | None) -> None:
         """Take what an earlier run found, where it ran on such a card and the way is still exact."""
         self._found, self.is_done = state, False
-        if self.layers is not None:
-            # The first generation comes before the first update, and rounds as the earlier run would have.
-            self.layers.on = not self.knows(device) or bool(state and state.get("own_layers"))
 
     def knows(self, device: torch.device) -> bool:
         """Whether an earlier run has found the way for such a card."""

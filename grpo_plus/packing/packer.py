@@ -165,12 +165,12 @@ class Packer:
         for base in self._choices:
             uninstall_segments(base)
 
-    def go_on_with(self, measured: dict[str, Any] | None, device: torch.device) -> None:
+    def go_on_with(self, measured: dict[str, Any] | None) -> None:
         """Choose anew, as in a new process, and take what an earlier run has measured on such a card."""
         if self.measure is not None:
             self.release()
             self._choices.clear()
-            self.measure.go_on_with(measured, device)
+            self.measure.go_on_with(measured)
 
     def describe(self) -> str:
         """Active form and head in a few words."""

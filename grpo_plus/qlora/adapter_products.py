@@ -74,7 +74,8 @@ class Products:
     Deep copies and pickles of a layer bring an empty `Products` along, under which a layer asks at every call.
 
     Attributes:
-        on: whether the layers are computed here. False leaves them to PEFT.
+        on: whether the layers of an update are computed here. False leaves them to PEFT. A forward without a graph, as
+            in generation, is computed here in any case.
     """
 
     def __init__(self) -> None:

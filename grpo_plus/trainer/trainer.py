@@ -176,7 +176,7 @@ class GRPOPlusTrainer(TRLSeam):
         if self.plus.kl_target is not None:
             self.beta = state.get("beta", self.beta)
         if self.speed.packer is not None:
-            self.speed.packer.go_on_with(state.get("measured"), self.accelerator.device)
+            self.speed.packer.go_on_with(state.get("measured"))
         name, saved = self.plus.advantage_estimator, state.get("estimator")
         if "estimator_state" in state and saved == name:
             self.estimator_state.update(state["estimator_state"])

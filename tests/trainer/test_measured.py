@@ -3,6 +3,7 @@
 import logging
 
 import pytest
+import torch
 from peft import LoraConfig
 from torch import nn
 
@@ -135,19 +136,15 @@ def test_a_way_that_is_gone_is_measured_in_an_update_and_not_in_a_pass_of_the_re
     assert found(second)["form"] == "shared_prompt (segment attention)"
 
 
-def test_a_resumed_run_generates_with_the_layers_that_the_earlier_one_found(tmp_path):
-    # A generation comes before the first update.
+def test_layers_that_are_pefts_in_an_update_stay_ours_in_generation(tmp_path):
     made = trainer(tmp_path, LORA)
-    earlier = {"card": "cpu", "form": "None", "head": False, "own_layers": False}
-    for state, on in (
-        ({"measured": earlier}, False),
-        ({"measured": earlier | {"own_layers": True}}, True),
-        ({"measured": earlier}, False),
-        ({"measured": earlier | {"card": "NVIDIA T4"}}, True),
-        ({}, True),
-    ):
-        made.load_running_state(state)
-        assert made.speed.adapters.on is on
+    Work(made, per_token=1.0, per_peft_layer=-1.0)
+    layer = next(module for name, module in made.model.named_modules() if ".lora_dropout." in name)
+    forward, with_graph = layer.forward, []
+    layer.forward = lambda x: with_graph.append(torch.is_grad_enabled()) or forward(x)
+    made.train()
+    assert found(made)["own_layers"] is False
+    assert set(with_graph) == {True}
 
 
 def test_a_trainer_that_has_measured_takes_what_a_checkpoint_says(tmp_path):
