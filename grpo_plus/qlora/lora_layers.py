@@ -61,9 +61,7 @@ def fits_any(model: Any) -> bool:
 
 
 def _forward(products: Products, layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    ours = (
-        products.on or not torch.is_grad_enabled()
-    )  # without a graph ours launch less in any case
+    ours = products.on or not torch.is_grad_enabled()  # without a graph ours launch less in any case
     if ours and not (args or kwargs or layer.disable_adapters or layer.merged or _mixes(layer, x)):
         if products.is_held:
             output = products.output(layer, x)
