@@ -41,4 +41,9 @@ def _is_users(frame: FrameType) -> bool:
     path = Path(name).resolve()
     libraries = [Path(sysconfig.get_path(kind)).resolve() for kind in ("stdlib", "platstdlib")]
     inside = any(folder in path.parents for folder in (PACKAGE, *libraries))
-    return not inside and set(INSTALLED).isdisjoint(path.parts)
+    return not inside and set(INSTALLED).isdisjoint(path.parts) and not any(map(_is_pips, path.parents))
+
+
+def _is_pips(folder: Path) -> bool:
+    """Whether pip installed into the folder, as `pip install --target` does into any."""
+    return next(folder.glob("*.dist-info"), None) is not None
