@@ -255,7 +255,8 @@ def _waste(replay: Replay) -> list[Block]:
     columns = [values.tolist() for values in (s.mean_size(), s.dead(), s.zero(), s.effective())]
     return [
         Figure(
-            "Effective sample size, (Σ|A|)² / (N ΣA²), of the batches that train: 1 if all completions weigh the same.",
+            "Effective sample size, (Σ|A|)² / (B ΣA²) over a batch's B completions, of the batches that train: 1 if "
+            "all completions weigh the same.",
             bars(effective, label="effective sample size", limit=1.12, mark=LOGGED),
         ),
         Figure(
