@@ -23,6 +23,7 @@ from grpo_plus.packing.forward import Form, Head
 logger = logging.getLogger("grpo_plus")
 
 RUNS = 3  # the first run of a way compiles kernels and grows the allocator's pool: its time does not count
+BUDGET = 30.0  # seconds
 
 
 class Layers(Protocol):
@@ -72,6 +73,8 @@ def timed_ways(
 ) -> dict[Way, float]:
     """Seconds of the ways worth a run: first every form, then the other head and the other layers of the fastest.
 
+    After `BUDGET` seconds no further way is timed, but TRL's own in any case.
+
     Args:
         forms: the forms. A None among them lets TRL's own way take part.
         heads: the heads, the one to start with first. Padded rows are scored by TRL's head alone.
@@ -82,7 +85,8 @@ def timed_ways(
 
     def time(ways: Iterable[Way]) -> Way:
         for way in ways:
-            if way not in times:
+            spent = RUNS * sum(found for found in times.values() if found < math.inf)
+            if way not in times and (way == Way() or spent <= BUDGET):
                 times[way] = seconds(way)
         return min(times, key=times.__getitem__)
 

@@ -13,13 +13,13 @@ def head(model, hidden, targets):
     raise NotImplementedError
 
 
-def times_of(costs, forms=(SEGMENTS, PADDING_FREE, None), heads=(None, head), own_layers=(True, False)):
+def times_of(costs, forms=(SEGMENTS, PADDING_FREE, None), heads=(None, head), own_layers=(True, False), scale=0.1):
     """Time the ways with these seconds: the sum of what the form, the head and the layers cost."""
     asked = []
 
     def seconds(way):
         asked.append(way)
-        return costs[way.form] + costs.get(way.head, 0.0) + (costs["own"] if way.own_layers else 0.0)
+        return scale * (costs[way.form] + costs.get(way.head, 0.0) + (costs["own"] if way.own_layers else 0.0))
 
     times = timed_ways(forms, heads, own_layers, seconds)
     assert len(asked) == len(set(asked))  # no way twice
@@ -52,6 +52,13 @@ def test_without_trls_way_among_the_candidates_the_fastest_form_wins():
     costs = {SEGMENTS: 3.0, PADDING_FREE: 2.0, None: 0.0, "own": 0.0}
     times = times_of(costs, forms=(SEGMENTS, PADDING_FREE), heads=(None,), own_layers=(False,))
     assert set(times) == {Way(SEGMENTS), Way(PADDING_FREE)}
+
+
+def test_after_thirty_seconds_only_trls_own_way_is_timed():
+    costs = {SEGMENTS: 11.0, PADDING_FREE: 1.0, None: 12.0, "own": 0.0}
+    times = times_of(costs, scale=1.0)
+    assert set(times) == {Way(SEGMENTS, None, own_layers=True), Way()}
+    assert fastest(times) == Way(SEGMENTS, None, own_layers=True)
 
 
 class Clock:

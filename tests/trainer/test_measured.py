@@ -41,7 +41,7 @@ class Work:
 
     def read(self):
         self.readings += 1
-        return self.seconds
+        return self.seconds * 2.0**-16  # exact, so that ways with the same work tie
 
 
 def trainer(folder, adapter=None, **config):
