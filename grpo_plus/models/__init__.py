@@ -1,1 +1,1 @@
-"""Facts of a model in memory: its adapters and its dropout. Import from the modules."""
+"""Facts of a model in memory: its adapters, its dropout, and what its attention layers say. Import from the modules."""

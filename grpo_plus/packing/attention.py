@@ -18,8 +18,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from grpo_plus.models.layers import why_not_packed_row, window_of
 from grpo_plus.packing.cascade import Cascade, cascade_attention
-from grpo_plus.packing.layers import why_not_packed_row, window_of
 from grpo_plus.packing.layout import Span
 
 PREFIX = "grpo_plus_"

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
+from grpo_plus.models.layers import why_not_packed_row, window_of
 from grpo_plus.packing import varlen
-from grpo_plus.packing.layers import why_not_packed_row, window_of
 from grpo_plus.packing.prompts_first import Block
 from grpo_plus.packing.transfer import on_device
 from grpo_plus.packing.varlen import Sequences, why_not_flash

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from grpo_plus.models.layers import UnsupportedLayerError
 from grpo_plus.packing import varlen
 from grpo_plus.packing.attention import Segments, segment_attention
 from grpo_plus.packing.cascade import _merge, cascade_attention, cascade_of, why_not_cascade
-from grpo_plus.packing.layers import UnsupportedLayerError
 from grpo_plus.packing.layout import Group, group_rows, pack
 from grpo_plus.packing.prompts_first import pack_prompts_first, prompts_first
 from grpo_plus.packing.reference import shared_prompt_attention
