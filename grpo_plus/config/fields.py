@@ -74,8 +74,9 @@ class GRPOPlusConfig(GRPOConfig):
             in 4 bits or not quantized. "auto": "torch" wherever the layers allow; on a GPU the faster one.
         generation_chunk_size: rows that a process generates for at a time, for a smaller cache. None: its whole
             generation batch, as TRL. "auto": as many as the free memory of a CUDA device holds by the planner's count,
-            and half as many where the memory runs out all the same; on other devices all. Greedy completions stay the
-            same. Sampled completions are other draws of the same distribution.
+            and half as many where the memory runs out all the same; on other devices all. A part holds whole groups of
+            equal prompts, and so fewer rows, wherever that takes no further part. Greedy completions stay the same.
+            Sampled completions are other draws of the same distribution.
         adapter_dtype: of the adapters and of Adam's state, "float32" or "bfloat16". None: float32 above a base that
             bitsandbytes quantized, else as PEFT made them. TRL takes bfloat16 above such a base, where a step of a
             small learning rate rounds to nothing.

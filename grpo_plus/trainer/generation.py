@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import groupby
 from math import ceil
 from typing import Any
 
@@ -50,6 +51,9 @@ def _as_trained(model: nn.Module, autocast: Callable[[], AbstractContextManager]
 class Chunks:
     """How many rows to generate for at a time.
 
+    A prompt whose rows come in one part is forwarded once by the decoding loop. Parts are therefore whole groups of
+    equal prompts wherever that takes no further part: a part takes as many steps as its longest completion.
+
     Attributes:
         size: a number of rows. None: as many as `fitting` says, and half as many from then on where torch runs out of
             memory all the same.
@@ -67,9 +71,9 @@ class Chunks:
         size = min(size for size in (self.size, fitting, len(prompt_ids)) if size is not None)
         completion_ids: Rows = []
         while len(completion_ids) < len(prompt_ids):
-            start = len(completion_ids)
+            rest = prompt_ids[len(completion_ids) :]
             try:
-                completion_ids += complete(prompt_ids[start : start + size])
+                completion_ids += complete(rest[: _first_part(rest, size)])
                 continue
             except RuntimeError as failure:
                 if not adapts or size == 1 or not is_out_of_memory(failure):
@@ -89,6 +93,24 @@ class Chunks:
         before = self.fitting
         self.fitting = lambda prompt_length: min(half, before(prompt_length) or half)
         return half
+
+
+def _first_part(prompt_ids: Rows, size: int) -> int:
+    """Rows of the first part, `size` at most. Whole groups, unless the prompts would then take one part more."""
+    parts = _whole_groups(prompt_ids, size)
+    return parts[0] if len(parts) <= ceil(len(prompt_ids) / size) else size
+
+
+def _whole_groups(prompt_ids: Rows, size: int) -> list[int]:
+    """Rows of each part where no part cuts a group, except a group of more than `size` rows."""
+    parts: list[int] = []
+    for _, group in groupby(prompt_ids):
+        rows = len(list(group))
+        if parts and parts[-1] + rows <= size:
+            parts[-1] += rows
+        else:
+            parts += [size] * (rows // size) + ([rows % size] if rows % size else [])
+    return parts
 
 
 def rows_that_fit(model: Any, args: Any, prompt_length: int) -> int | None:

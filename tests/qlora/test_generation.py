@@ -154,12 +154,59 @@ def test_half_of_an_odd_number_of_rows_is_rounded_up(caplog, failure):
             raise failure
         return part
 
-    chunks = Chunks(None)
+    room = {1: 7, 2: 3, 3: None}  # rows by length of the prompts
+    chunks = Chunks(None, room.__getitem__)
     with caplog.at_level(logging.WARNING, logger="grpo_plus"):
         assert chunks.generate(complete, [[row] for row in range(7)]) == [[row] for row in range(7)]
     assert called == [7, 4, 3]
     assert "generation_chunk_size=4" in caplog.text
-    assert chunks.fitting(1) == 4
+    assert [chunks.fitting(length) for length in room] == [4, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("groups", "size", "parts"),
+    [
+        ([4, 4, 4, 4], 4, [4, 4, 4, 4]),
+        ([4, 4, 4, 4], 7, [7, 5, 4]),  # whole groups would take four parts
+        ([4, 4, 4, 4], 9, [8, 8]),
+        ([4, 4, 4, 4], 15, [12, 4]),
+        ([4, 4], 3, [3, 3, 2]),  # no group fits
+        ([2, 1, 3, 2], 5, [3, 5]),  # prompts after a tool: groups of any size
+        ([1, 1, 1, 1, 1], 2, [2, 2, 1]),
+        ([5, 3, 3], 4, [4, 4, 3]),  # the rest of a group that did not fit goes with the next ones
+        ([3], 8, [3]),
+        ([], 8, []),
+    ],
+)
+@pytest.mark.parametrize("adapts", [False, True])
+def test_parts_are_whole_groups_where_that_takes_no_further_part(groups, size, parts, adapts):
+    prompt_ids = [[group, 7] for group, rows in enumerate(groups) for _ in range(rows)]
+    called = []
+
+    def complete(part):
+        called.append(len(part))
+        return [[*prompt, 1] for prompt in part]
+
+    chunks = Chunks(None, lambda prompt_length: size) if adapts else Chunks(size)
+    assert chunks.generate(complete, prompt_ids) == [[*prompt, 1] for prompt in prompt_ids]
+    assert called == parts
+
+
+def test_half_of_the_rows_that_ran_out_of_memory_is_whole_groups():
+    called = []
+
+    def complete(part):
+        called.append(len(part))
+        if len(part) > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return part
+
+    prompt_ids = [[group] for group in range(3) for _ in range(3)]
+    chunks = Chunks(None)
+    assert chunks.generate(complete, prompt_ids) == prompt_ids
+    assert called == [9, 5, 4]  # three parts would be whole groups, two are not
+    assert chunks.generate(complete, prompt_ids[:6]) == prompt_ids[:6]
+    assert called[3:] == [3, 3]
 
 
 def test_one_row_that_does_not_fit_and_a_number_that_was_asked_for_stay_errors():
