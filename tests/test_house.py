@@ -25,6 +25,7 @@ FLOORS = {
     "losses": 2,
     "packing": 2,
     "planner": 2,
+    "rollout": 2,
     "config": 3,
     "qlora": 3,
     "replay": 3,
@@ -45,6 +46,7 @@ OUTSIDE = {
     "report": {"jinja2", "matplotlib", "numpy", "pyarrow"},
     "advantages": {"torch"},
     "losses": {"torch"},
+    "rollout": {"torch", "transformers"},
     "planner": {"torch", "huggingface_hub", "transformers", "peft"},
     "replay": {"torch", "numpy", "pyarrow", "matplotlib", "tqdm"},
 }

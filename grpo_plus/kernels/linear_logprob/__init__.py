@@ -3,6 +3,9 @@
 `reference` builds all logits. The backends build one tile of logits at a time, each tile once, and need a head that
 does not train: `single_pass` ("torch") runs anywhere, `triton` ("triton") on a GPU. `frozen` holds what the backends
 share. `why_not` says whether a model's head will do, and `why_not_on` whether a device will do.
+
+`kept` holds the tokens that a sampler with top_p or the like could draw. "torch" can normalize over these alone, and
+`trained` does so for a head that trains.
 """
 
 from importlib import import_module

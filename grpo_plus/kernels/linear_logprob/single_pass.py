@@ -5,10 +5,13 @@ For a tile of rows, over the whole vocabulary at once:
     vectors = (onehot(targets) - p) * slope @ W * logit_scale / temperature
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from grpo_plus.kernels.linear_logprob.frozen import Head, frozen_logprob
+from grpo_plus.kernels.linear_logprob.kept import LEFT_OUT, Kept
 from grpo_plus.kernels.products import add_product, compute_dtype
 
 # Bytes of the logits that live at a time. TRL's tile of 4096 x 32768 has as many bytes in bf16.
@@ -25,6 +28,7 @@ def linear_logprob(
     weight: Tensor,
     targets: Tensor,
     *,
+    kept: Kept | None = None,
     bias: Tensor | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
@@ -37,10 +41,13 @@ def linear_logprob(
     Raises:
         ValueError: the weight or the bias trains, or the weight is not a plain floating tensor.
     """
-    return frozen_logprob(_score, hidden, targets, Head(weight, bias, temperature, softcap, logit_scale))
+    score = partial(_score, kept)
+    return frozen_logprob(score, hidden, targets, Head(weight, bias, temperature, softcap, logit_scale))
 
 
-def _score(hidden: Tensor, targets: Tensor, head: Head, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+def _score(
+    kept: Kept | None, hidden: Tensor, targets: Tensor, head: Head, with_gradient: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Log-probabilities (N,), entropies (N,) and derivatives of the log-probabilities (N, H), tile by tile."""
     device, dtype = hidden.device, compute_dtype(hidden)
     count, vocab = hidden.shape[0], head.weight.shape[0]
@@ -55,7 +62,8 @@ def _score(hidden: Tensor, targets: Tensor, head: Head, with_gradient: bool) -> 
         states = hidden[part].to(dtype)
         tile = tiles[: states.shape[0]]
         _project(states, head, tile)
-        _fold(tile, targets[part], head, logps[part], entropy[part], with_gradient)
+        left_out = None if kept is None else kept.left_out(part, vocab)
+        _fold(tile, targets[part], left_out, head, logps[part], entropy[part], with_gradient)
         if vectors is not None:
             vectors[part] = _times_weight(tile, head)
     return logps, entropy, vectors
@@ -69,7 +77,15 @@ def _project(states: Tensor, head: Head, tile: Tensor) -> None:
         tile.add_(head.bias.to(tile.dtype))
 
 
-def _fold(tile: Tensor, targets: Tensor, head: Head, logps: Tensor, entropy: Tensor, with_gradient: bool) -> None:
+def _fold(
+    tile: Tensor,
+    targets: Tensor,
+    left_out: Tensor | None,
+    head: Head,
+    logps: Tensor,
+    entropy: Tensor,
+    with_gradient: bool,
+) -> None:
     """Read log-probabilities and entropies off the tile. With a gradient to form, leave d(-logp)/dz in the tile."""
     vocab = tile.shape[1]
     rows = max(1, BLOCK_BYTES.get(tile.device.type, LARGE_BLOCK_BYTES) // (vocab * logps.itemsize))
@@ -79,6 +95,8 @@ def _fold(tile: Tensor, targets: Tensor, head: Head, logps: Tensor, entropy: Ten
         target = targets[part].unsqueeze(1)
         logits = tile[part].to(logps.dtype)  # float32 tiles are worked on in place
         slope = _transform(logits, head, with_gradient)
+        if left_out is not None:
+            logits.masked_fill_(left_out[part], LEFT_OUT)
         logits.sub_(logits.amax(-1, keepdim=True))
         probs = torch.exp(logits, out=scratch[: logits.shape[0]])
         total = probs.sum(-1)  # torch.softmax sums less accurately

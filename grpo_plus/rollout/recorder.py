@@ -1,0 +1,64 @@
+"""The place behind the last of the processors, where a rollout's scores are those that tokens are drawn from.
+
+`generate(logits_processor=...)` puts a processor of the caller's before temperature, top_k and top_p. Behind them comes
+only what `generate(custom_generate=...)` calls with the list that transformers has prepared.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
+
+Decode = Callable[..., Any]  # as transformers calls a `custom_generate`
+
+
+class Recorder(LogitsProcessor):
+    """Last of a rollout's processors, which changes nothing."""
+
+    def begin(self, processors: LogitsProcessorList) -> None:
+        """Learn which processors come before, when the rollout begins."""
+
+
+Kind = TypeVar("Kind", bound=Recorder)
+
+
+@contextmanager
+def recording(model: Any, make: Callable[[], Kind]) -> Iterator[list[Kind]]:
+    """Let a new recorder see the scores of every `model.generate`, whichever loop decodes.
+
+    A loop of ours is installed inside, so that its calls come here.
+
+    Args:
+        model: on which `generate` is called, with wrappers like PEFT's.
+
+    Returns:
+        The recorders, one for each call that has come to its end.
+    """
+    before, generate = vars(model).get("generate"), model.generate
+    recorders: list[Kind] = []
+
+    def recorded(*args: Any, custom_generate: Decode | None = None, **kwargs: Any) -> Any:
+        recorder = make()
+        generated = generate(*args, custom_generate=_followed_by(recorder, custom_generate), **kwargs)
+        recorders.append(recorder)
+        return generated
+
+    model.generate = recorded
+    try:
+        yield recorders
+    finally:
+        del model.generate
+        if before is not None:
+            model.generate = before
+
+
+def _followed_by(recorder: Recorder, decode: Decode | None) -> Decode:
+    """The loop `decode`, transformers' own for None, with the recorder behind its processors."""
+
+    def recorded(model: PreTrainedModel, input_ids: Any, logits_processor: LogitsProcessorList, **kwargs: Any) -> Any:
+        recorder.begin(logits_processor)
+        processors = LogitsProcessorList([*logits_processor, recorder])
+        return (decode or type(model)._sample)(model, input_ids, logits_processor=processors, **kwargs)
+
+    return recorded
