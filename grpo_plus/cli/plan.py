@@ -9,7 +9,9 @@ if TYPE_CHECKING:
 
 HELP = "Say how much GPU memory a run will need, what fits, and what to change; needs no GPU and no weights."
 
-EPILOG = """Example: grpo-plus plan Qwen/Qwen3-4B --gpu 12GB --qlora --max_completion_length 1024
+EPILOG = """Examples:
+  grpo-plus plan Qwen/Qwen3-4B --gpu 12GB --qlora --max_completion_length 1024
+  grpo-plus plan Qwen/Qwen3-4B --gpu 8GB,12GB,16GB,24GB --qlora
 
 The settings have the names and defaults of `grpo-plus train`, but that --lora_r stands for --use_peft with adapters on
 all linear layers, and --prompt_length for the dataset's longest prompt. Sizes are for full-length completions. What
@@ -24,7 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog, parser.formatter_class = EPILOG, argparse.RawDescriptionHelpFormatter
     parser.add_argument("model", metavar="MODEL", help="a local folder, a config.json, or a name on the hub")
     parser.add_argument(
-        "--gpu", metavar="CARD", help="a card's name or memory, such as 4090, 'rtx 3060', 12GB: what fits, and advice"
+        "--gpu",
+        metavar="CARD",
+        help="a card's name or memory, such as 4090, 'rtx 3060', 12GB: what fits, and advice. Several with commas: the "
+        "longest completion on each, beside TRL's",
     )
     parser.add_argument("--calibrate", metavar="FILE", help="JSON object of measured constants")
     parser.add_argument("--revision", help="of the model on the hub")
@@ -56,7 +61,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
     """Print the table; with --gpu, what fits and what to change. Exit status 1 where the run does not fit."""
     from grpo_plus.planner import QLORA, Constants, Run, card, load_constants, load_shape, plan
 
-    gpu = card(args.gpu) if args.gpu is not None else None
+    cards = [card(name) for name in args.gpu.split(",")] if args.gpu is not None else []
     constants = load_constants(args.calibrate) if args.calibrate is not None else Constants()
     given = {entry.name: value for entry in fields(Run) if (value := getattr(args, entry.name)) is not None}
     settings = Run(**((QLORA if args.qlora else {}) | given))
@@ -64,13 +69,16 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
     for note in planned.shape.notes:
         print(note)
     print(_header(planned))
-    print(planned.table())
-    if gpu is None:
+    notes = [gpu.note for gpu in cards if gpu.note]
+    if len(cards) > 1:
+        print("\n".join([*notes, _longest(planned, [gpu.size for gpu in cards])]))
         return 0
-    if gpu.note:
-        print(f"{gpu.note}\n")
-    print(_verdict(planned, gpu.size))
-    return 0 if planned.fits(gpu.size) else 1
+    print(planned.table())
+    if not cards:
+        return 0
+    print("".join(f"{note}\n" for note in notes), end="")
+    print(_verdict(planned, cards[0].size))
+    return 0 if planned.fits(cards[0].size) else 1
 
 
 def _header(planned: "MemoryPlan") -> str:
@@ -83,6 +91,17 @@ def _header(planned: "MemoryPlan") -> str:
         f"{settings.per_device_train_batch_size} per pass; {settings.prompt_length} + {settings.max_completion_length} "
         f"tokens; rows: {settings.rows}\n"
     )
+
+
+def _longest(planned: "MemoryPlan", cards: list[int]) -> str:
+    from grpo_plus.planner import longest, longest_table
+
+    found = longest(planned.shape, planned.run, cards, constants=planned.constants)
+    lines = [longest_table(found, cards)]
+    positions = planned.shape.positions
+    if positions is not None and planned.run.prompt_length + max(found[-1].tokens) > positions:
+        lines.append(f"The model knows {positions:,} positions. Longer rows need its rope_scaling.")
+    return "\n".join(lines)
 
 
 def _verdict(planned: "MemoryPlan", gpu_bytes: int) -> str:

@@ -12,11 +12,13 @@ It knows some without torch; `built.py` reads the others off the model that tran
 `saved_quantization.py` reads in which codes a model was saved, and `loaded.py` counts a model in memory.
 """
 
-from grpo_plus.planner.advise import Advice, Suggestion, advise, largest, resized
+from grpo_plus.planner.advise import Advice, Suggestion, advise
 from grpo_plus.planner.architecture import shape_of
 from grpo_plus.planner.cards import Card, card
 from grpo_plus.planner.config_file import load_shape, read_config
 from grpo_plus.planner.constants import Constants, load_constants
+from grpo_plus.planner.largest import largest, resized
+from grpo_plus.planner.longest import Longest, longest, longest_table
 from grpo_plus.planner.memory import MemoryPlan, plan
 from grpo_plus.planner.run import QLORA, Run, parse_bytes
 from grpo_plus.planner.shapes import ModelShape
@@ -26,6 +28,7 @@ __all__ = [
     "Advice",
     "Card",
     "Constants",
+    "Longest",
     "MemoryPlan",
     "ModelShape",
     "Run",
@@ -35,6 +38,8 @@ __all__ = [
     "largest",
     "load_constants",
     "load_shape",
+    "longest",
+    "longest_table",
     "parse_bytes",
     "plan",
     "read_config",

@@ -52,11 +52,13 @@ def _is_feed_forward(linear: Linear) -> bool:
 
 
 def attention_activations(shape: ModelShape, layer: Layer, run: Run) -> float:
-    """Bytes that the attention of one layer saves for a micro-batch.
+    """Bytes that the attention of one layer saves for the rows of a pass.
 
     Fused attention saves queries, keys, values and its output. With a mask, transformers repeats keys and values for
     every query head, and torch turns the mask from booleans into numbers, per layer. Each completion of a shared prompt
-    gets a copy of the prompt's keys and values. Eager attention saves the softmax twice, in float32 and cast.
+    gets a copy of the prompt's keys and values. A completion alone with its prompt is one causal sequence, but for a
+    model with linear attention, where prompts go through the cache. Eager attention saves the softmax twice, in float32
+    and cast.
     """
     size = MIXED if run.autocast else run.weight_size
     rows, prompt, completion = run.per_device_train_batch_size, run.prompt_length, run.max_completion_length
@@ -66,26 +68,26 @@ def attention_activations(shape: ModelShape, layer: Layer, run: Run) -> float:
     if shape.eager:
         spans = rows * total * total if run.rows != "shared_prompt" else rows * completion * total + prompt * prompt
         return spans * shape.heads * (FULL + size) + rows * total * 4 * layer.query * size
-    if run.rows == "shared_prompt":
+    if run.rows == "shared_prompt" and (rows > distinct_prompts(run) or shape.carries_state):
         prompts = distinct_prompts(run) * prompt * 2 * (layer.query + layer.keys)
         return size * (prompts + rows * layer.query * (2 * completion + 2 * total) + completion * total)
-    if run.rows == "padding_free":
+    if run.rows != "none":
         return size * rows * total * 2 * (layer.query + layer.keys)
     return size * (rows * total * 4 * layer.query + rows * total * total)
 
 
-def forward_activations(shape: ModelShape, layer: Layer, run: Run, size: int) -> float:
-    """Bytes per token that live at a time in one layer without gradients: attention or MLP, and the residual."""
-    attention = (4 * layer.query + 2 * layer.keys + 2 * layer.mixer) * size
-    feed_forward = (3 * layer.feed_forward + layer.routed * shape.hidden) * size
-    return 2 * shape.hidden * run.weight_size + max(attention, feed_forward)
+def forward_activations(shape: ModelShape, layer: Layer, run: Run, size: int, tokens: int) -> float:
+    """Bytes that live at a time in one layer without gradients: attention or MLP, and the residual."""
+    attention = tokens * (4 * layer.query + 2 * layer.keys + 2 * layer.mixer) * size
+    feed_forward = tokens * (3 * layer.feed_forward + layer.routed * shape.hidden) * size
+    return tokens * 2 * shape.hidden * run.weight_size + max(attention, feed_forward)
 
 
-def backward_activations(shape: ModelShape, layer: Layer, run: Run) -> float:
-    """Bytes per token of derivatives that live at a time in a layer's backward: those of the MLP's two halves."""
+def backward_activations(shape: ModelShape, layer: Layer, run: Run, tokens: int) -> float:
+    """Bytes of derivatives that live at a time in a layer's backward: those of the MLP's two halves."""
     output = run.weight_size if run.quantized or not run.autocast else MIXED
     widened = FULL * layer.feed_forward if _casts_inputs(run) else 0
-    return 2 * output * max(layer.feed_forward, layer.query, layer.mixer) + widened
+    return tokens * (2 * output * max(layer.feed_forward, layer.query, layer.mixer) + widened)
 
 
 def weight_copies(shape: ModelShape, layer: Layer, run: Run) -> float:
@@ -114,12 +116,12 @@ def mask_bytes(shape: ModelShape, rows: int, length: int, size: int) -> float:
 
 
 def distinct_prompts(run: Run) -> int:
-    """Distinct prompts in a micro-batch."""
+    """Distinct prompts in a pass."""
     return -(-run.per_device_train_batch_size // run.num_generations)
 
 
 def forwarded_tokens(run: Run) -> int:
-    """Tokens of a micro-batch that go through the layers."""
+    """Tokens that go through the layers together."""
     rows = run.per_device_train_batch_size
     prompts = distinct_prompts(run) if run.rows == "shared_prompt" else rows
     return prompts * run.prompt_length + rows * run.max_completion_length

@@ -24,4 +24,10 @@ def shape_of(config: Mapping[str, Any], *, name: str = "config") -> ModelShape:
     shape = shape_by_row(config, name) if set(quantization.skipped or ()) <= {"lm_head"} else None
     if shape is None:
         shape = built_shape(config, name, skipped=quantization.skipped)
-    return replace(shape, saved=quantization.saved, notes=shape.notes + quantization.notes)
+    text = config.get("text_config") or config
+    return replace(
+        shape,
+        positions=text.get("max_position_embeddings"),
+        saved=quantization.saved,
+        notes=shape.notes + quantization.notes,
+    )

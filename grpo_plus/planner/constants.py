@@ -9,6 +9,7 @@ from typing import Any
 from grpo_plus.registry import suggestion
 
 GIB = 2**30
+Bytes = dict[str, float]  # by cause
 
 
 @dataclass(frozen=True)

@@ -7,25 +7,16 @@ peft 0.21, bitsandbytes 0.50 and trl 1.16, on CPUs. `constants` holds what is as
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from itertools import groupby
 
-from grpo_plus.planner.activations import (
-    attention_activations,
-    backward_activations,
-    forward_activations,
-    forwarded_tokens,
-    layer_activations,
-    mask_bytes,
-    row_masks,
-    weight_copies,
-)
-from grpo_plus.planner.constants import GIB, Constants
-from grpo_plus.planner.run import FULL, MIXED, OPTIMIZERS, Run
+from grpo_plus.planner.activations import forward_activations, mask_bytes
+from grpo_plus.planner.constants import GIB, Bytes, Constants
+from grpo_plus.planner.run import FULL, MIXED, Run
 from grpo_plus.planner.saved_quantization import LORA_R
 from grpo_plus.planner.shapes import Layer, ModelShape
+from grpo_plus.planner.trained import largest_tensor, trained_bytes
+from grpo_plus.planner.update import scoring_bytes, update_bytes
 
 PHASES = ("load", "generate", "score", "update", "optimizer")
-Bytes = dict[str, float]
 
 # Bytes of a weight in nf4: half a byte, and a scale per block of 64 weights. The scale is a float32. Nested, it has 8
 # bits and shares a float32 with 255 other scales.
@@ -35,12 +26,21 @@ NF4_NESTED = 0.5 + 1 / 64 + 4 / (64 * 256)
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes by phase and cause. A phase that the run does not have is missing."""
+    """Bytes by phase and cause. A phase that the run does not have is missing.
+
+    on_host: bytes of the host's memory by cause, of what the run keeps off the card.
+    """
 
     shape: ModelShape
     run: Run
     constants: Constants
     phases: Mapping[str, Mapping[str, float]]
+    on_host: Mapping[str, float]
+
+    @property
+    def host(self) -> float:
+        """Bytes of the host's memory that the run needs for what it keeps off the card."""
+        return sum(self.on_host.values())
 
     def phase(self, name: str) -> float:
         """Bytes of one phase. 0 for a phase that the run does not have."""
@@ -71,6 +71,7 @@ class MemoryPlan:
         totals = (f"{self.phase(phase) / GIB:9.2f}" for phase in self.phases)
         lines.append(" ".join([f"{'sum':<{width}}", *totals]))
         lines.append(f"peak: {self.peak / GIB:.2f} GiB, in {self.binding}")
+        lines += [f"on the host: {size / GIB:.2f} GiB of {cause}" for cause, size in self.on_host.items()]
         return "\n".join(line.rstrip() for line in lines)
 
 
@@ -79,34 +80,28 @@ def plan(shape: ModelShape, run: Run | None = None, *, constants: Constants | No
     run, constants = _as_saved(shape, run or Run()), constants or Constants()
     counted = shape.counted if shape.counted is not None and shape.counted.belongs_to(run) else None
     weights = weight_bytes(shape, run) if counted is None else counted.frozen_bytes
-    trained = shape.lora(run.lora_r) if run.lora_r else shape.parameters
-    trained_bytes: float = trained * (run.adapter_size if run.lora_r else run.weight_size)
-    if counted is not None:
-        trained, trained_bytes = counted.trained, counted.trained_bytes
-    count, state_size = OPTIMIZERS[run.optim]
+    trained = trained_bytes(shape, run, counted)
     always: Bytes = {"context": constants.context_bytes, "weights": weights}
     if run.lora_r:
-        always["adapters"] = trained_bytes
+        always["adapters"] = trained.size
     if run.beta and not run.lora_r:  # with LoRA the reference is the model without its adapters
         always["reference model"] = weights
-    state: Bytes = {"optimizer state": count * (trained_bytes if state_size is None else trained * state_size)}
-    gradients: Bytes = {"gradients": trained_bytes}
-    copied = adapter_copies(shape, run)
-    if copied and counted is not None:  # of a loaded model with fewer or smaller adapters than on all layers
-        copied *= min(1, trained / shape.lora(run.lora_r or 1))
-    training = always | state | ({"adapter copies": copied} if copied else {})
+    training = always | {"optimizer state": trained.state} | _present({"adapter copies": trained.copies})
+    gradients: Bytes = {"gradients": trained.size}
     between = training | (gradients if run.generates_within_a_step else {})
     phases: dict[str, Bytes] = {
-        "load": always | {"being loaded": _largest_tensor(shape) * run.weight_size},
+        "load": always | {"being loaded": largest_tensor(shape) * run.weight_size},
         "generate": between | _spread(generation_bytes(shape, run, constants), constants),
     }
     if run.scores:
         phases["score"] = between | _spread(scoring_bytes(shape, run, constants), constants)
     phases["update"] = training | gradients | _spread(update_bytes(shape, run, constants), constants)
-    # The unfused AdamW works on copies: one list of all denominators.
-    copies = trained_bytes if run.optim == "adamw_torch" else 0
-    phases["optimizer"] = training | gradients | ({"optimizer copies": copies} if copies else {})
-    return MemoryPlan(shape, run, constants, phases)
+    phases["optimizer"] = training | gradients | _present({"optimizer copies": trained.stepping})
+    return MemoryPlan(shape, run, constants, phases, _present({"optimizer state": trained.paged}))
+
+
+def _present(causes: Bytes) -> Bytes:
+    return {cause: size for cause, size in causes.items() if size}
 
 
 def _as_saved(shape: ModelShape, run: Run) -> Run:
@@ -134,27 +129,6 @@ def weight_bytes(shape: ModelShape, run: Run) -> float:
     return codes + run.weight_size * (shape.parameters - shape.linear)
 
 
-def adapter_copies(shape: ModelShape, run: Run) -> float:
-    """Bytes of what `lora_backend` keeps of the adapters for their products. 0 for TRL's trainer and with a dropout.
-
-    All A and B in autocast's dtype; of adapters that have it already, the A of layers that share an input, stacked.
-    """
-    if run.lora_r is None or run.packing == "none" or run.lora_dropout:
-        return 0
-    size = MIXED if run.autocast else run.adapter_size
-    adapted = [[linear for linear in layer.linears if linear.adapted] for layer in shape.layers]
-    if size != run.adapter_size:
-        return run.lora_r * size * sum(linear.inputs + linear.outputs for linears in adapted for linear in linears)
-    runs = [list(same) for linears in adapted for _, same in groupby(linears, key=lambda linear: linear.inputs)]
-    return run.lora_r * size * sum(linear.inputs for same in runs if len(same) > 1 for linear in same)
-
-
-def _largest_tensor(shape: ModelShape) -> int:
-    """Elements of the largest tensor, which exists twice while it is cast, quantized or, for experts, stacked."""
-    linears = (linear.weights for layer in shape.layers for linear in layer.linears)
-    return max(shape.embedding, shape.outside_small or 0, *linears, *(layer.experts for layer in shape.layers))
-
-
 def generation_bytes(shape: ModelShape, run: Run, constants: Constants) -> Bytes:
     """Bytes of generation by transformers, with rows of full length, at the larger of two moments.
 
@@ -167,7 +141,7 @@ def generation_bytes(shape: ModelShape, run: Run, constants: Constants) -> Bytes
     values = full if run.lora_r or not run.autocast else MIXED
     cache = {length: _cache_elements(shape, length) * rows * (full + values) / 2 for length in (prompt, total)}
     states = sum(layer.state for layer in shape.layers) * rows * FULL
-    prefill = max(forward_activations(shape, layer, run, full) for layer in shape.layers) * rows * prompt
+    prefill = max(forward_activations(shape, layer, run, full, rows * prompt) for layer in shape.layers)
     prefill += mask_bytes(shape, rows, prompt, full)
     last = (
         max((layer.cached_per_token * _visible(layer, total) for layer in shape.layers), default=0) // 2 * rows * full
@@ -193,67 +167,3 @@ def _visible(layer: Layer, length: int) -> int:
 def _cache_elements(shape: ModelShape, length: int) -> int:
     """Keys and values of one row."""
     return sum(layer.cached_per_token * _visible(layer, length) for layer in shape.layers)
-
-
-def scoring_bytes(shape: ModelShape, run: Run, constants: Constants) -> Bytes:
-    """Bytes of log-probabilities without gradients, one micro-batch at a time."""
-    tokens, scored = forwarded_tokens(run), run.per_device_train_batch_size * run.max_completion_length
-    size = MIXED if run.autocast else run.weight_size
-    layer = max(forward_activations(shape, layer, run, size) for layer in shape.layers) * tokens
-    layer += row_masks(shape, run, size)
-    final = tokens * shape.hidden * (run.weight_size + FULL)
-    head = _tile(shape, run, scored, constants) + scored * shape.hidden * run.weight_size
-    if layer > final + head:
-        return {"activations": layer}
-    return {"activations": final, "logits": head}
-
-
-def update_bytes(shape: ModelShape, run: Run, constants: Constants) -> Bytes:
-    """Bytes of forward and backward of one micro-batch, without the gradients of weights.
-
-    With checkpointing, the inputs of all layers live while one layer after the other is computed again. Without
-    checkpointing, everything lives that the layers save. The head's tiles are gone before the first backward of a
-    layer, so the larger of head and layer counts.
-    """
-    tokens, scored = forwarded_tokens(run), run.per_device_train_batch_size * run.max_completion_length
-    inputs = len(shape.layers) * tokens * shape.hidden * run.weight_size
-    saved = [tokens * layer_activations(shape, layer, run) * constants.activations
-             + attention_activations(shape, layer, run) + weight_copies(shape, layer, run)
-             for layer in shape.layers]  # fmt: skip
-    backward = max(tokens * backward_activations(shape, layer, run) for layer in shape.layers) + _dequantized(
-        shape, run
-    )
-    masks = row_masks(shape, run, MIXED if run.autocast else run.weight_size)
-    kept = inputs + masks if run.gradient_checkpointing else sum(saved) + masks
-    layer = (max(saved) if run.gradient_checkpointing else 0) + backward + tokens * shape.hidden * run.weight_size
-    final = tokens * shape.hidden * (FULL + 2 * run.weight_size)
-    head = final + _head_backward(shape, run, scored, constants)
-    if run.lora_r is None and run.weight_size == FULL and run.autocast:
-        # Autocast remembers the half-precision copy of each trained weight until the forward ends.
-        copies = MIXED * (shape.linear + shape.experts) if run.gradient_checkpointing else 0
-        layer = max(layer, copies)
-    causes = {"layer inputs" if run.gradient_checkpointing else "saved activations": kept}
-    return causes | ({"one layer": layer} if layer >= head else {"logits": head})
-
-
-def _dequantized(shape: ModelShape, run: Run) -> float:
-    """Bytes of the largest quantized weight, dequantized twice: for the product, and once more for its transpose."""
-    if not run.quantized:
-        return 0
-    return 2 * run.weight_size * max((lin.weights for layer in shape.layers for lin in layer.linears), default=0)
-
-
-def _tile(shape: ModelShape, run: Run, scored: int, constants: Constants) -> float:
-    """Bytes of a tile of logits, and of the head's weights for it where these are cast."""
-    size = MIXED if run.autocast else run.weight_size
-    columns = min(shape.vocab, constants.head_vocab)
-    cast = columns * shape.hidden * size if run.weight_size != size else 0
-    return min(scored, constants.head_tokens) * columns * size + cast
-
-
-def _head_backward(shape: ModelShape, run: Run, scored: int, constants: Constants) -> float:
-    """Bytes of TRL's head: hidden states of scored positions, their float32 gradient, a tile, a weight that trains."""
-    hidden = scored * shape.hidden * (2 * run.weight_size + FULL)
-    head_trains = not run.lora_r or (shape.counted is not None and shape.counted.head_trains)
-    weight = shape.embedding * (FULL + run.weight_size) if head_trains else 0
-    return hidden + _tile(shape, run, scored, constants) + weight

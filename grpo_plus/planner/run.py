@@ -1,7 +1,7 @@
 """Settings of a run that decide its memory, under TRL's names, and sizes such as 24GB as bytes."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from grpo_plus.registry import suggestion
@@ -19,12 +19,17 @@ OPTIMIZERS: dict[str, tuple[int, float | None]] = {
     "adamw_torch_fused": (2, None),
     "adamw_8bit": (2, BLOCKWISE_8BIT),
     "adamw_bnb_8bit": (2, BLOCKWISE_8BIT),
-    "paged_adamw_8bit": (2, BLOCKWISE_8BIT),  # may spill to the host; planned as if it did not
+    "paged_adamw_8bit": (2, BLOCKWISE_8BIT),
     "paged_adamw_32bit": (2, 4),
     "lion_8bit": (1, BLOCKWISE_8BIT),
     "lion_32bit": (1, 4),
+    "paged_lion_8bit": (1, BLOCKWISE_8BIT),
+    "paged_lion_32bit": (1, 4),
     "sgd": (0, None),
 }
+# Optimizers whose states move to the host's memory where the card is full, and the elements from which a tensor's do.
+PAGED = tuple(name for name in OPTIMIZERS if name.startswith("paged_"))
+PAGED_FROM = 1e5
 
 # What the recipe grpo_plus.qlora() and `grpo-plus train --qlora` set.
 QLORA: dict[str, Any] = {
@@ -107,6 +112,11 @@ class Run:
                 f"does not hold whole groups of num_generations={self.num_generations}. Change "
                 "gradient_accumulation_steps or num_generations."
             )
+
+    def changed_from(self, other: "Run") -> dict[str, Any]:
+        """Settings that this run has and another has not."""
+        names = [entry.name for entry in fields(self) if getattr(self, entry.name) != getattr(other, entry.name)]
+        return {name: getattr(self, name) for name in names}
 
     @property
     def quantized(self) -> bool:

@@ -104,6 +104,7 @@ class ModelShape:
     outside_small: parameters outside the layers that are no linear weight, and no weight of embedding, head or last
         norm.
     notes: what to say about the shape, in sentences.
+    positions: tokens of the longest row that the model was made for. None where the config does not say.
     saved: the quantization that the weights were saved with. None for plain numbers.
     counted: counts of the model in memory. None for a shape that was read from a config.
     """
@@ -120,6 +121,7 @@ class ModelShape:
     outside: tuple[Linear, ...] = field(default=(), repr=False)
     outside_small: int | None = None
     notes: tuple[str, ...] = ()
+    positions: int | None = None
     saved: Saved | None = None
     counted: Counted | None = None
 
@@ -132,6 +134,11 @@ class ModelShape:
     def head(self) -> int:
         """Parameters of the LM head. 0 where the embedding is the head."""
         return 0 if self.tied else self.vocab * self.hidden
+
+    @property
+    def carries_state(self) -> bool:
+        """Whether layers of linear attention carry a state from token to token."""
+        return any(layer.state for layer in self.layers)
 
     @cached_property
     def linear(self) -> int:

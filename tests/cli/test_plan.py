@@ -3,7 +3,7 @@ import json
 import pytest
 
 from grpo_plus import cli
-from grpo_plus.planner import QLORA, Run, load_shape, plan
+from grpo_plus.planner import QLORA, Run, load_shape, longest, longest_table, plan
 from tests.planner.configs import QWEN3_4B
 from tests.readme import README
 
@@ -66,6 +66,21 @@ def test_advice_says_how_training_is_told_to_use_adapters(model, capsys, size, t
     """There --lora_r alone has no effect."""
     assert cli.main(["plan", model, "--gpu", size]) == 1
     assert f"in training: {training}" in capsys.readouterr().out
+
+
+def test_several_cards_are_compared_in_one_table(model, capsys):
+    assert cli.main(["plan", model, "--qlora", "--gpu", "8GB,rtx 3060"]) == 0
+    output = capsys.readouterr().out
+    cards = [8 * 2**30, 12 * 2**30]
+    assert longest_table(longest(load_shape(model), Run(**QLORA), cards), cards) in output
+    assert "rtx 3060: 12 GB" in output
+    assert "positions" not in output  # the config does not say how many there are
+
+
+def test_more_tokens_than_a_model_has_positions_are_said(model, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3_4B | {"max_position_embeddings": 40_960}))
+    assert cli.main(["plan", model, "--qlora", "--gpu", "8GB,24GB"]) == 0
+    assert "The model knows 40,960 positions." in capsys.readouterr().out
 
 
 def test_flags_override_the_recipe(model, capsys):

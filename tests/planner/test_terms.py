@@ -1,5 +1,6 @@
 """Every term of the arithmetic by hand, each where it decides."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -132,6 +133,28 @@ def test_attention_of_a_shared_prompt_saves_it_once_and_a_copy_for_each_completi
     # keys and values repeated for every query head; one mask serves them all.
     expected = 2 * (2 * 100 * 2 * (QUERY + KEYS) + 8 * QUERY * (2 * 20 + 2 * 120) + 20 * 120)
     assert attention_activations(QWEN, QWEN.layers[0], run) == expected
+
+
+def test_attention_of_a_completion_alone_with_its_prompt_has_neither_mask_nor_repeated_keys():
+    run = Run(**QLORA | ONE_ROW, prompt_length=100, max_completion_length=20)
+    assert attention_activations(QWEN, QWEN.layers[0], run) == 2 * 120 * 2 * (QUERY + KEYS)
+    # In a model with linear attention the prompt goes through the cache, and its keys are repeated.
+    hybrid = replace(QWEN, layers=(*QWEN.layers, replace(QWEN.layers[0], query=0, keys=0, state=64)))
+    through_the_cache = 2 * (100 * 2 * (QUERY + KEYS) + QUERY * (2 * 20 + 2 * 120) + 20 * 120)
+    assert attention_activations(hybrid, hybrid.layers[0], run) == through_the_cache
+
+
+def test_paged_state_is_on_the_host_but_for_small_tensors_and_the_one_that_steps():
+    paged = plan(QWEN, Run(optim="paged_adamw_8bit"), constants=EXACT)
+    small = sum(layer.others for layer in QWEN.layers) + HIDDEN
+    per_weight = 2 * (1 + 4 / 256)
+    assert paged.phases["update"]["optimizer state"] == pytest.approx(small * per_weight)
+    assert paged.on_host["optimizer state"] == pytest.approx((QWEN.parameters - small) * per_weight)
+    assert paged.phases["optimizer"]["optimizer copies"] == pytest.approx(VOCAB * HIDDEN * per_weight)
+    # Of adapters of rank 16, those on the wide side of the MLP have 100,000 elements or more: three in a layer.
+    adapted = plan(QWEN, Run(**LORA, optim="paged_adamw_8bit"), constants=EXACT)
+    assert adapted.on_host["optimizer state"] == pytest.approx(LAYERS * 3 * 16 * WIDTH * per_weight)
+    assert plan(QWEN, Run(optim="adamw_8bit")).on_host == {}
 
 
 @pytest.mark.parametrize(("packing", "scores"), [("none", 8 * 120 * 120), ("shared_prompt", 8 * 20 * 120 + 100 * 100)])

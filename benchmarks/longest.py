@@ -1,0 +1,130 @@
+"""The longest completion that fits on each card, by the planner's arithmetic, and a picture of what fills a card.
+
+python -m benchmarks.longest
+
+Nothing is measured here. Writes benchmarks/results/longest.json, from which the README's table is made, and
+docs/memory.svg.
+"""
+
+import json
+from dataclasses import replace
+from typing import Any
+
+from benchmarks.machine import RESULTS
+from benchmarks.memory_run import MODELS
+from grpo_plus.planner import QLORA, Constants, Longest, Run, longest, plan, shape_of
+from grpo_plus.planner.constants import GIB
+from grpo_plus.planner.longest import LEANEST, TUNED, setups
+from grpo_plus.report.svg import INK, SERIES, SOFT, WIDTH, name_rows, settings, to_svg
+
+PICTURE = RESULTS.parents[1] / "docs" / "memory.svg"
+CARDS = (8, 12, 16, 24)
+NAMES = ("Qwen3-4B", "Qwen3-8B")
+RUN = Run(**QLORA)
+DRAWN = {"model": "Qwen3-4B", "card": 12, "tokens": 16_384}  # a length that TRL tuned does not reach on this card
+
+# Causes of the plan in the order and under the names of the picture.
+PARTS = {
+    "context of the driver": ("context",),
+    "weights": ("weights", "being loaded"),
+    "adapters, gradients, optimizer": (
+        "adapters",
+        "adapter copies",
+        "gradients",
+        "optimizer state",
+        "optimizer copies",
+    ),
+    "KV cache": ("KV cache",),
+    "layer inputs": ("layer inputs",),
+    "one layer": ("one layer", "activations"),
+    "logits": ("logits",),
+}
+NAMESPACE = 'xmlns="http://www.w3.org/2000/svg"'  # a file of its own needs it
+THEME = """<style>
+  svg { --ink: #1b1f24; --soft: #57606a; --line: #d0d7de; --s1: #6e7781; --s2: #0a5ea8; --s3: #1a7f5a; --s4: #c2570c;
+    --s5: #9b3aa0; --s6: #b3264b; --s7: #7a6000; }
+  @media (prefers-color-scheme: dark) { svg { --ink: #e6edf3; --soft: #9da7b3; --line: #3a434d; --s1: #a5afba;
+    --s2: #6cb6ff; --s3: #57c99a; --s4: #f69d50; --s5: #dc9be0; --s6: #ff8fa6; --s7: #d9bd4a; } }
+</style>"""
+
+
+def main() -> None:
+    """Write the table and the picture."""
+    result = table()
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "longest.json").write_text(json.dumps(result, indent=2) + "\n")
+    PICTURE.write_text(picture(result["picture"]))
+
+
+def table() -> dict[str, Any]:
+    """All that is written, as it goes into the JSON file."""
+    return {
+        "command": "python -m benchmarks.longest",
+        "note": "arithmetic of the planner; nothing was measured",
+        "constants": vars(Constants()),
+        "cards_gb": CARDS,
+        "prompt_length": RUN.prompt_length,
+        "num_generations": RUN.num_generations,
+        "rows": [_row(name, one) for name in NAMES for one in _longest(name)],
+        "picture": _phases(),
+    }
+
+
+def _longest(name: str) -> tuple[Longest, ...]:
+    return longest(shape_of(MODELS[name]), RUN, [card * GIB for card in CARDS])
+
+
+def _row(model: str, one: Longest) -> dict[str, Any]:
+    return {
+        "model": model,
+        "settings": one.name,
+        "changed": one.run.changed_from(Run()),
+        "tokens": one.tokens,
+        "binds": [planned and planned.binding for planned in one.plans],
+        "host_gib": [planned and round(planned.host / GIB, 1) for planned in one.plans],
+    }
+
+
+def _phases() -> dict[str, Any]:
+    """GiB by settings, phase and part of the picture."""
+    shape, runs = shape_of(MODELS[DRAWN["model"]]), setups(RUN)
+    drawn = {}
+    for name in (TUNED, LEANEST):
+        planned = plan(shape, replace(runs[name], max_completion_length=DRAWN["tokens"]))
+        drawn[name] = {
+            phase: {part: round(sum(causes.get(name, 0) for name in names) / GIB, 2) for part, names in PARTS.items()}
+            for phase, causes in planned.phases.items()
+        }
+    return DRAWN | {"usable_gib": round(DRAWN["card"] - Constants().unusable_bytes / GIB, 2), "gib": drawn}
+
+
+def picture(drawn: dict[str, Any]) -> str:
+    """A bar for each phase, divided into causes, under the two settings; a line where the card ends."""
+    with settings():
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(WIDTH, 2.6), layout="constrained")
+        panels = figure.subplots(len(drawn["gib"]), 1, sharex=True)
+        for axes, (name, phases) in zip(panels, drawn["gib"].items(), strict=True):
+            left = [0.0] * len(phases)
+            for part, color in zip(PARTS, SERIES, strict=False):
+                sizes = [parts[part] for parts in phases.values()]
+                axes.barh(range(len(phases)), sizes, left=left, color=color, height=0.7, label=part)
+                left = [before + size for before, size in zip(left, sizes, strict=True)]
+            for row, total in enumerate(left):
+                axes.annotate(f"{total:.1f}", (total, row), (3, 0), textcoords="offset points", va="center", color=SOFT)
+            axes.axvline(drawn["usable_gib"], color=INK, linewidth=0.8, linestyle="--")
+            axes.set_title(name, loc="left", fontsize=7, color=INK)
+            name_rows(axes, list(phases))
+        panels[-1].set_xlabel(f"GiB; dashed: what a card of {drawn['card']} GB has for the run")
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, handlelength=1)
+        about = (
+            f"Memory of each phase, {drawn['model']}, {drawn['tokens']:,} tokens, under {' and '.join(drawn['gib'])}."
+        )
+        svg = to_svg(figure, about)
+    opening, rest = svg.replace("<svg ", f"<svg {NAMESPACE} ", 1).split(">", 1)
+    return f"{opening}>\n{THEME}{rest}\n"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""Bytes of scoring and of an update: forward and backward of the rows that go through the layers together."""
+
+from grpo_plus.planner.activations import (
+    attention_activations,
+    backward_activations,
+    forward_activations,
+    forwarded_tokens,
+    layer_activations,
+    row_masks,
+    weight_copies,
+)
+from grpo_plus.planner.constants import Bytes, Constants
+from grpo_plus.planner.run import FULL, MIXED, Run
+from grpo_plus.planner.shapes import Layer, ModelShape
+
+
+def scoring_bytes(shape: ModelShape, run: Run, constants: Constants) -> Bytes:
+    """Bytes of log-probabilities without gradients, one micro-batch at a time."""
+    tokens, scored = forwarded_tokens(run), run.per_device_train_batch_size * run.max_completion_length
+    size = MIXED if run.autocast else run.weight_size
+    layer = max(forward_activations(shape, layer, run, size, tokens) for layer in shape.layers)
+    layer += row_masks(shape, run, size)
+    final = tokens * shape.hidden * (run.weight_size + FULL)
+    head = _tile(shape, run, scored, constants) + scored * shape.hidden * run.weight_size
+    if layer > final + head:
+        return {"activations": layer}
+    return {"activations": final, "logits": head}
+
+
+def update_bytes(shape: ModelShape, run: Run, constants: Constants) -> Bytes:
+    """Bytes of forward and backward of one micro-batch, without the gradients of weights.
+
+    With checkpointing, the inputs of all layers live while one layer after the other is computed again. Without
+    checkpointing, everything lives that the layers save. The head's tiles are gone before the first backward of a
+    layer, so the larger of head and layer counts.
+    """
+    tokens, scored = forwarded_tokens(run), run.per_device_train_batch_size * run.max_completion_length
+    saved = [_saved(shape, layer, run, constants) for layer in shape.layers]
+    masks = row_masks(shape, run, MIXED if run.autocast else run.weight_size)
+    residual = tokens * shape.hidden * run.weight_size
+    backward = max(backward_activations(shape, layer, run, tokens) for layer in shape.layers)
+    layer = (max(saved) if run.gradient_checkpointing else 0) + backward + _dequantized(shape, run) + residual
+    final = tokens * shape.hidden * (FULL + 2 * run.weight_size)
+    head = final + _head_backward(shape, run, scored, constants)
+    if run.lora_r is None and run.weight_size == FULL and run.autocast:
+        # Autocast remembers the half-precision copy of each trained weight until the forward ends.
+        copies = MIXED * (shape.linear + shape.experts) if run.gradient_checkpointing else 0
+        layer = max(layer, copies)
+    larger = {"one layer": layer} if layer >= head else {"logits": head}
+    if not run.gradient_checkpointing:
+        return {"saved activations": sum(saved) + masks} | larger
+    return {"layer inputs": len(shape.layers) * residual + masks} | larger
+
+
+def _saved(shape: ModelShape, layer: Layer, run: Run, constants: Constants) -> float:
+    """Bytes that autograd saves in one layer."""
+    tokens = forwarded_tokens(run)
+    activations = tokens * layer_activations(shape, layer, run)
+    attention = attention_activations(shape, layer, run)
+    return activations * constants.activations + attention + weight_copies(shape, layer, run)
+
+
+def _dequantized(shape: ModelShape, run: Run) -> float:
+    """Bytes of the largest quantized weight, dequantized twice: for the product, and once more for its transpose."""
+    if not run.quantized:
+        return 0
+    return 2 * run.weight_size * max((lin.weights for layer in shape.layers for lin in layer.linears), default=0)
+
+
+def _tile(shape: ModelShape, run: Run, scored: int, constants: Constants) -> float:
+    """Bytes of a tile of logits, and of the head's weights for it where these are cast."""
+    size = MIXED if run.autocast else run.weight_size
+    columns = min(shape.vocab, constants.head_vocab)
+    cast = columns * shape.hidden * size if run.weight_size != size else 0
+    return min(scored, constants.head_tokens) * columns * size + cast
+
+
+def _head_backward(shape: ModelShape, run: Run, scored: int, constants: Constants) -> float:
+    """Bytes of TRL's head: hidden states of scored positions, their float32 gradient, a tile, a weight that trains."""
+    hidden = scored * shape.hidden * (2 * run.weight_size + FULL)
+    head_trains = not run.lora_r or (shape.counted is not None and shape.counted.head_trains)
+    weight = shape.embedding * (FULL + run.weight_size) if head_trains else 0
+    return hidden + _tile(shape, run, scored, constants) + weight
