@@ -59,6 +59,7 @@ def _active() -> list[str]:
         f"advantages: TRL's by default; {len(ESTIMATORS)} more by name (grpo-plus ls advantages)",
         f"losses: TRL's {len(TRL_LOSSES)}, and {len(LOSSES) - len(TRL_LOSSES)} that it lacks (grpo-plus ls losses)",
         "forward: packed where a check on the first rows finds it exact (packing), without zero-advantage rows",
+        "generation by transformers: each prompt once, and finished rows leave (generation_loop)",
         "on a GPU, forms, heads and LoRA layers that are 'auto' are timed in the first update; the fastest is taken",
         "log-probabilities (logprob_backend='auto'):",
         *(f"  {line}" for line in _heads()),

@@ -72,6 +72,11 @@ class GRPOPlusConfig(GRPOConfig):
         lora_backend: what computes linear layers with LoRA during training. "peft": PEFT. "torch": one step of autograd
             without PEFT's copies of the input and output. It takes plain adapters without dropout, on layers that are
             in 4 bits or not quantized. "auto": "torch" wherever the layers allow; on a GPU the faster one.
+        generation_loop: what decodes where transformers generates. "grouped": each distinct prompt goes through the
+            model once for all of its completions, a finished row leaves the batch, and the cache grows in place. The
+            same seed gives the same tokens. "trl": transformers' own loop, as TRL. "auto": the first wherever it gives
+            the same tokens, with a warning that names the reason where it cannot. A "grouped" that cannot be is an
+            error. Nothing changes with vLLM, continuous batching or a rollout function.
         generation_chunk_size: rows that a process generates for at a time, for a smaller cache. None: its whole
             generation batch, as TRL. "auto": as many as the free memory of a CUDA device holds by the planner's count,
             and half as many where the memory runs out all the same; on other devices all. A part holds whole groups of
@@ -176,6 +181,13 @@ class GRPOPlusConfig(GRPOConfig):
         metadata={
             "help": "With vLLM: the update's own log-probabilities serve as the old policy's; unset: where they are "
             "the same."
+        },
+    )
+    generation_loop: str = field(
+        default="auto",
+        metadata={
+            "help": "What decodes where transformers generates: grouped (each prompt once, finished rows leave), trl, "
+            "or auto: grouped wherever it gives the same tokens."
         },
     )
     generation_chunk_size: int | str | None = field(

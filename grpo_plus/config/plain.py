@@ -26,6 +26,7 @@ OFF: dict[str, Any] = {
     "skip_old_policy_pass": False,
     "logprob_backend": "trl",
     "lora_backend": "peft",
+    "generation_loop": "trl",
     "generation_chunk_size": None,
     "adapter_dtype": None,
 }

@@ -15,17 +15,24 @@ if TYPE_CHECKING:
 BACKENDS = ("auto", "trl", *SINGLE_PASS)
 AUTO_CHUNKS = "auto"
 LORA_BACKENDS = ("auto", "peft", "torch")
+GENERATION_LOOPS = ("auto", "grouped", "trl")
 
 
 def check_speed(config: "GRPOPlusConfig") -> None:
     """Refuse an unknown form, and an explicit request for a speed-up that would change the gradients."""
-    for name, known in (("packing", PACKING), ("logprob_backend", BACKENDS), ("lora_backend", LORA_BACKENDS)):
+    for name, known in (
+        ("packing", PACKING),
+        ("logprob_backend", BACKENDS),
+        ("lora_backend", LORA_BACKENDS),
+        ("generation_loop", GENERATION_LOOPS),
+    ):
         value = getattr(config, name)
         if value not in known:
             raise ValueError(f"Unknown {name} {value!r}.{suggestion(str(value), known)}")
     if config.logprob_backend in SINGLE_PASS:
         _check_single_pass(config)
     _check_chunks(config)
+    _check_loop(config)
     switched_on("skip_zero_advantage", config.skip_zero_advantage, why_not_skip(config))
     switched_on("skip_old_policy_pass", config.skip_old_policy_pass, why_not_skip_old_policy(config))
 
@@ -83,11 +90,24 @@ def _check_chunks(config: "GRPOPlusConfig") -> None:
         raise ValueError(
             f"generation_chunk_size={size!r} must be a whole number of rows, 1 or more, {AUTO_CHUNKS!r} or unset."
         )
-    if config.use_vllm or config.use_transformers_continuous_batching or config.use_transformers_paged:
+    if not generates_in_batches(config):
         raise ValueError(
             f"generation_chunk_size={size} is for transformers' plain generation; vLLM and continuous batching size "
             "their batches themselves. Leave it unset."
         )
+
+
+def _check_loop(config: "GRPOPlusConfig") -> None:
+    if config.generation_loop == "grouped" and not generates_in_batches(config):
+        raise ValueError(
+            "generation_loop='grouped' is for transformers' plain generation, but vLLM or continuous batching is on. "
+            "Leave generation_loop unset."
+        )
+
+
+def generates_in_batches(config: Any) -> bool:
+    """Whether transformers' plain `generate` makes the completions, by the configuration."""
+    return not (config.use_vllm or config.use_transformers_continuous_batching or config.use_transformers_paged)
 
 
 def _check_single_pass(config: "GRPOPlusConfig") -> None:

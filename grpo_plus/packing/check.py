@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from grpo_plus.models.rounding import precision_of_products
 from grpo_plus.packing.cached import forget_prompts
 from grpo_plus.packing.forward import Form, Head, install_packed_forward
 from grpo_plus.packing.layout import Group
@@ -77,7 +78,7 @@ class SelfCheck:
             gradient: whether to compare a gradient too. A check cannot get a gradient from a reentrant checkpoint.
         """
         probes = _probes(groups)
-        floor, ceiling, gradient_limit = LIMITS[_precision(model)]
+        floor, ceiling, gradient_limit = LIMITS[precision_of_products(model)]
         install_packed_forward(model)
         padded, _ = _with_gradient(model, False, lambda: _plain_rows(probes, padded_logps, model.device, PADDING))
         truth, gradients = _with_gradient(model, gradient, lambda: _plain_rows(probes, padded_logps, model.device, 0))
@@ -202,19 +203,3 @@ def _relative(found: Gradients | None, expected: Gradients | None) -> float:
 
 def _rms(difference: Tensor) -> float:
     return float(difference.detach().float().square().mean().sqrt())
-
-
-def _precision(model: PreTrainedModel) -> str:
-    floats = {p.dtype for p in model.parameters() if p.dtype.is_floating_point}
-    if not floats <= {torch.float32, torch.float64} or torch.is_autocast_enabled(model.device.type):
-        return "half"
-    return "tf32" if _rounds_products(model.device) else "float32"
-
-
-def _rounds_products(device: torch.device) -> bool:
-    """Whether products of float32 matrices are rounded to fewer digits, as under tf32=True. Measured, since torch has
-    several switches for it, whose names depend on the version."""
-    matrix = (0.7 * torch.arange(128.0 * 128)).sin().view(128, 128)
-    exact, there = matrix.double() @ matrix.double(), matrix.to(device)
-    error = torch.mm(there, there).cpu().double() - exact
-    return float(error.norm() / exact.norm()) > 1e-5

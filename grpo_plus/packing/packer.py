@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from grpo_plus.models.adapters import has_adapters
 from grpo_plus.models.dropout import dropout_of, without_dropout
+from grpo_plus.models.positions import rescaled_from
 from grpo_plus.packing.attention import uninstall_segments, why_not_segments
 from grpo_plus.packing.cascade import why_not_cascade
 from grpo_plus.packing.check import PaddedLogps, SelfCheck, choose
@@ -30,7 +31,6 @@ logger = logging.getLogger("grpo_plus")
 
 PACKING = ("auto", "shared_prompt", "padding_free", "none")
 READS_ROWS = ("XLORA", "POLY")  # PEFT types whose adapters depend on the whole input
-RESCALED = ("longrope", "dynamic")
 LONG_ROWS = (
     "packing: rows longer than the model's original positions stay padded, since its position frequencies (longrope or "
     "dynamic) would depend on how they are packed."
@@ -279,18 +279,6 @@ def why_not_packed(model: Any) -> str | None:
         if getattr(config, "alora_invocation_tokens", None) is not None or config.peft_type in READS_ROWS:
             return f"{config.peft_type.value} adapters of this kind look for tokens in the padded rows"
     return None
-
-
-def rescaled_from(base: PreTrainedModel) -> float:
-    """Row length from which on a model's position frequencies depend on the longest row. Infinite where they never do.
-
-    Beyond this length packing is wrong, because a packed row and a pass through the cache have lengths of their own.
-    """
-    config: Any = base.config.get_text_config()
-    rope: Any = getattr(config, "rope_parameters", None) or {}
-    kinds = [kind for kind in (rope, *rope.values()) if isinstance(kind, dict) and kind.get("rope_type") in RESCALED]
-    lengths = [kind.get("original_max_position_embeddings") or config.max_position_embeddings for kind in kinds]
-    return min(lengths, default=float("inf"))
 
 
 def candidates(packing: str, base: PreTrainedModel, no_segments: str | None) -> tuple[list[Form], list[str]]:

@@ -133,7 +133,8 @@ class TRLSeam(GuardedSeam):
         has_tool_images: bool = False,
     ) -> tuple[list[list[int]], list | None]:
         generate = super()._generate_single_turn
-        with generating(self) if self.has_own_fields else nullcontext(), self.speed.adapters.held():
+        exact = generating(self) if self.has_own_fields else nullcontext()
+        with exact, self.speed.adapters.held(), self.speed.decoding(self):
             if self.speed.chunks is None or images or multimodal_fields:  # images are not laid out by row
                 return generate(prompt_ids, images, multimodal_fields, num_generations, has_tool_images)
             parts = self.speed.chunks.generate(lambda part: generate(part, None, {}, num_generations)[0], prompt_ids)

@@ -2,13 +2,13 @@
 
 `packing` forwards rows without padding and a shared prompt once, `skip_zero_advantage` leaves out completions that
 have no gradient, `skip_old_policy_pass` a forward that the update repeats. `logprob_backend` says what turns hidden
-states into log-probabilities, `lora_backend` what computes a layer with an adapter, `generation_chunk_size` how many
-rows generate at a time.
+states into log-probabilities, `lora_backend` what computes a layer with an adapter, `generation_loop` what decodes, and
+`generation_chunk_size` how many rows at a time.
 """
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,13 +16,21 @@ from torch import Tensor
 from trl import GRPOTrainer
 
 from grpo_plus.config import GRPOPlusConfig
-from grpo_plus.config.speed import AUTO_CHUNKS, switched_on, why_not_regroup, why_not_skip, why_not_skip_old_policy
+from grpo_plus.config.speed import (
+    AUTO_CHUNKS,
+    generates_in_batches,
+    switched_on,
+    why_not_regroup,
+    why_not_skip,
+    why_not_skip_old_policy,
+)
 from grpo_plus.kernels.linear_logprob import BACKENDS, why_not_on
 from grpo_plus.models.dropout import dropout_of
 from grpo_plus.packing import Head, Packer, base_model, single_pass_head, why_not_packed, why_not_single_pass
 from grpo_plus.packing.measure import Measure
 from grpo_plus.qlora.adapter_products import Products
 from grpo_plus.qlora.lora_layers import fits_any, fused_lora, has_lora, why_not_fused
+from grpo_plus.rollout import Rollouts, why_not_config, why_not_model
 from grpo_plus.trainer.generation import Chunks, rows_that_fit
 
 MEASURED_ON = ("cuda",)  # kinds of device on which the fastest way depends on more than the kind
@@ -39,6 +47,7 @@ class Speed:
         drops_old_policy_pass: the update's log-probabilities stand in for a forward of the old policy before it.
         fuses_lora: linear layers with plain adapters are computed without PEFT's buffers while training.
         keeps_prompts_together: the completions of a prompt meet in one micro-batch.
+        rollouts: decodes each prompt once and lets finished rows leave. None where transformers' own loop decodes.
         chunks: how many rows transformers generates for at a time. None: the whole generation batch.
         adapters: what fused layers keep while nothing about them can change. Empty outside of a training.
     """
@@ -49,6 +58,7 @@ class Speed:
     drops_old_policy_pass: bool
     fuses_lora: bool
     keeps_prompts_together: bool
+    rollouts: Rollouts | None
     chunks: Chunks | None
     adapters: Products = field(default_factory=Products)
 
@@ -64,6 +74,12 @@ class Speed:
             advantages: (B,) or (B, T).
         """
         return advantages.reshape(len(advantages), -1).ne(0).any(1) if self.skips else None
+
+    def decoding(self, trainer: GRPOTrainer) -> AbstractContextManager[None]:
+        """Inside, the `generate` that TRL calls decodes with the loop of the run."""
+        if self.rollouts is None:
+            return nullcontext()
+        return self.rollouts.decoding(trainer.accelerator.unwrap_model(trainer.model_wrapped))
 
     @contextmanager
     def around_training(self, model: Any) -> Iterator[None]:
@@ -91,6 +107,7 @@ def speed_of(trainer: GRPOTrainer, config: GRPOPlusConfig) -> Speed:
         drops_old_policy_pass=_drops_old_policy_pass(trainer, config),
         fuses_lora=fuses_lora,
         keeps_prompts_together=packer is not None and _keeps_prompts_together(trainer, config),
+        rollouts=_rollouts(trainer, config),
         chunks=_chunks(trainer, config),
         adapters=adapters,
     )
@@ -225,6 +242,30 @@ def _why_not_own_layers(trainer: GRPOTrainer) -> str | None:
     if trainer.args.n_gpu > 1:
         return "torch's DataParallel copies the layers to other devices"
     return "torch_compile compiles PEFT's layers itself" if trainer.args.torch_compile else None
+
+
+def _rollouts(trainer: GRPOTrainer, config: GRPOPlusConfig) -> Rollouts | None:
+    if config.generation_loop == "trl" or trainer.rollout_func is not None or not generates_in_batches(config):
+        return None
+    insists = config.generation_loop == "grouped"
+    reason = _why_not_grouped(trainer)
+    if reason is None:
+        return Rollouts(insists=insists)
+    if insists:
+        raise ValueError(
+            f"generation_loop='grouped' is not possible: {reason}. Change that, or leave generation_loop unset."
+        )
+    warnings.warn(f"generation_loop: transformers' own loop. {reason}.", stacklevel=2)
+    return None
+
+
+def _why_not_grouped(trainer: GRPOTrainer) -> str | None:
+    if reason := _why_not_whole_weights(trainer):
+        return reason
+    if trainer.args.torch_compile:
+        return "torch_compile would compile every number of live rows anew"
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    return why_not_packed(model) or why_not_model(base_model(model)) or why_not_config(trainer.generation_config)
 
 
 def _chunks(trainer: GRPOTrainer, config: GRPOPlusConfig) -> Chunks | None:

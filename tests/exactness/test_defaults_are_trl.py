@@ -26,7 +26,7 @@ SETTINGS = [
 ]
 
 
-OFF = {"packing": "none", "skip_zero_advantage": False, "lora_backend": "peft"}
+OFF = {"packing": "none", "skip_zero_advantage": False, "lora_backend": "peft", "generation_loop": "trl"}
 
 
 @pytest.mark.parametrize(("config", "peft_config", "config_class"), SETTINGS)

@@ -1,0 +1,163 @@
+"""The generation of one run: which loop decodes, how transformers comes to call it, and what it has done."""
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from grpo_plus.rollout.cache import Expanded
+from grpo_plus.rollout.check import why_not_exact
+from grpo_plus.rollout.keeper import Keeper
+from grpo_plus.rollout.loop import decode
+from grpo_plus.rollout.prompts import Prompts
+from grpo_plus.rollout.reasons import LOST, why_not_batch, why_not_config, why_not_model, why_not_worth
+from grpo_plus.rollout.statistics import Statistics
+
+logger = logging.getLogger("grpo_plus")
+
+KEEPERS: tuple[type[Keeper], ...] = (Expanded,)  # the best first
+
+
+class NotGroupedError(Exception):
+    """A batch that transformers' own loop has to generate. Raised before anything is drawn.
+
+    Args:
+        reason: in words.
+        quiet: whether nobody needs to know.
+    """
+
+    def __init__(self, reason: str, *, quiet: bool = False) -> None:
+        super().__init__(reason)
+        self.quiet = quiet
+
+
+class Rollouts:
+    """Decodes with prompts once and rows that leave, wherever that gives the same tokens.
+
+    Args:
+        insists: whether a batch that cannot be decoded so is an error.
+
+    Attributes:
+        statistics: of each batch since the last call of `decoding`.
+    """
+
+    def __init__(self, *, insists: bool = False) -> None:
+        self.insists = insists
+        self.statistics: list[Statistics] = []
+        self._told: set[str] = set()
+        self._verdicts: dict[tuple[type[Keeper], bool], str | None] = {}  # also by whether the model trains
+
+    @contextmanager
+    def decoding(self, model: Any) -> Iterator[None]:
+        """Inside, `model.generate` decodes with the grouped loop.
+
+        Args:
+            model: what the caller calls `generate` of, with wrappers like PEFT's.
+        """
+        self.statistics.clear()
+        own = vars(model).get("generate")
+        model.generate = self._grouped(model.generate)
+        try:
+            yield
+        finally:
+            del model.generate
+            if own is not None:
+                model.generate = own
+
+    def _grouped(self, generate: Callable[..., Any]) -> Callable[..., Any]:
+        def grouped(*args: Any, **kwargs: Any) -> Any:
+            try:
+                if lost := sorted(LOST & kwargs.keys()):
+                    raise NotGroupedError(f"generate is called with {', '.join(lost)}")
+                return generate(*args, custom_generate=self._decode, **kwargs)
+            except NotGroupedError as fallback:
+                self._fall_back(fallback)
+            return generate(*args, **kwargs)
+
+        return grouped
+
+    def _fall_back(self, fallback: NotGroupedError) -> None:
+        if self.insists and not fallback.quiet:
+            raise ValueError(
+                f"generation_loop='grouped' is not possible: {fallback}. Change that, or leave generation_loop unset."
+            )
+        if str(fallback) in self._told:
+            return
+        self._told.add(str(fallback))
+        message = f"generation_loop: transformers' own loop. {fallback}."
+        if fallback.quiet:
+            logger.info(message)
+        else:
+            warnings.warn(message, stacklevel=3)
+
+    def _decode(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        **model_kwargs: Any,
+    ) -> Tensor:
+        reason = why_not_model(model) or why_not_config(generation_config)
+        if reason := reason or why_not_batch(model, generation_config, model_kwargs):
+            raise NotGroupedError(reason)
+        prompts = Prompts.of(input_ids, model_kwargs.get("attention_mask"))
+        if reason := why_not_worth(prompts.shared, input_ids, generation_config, stopping_criteria):
+            raise NotGroupedError(reason, quiet=True)
+        keeper = self._keeper(model, input_ids, prompts, generation_config, model_kwargs)
+        ids, statistics = decode(
+            model,
+            input_ids,
+            logits_processor,
+            stopping_criteria,
+            generation_config,
+            prompts=prompts,
+            keeper=keeper,
+            **model_kwargs,
+        )
+        self.statistics.append(statistics)
+        return ids
+
+    def _keeper(
+        self, model: PreTrainedModel, input_ids: Tensor, prompts: Prompts, config: Any, arguments: dict[str, Any]
+    ) -> Keeper:
+        """The best keeper that pays for this batch and is exact on this model."""
+        cache = arguments["past_key_values"]
+        reasons = []
+        for kind in KEEPERS:
+            if not kind.pays(prompts, input_ids.shape[1]) or kind.why_not(model, cache) is not None:
+                continue
+            key = kind, model.training
+            if key not in self._verdicts:
+                self._verdicts[key] = self._verdict(kind, model, input_ids, prompts, config, arguments)
+            if (reason := self._verdicts[key]) is None:
+                return kind(model, cache)
+            reasons.append(reason)
+        raise NotGroupedError("; ".join(reasons))
+
+    def _verdict(
+        self,
+        kind: type[Keeper],
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        prompts: Prompts,
+        config: Any,
+        arguments: dict[str, Any],
+    ) -> str | None:
+        ends = _without_padding(input_ids[prompts.first], arguments.get("attention_mask"), prompts)
+        reason = why_not_exact(model, kind, arguments, (ends[-1], ends[0]), config)
+        if reason is None:
+            logger.info(f"generation: prompts once ({prompts.factor:.3g}x), rows leave, {kind.words}")
+        return reason
+
+
+def _without_padding(rows: Tensor, mask: Tensor | None, prompts: Prompts) -> list[Tensor]:
+    """The distinct prompts without padding, the longest last."""
+    kept = torch.ones_like(rows) if mask is None else mask[prompts.first]
+    return sorted((row[real.bool()] for row, real in zip(rows, kept, strict=True)), key=len)

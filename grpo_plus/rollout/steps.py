@@ -1,0 +1,68 @@
+"""The calls of the model in one rollout: the distinct prompts once, then one token of every live row at a time."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from grpo_plus.rollout.keeper import Keeper
+from grpo_plus.rollout.live import Moves
+from grpo_plus.rollout.prompts import Prompts
+
+Forward = Callable[..., Any]
+
+
+class Steps:
+    """Calls the model as transformers' own loop does, on the rows that are live.
+
+    Args:
+        keeper: of an empty cache.
+        arguments: transformers' keyword arguments of the whole batch.
+        forward: what a step calls. The prefill calls the model.
+    """
+
+    def __init__(self, model: PreTrainedModel, keeper: Keeper, arguments: dict[str, Any], forward: Forward) -> None:
+        self._model = model
+        self._keeper = keeper
+        self._arguments = arguments
+        self._forward = forward
+
+    def prefill(self, input_ids: Tensor, prompts: Prompts, generation_config: Any) -> Tensor:
+        """Logits (B, V) of each row's first token."""
+        distinct = _rows_of(self._arguments, prompts.first) if prompts.shared else self._arguments
+        outputs = self._model._prefill(input_ids[prompts.first], generation_config, distinct)
+        self._keeper.expand(prompts.index, distinct.get("attention_mask"))
+        self._go_on(outputs)
+        return _last(outputs, input_ids.device).index_select(0, prompts.index)
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Logits (live, V) after one more token (live,) of every live row."""
+        arguments = self._keeper.inputs(self._arguments)
+        inputs = self._model.prepare_inputs_for_generation(tokens[:, None], **arguments)
+        outputs = self._forward(**inputs, return_dict=True)
+        self._go_on(outputs)
+        return _last(outputs, tokens.device)
+
+    def keep(self, moves: Moves) -> None:
+        """Forget the rows that left."""
+        self._keeper.keep(moves)
+        self._arguments = _rows_of(self._arguments, moves.order)
+
+    def _go_on(self, outputs: Any) -> None:
+        """Lengthen mask and positions by a token."""
+        self._arguments = self._model._update_model_kwargs_for_generation(outputs, self._arguments)
+
+
+def _rows_of(arguments: dict[str, Any], index: Tensor) -> dict[str, Any]:
+    """The rows in `index` of what is laid out by row. Positions may be (3, B, L)."""
+    return {
+        name: value.index_select(value.dim() - 2, index) if isinstance(value, Tensor) else value
+        for name, value in arguments.items()
+    }
+
+
+def _last(outputs: Any, device: torch.device) -> Tensor:
+    # A copy, so that the logits of a whole prompt can go.
+    return outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=device)
