@@ -11,6 +11,7 @@ from grpo_plus.config.guard import check_guard
 from grpo_plus.config.keywords import as_dictionary
 from grpo_plus.config.losses import check_kl_target, check_loss
 from grpo_plus.config.numbers import check_numbers, check_reward_timeout
+from grpo_plus.config.sampling import check_truncated_sampling
 from grpo_plus.config.speed import check_adapter_dtype, check_liger, check_speed
 from grpo_plus.losses import LOSSES
 from grpo_plus.version import __version__
@@ -46,6 +47,12 @@ class GRPOPlusConfig(GRPOConfig):
             signals (SIGALRM) do not work. Reward models are not timed. None: no bound, and no thread.
         health_warnings: whether a `RewardHealthCallback` with its default thresholds reads the log, and warns once per
             cause where the run cannot learn or learns something else. It changes nothing in the training.
+        truncated_sampling: what the log-probabilities are taken over where the sampler draws from a part of the
+            vocabulary, as with top_p, top_k, min_p or suppressed tokens. None: over all of it, as TRL, which is the
+            policy before anything was ruled out. "correct": over what could be drawn, for the policy, the old policy
+            and the reference, so that ratio, gradient, KL and entropy are those of the policy that sampled. It needs
+            transformers' plain generation, and refuses what changes the odds between the tokens that are left, such as
+            a repetition penalty.
         loss_kwargs: hyper-parameters of a `loss_type` that TRL lacks. On the command line: JSON. Such a loss does not
             read TRL's fields (`epsilon`, `delta`, ...).
         loss_reduction: how a loss that TRL lacks is summed, in the words of `grpo_plus.losses.reduce`. None: as its
@@ -137,6 +144,13 @@ class GRPOPlusConfig(GRPOConfig):
         metadata={
             "help": "Warn, once per cause and with what to try, where the log says that the run cannot learn, or "
             "learns something else than it should."
+        },
+    )
+    truncated_sampling: str | None = field(
+        default=None,
+        metadata={
+            "help": "correct: take log-probabilities over the tokens that top_p, top_k, min_p and the like have left; "
+            "unset: over the whole vocabulary, as TRL."
         },
     )
     loss_kwargs: dict[str, Any] | str | None = field(
@@ -238,6 +252,7 @@ class GRPOPlusConfig(GRPOConfig):
         check_kl_target(self)
         check_speed(self)
         check_liger(self)
+        check_truncated_sampling(self)
         check_adapter_dtype(self)
         check_guard(self)
         self.advantage_kwargs = as_dictionary("advantage_kwargs", self.advantage_kwargs)

@@ -28,6 +28,7 @@ OFF: dict[str, Any] = {
     "lora_backend": "peft",
     "generation_loop": "trl",
     "generation_chunk_size": None,
+    "truncated_sampling": None,
     "adapter_dtype": None,
 }
 

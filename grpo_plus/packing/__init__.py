@@ -2,7 +2,7 @@
 
 Start reading at `packer.py`, which chooses the form of a model's rows. `check.py` compares a form with plain rows
 before its use. A completion sees a shared prompt by cascade attention (`cascade.py`, on a GPU), by segment attention
-(`attention.py`), or through the model's own cache (`cached.py`).
+(`attention.py`), or through the model's own cache (`cached.py`). `kept.py` normalizes over what a sampler could draw.
 
 To add a form, write a `Form` (`forward.py`) at the end of `rows.py` or of a file of its own, and offer the form in
 `packer.candidates`.
@@ -10,6 +10,7 @@ To add a form, write a `Form` (`forward.py`) at the end of `rows.py` or of a fil
 
 from grpo_plus.packing.forward import Head
 from grpo_plus.packing.head import single_pass_head, why_not_single_pass
+from grpo_plus.packing.kept import Truncated, score_padded, why_not_truncated
 from grpo_plus.packing.layout import group_rows
 from grpo_plus.packing.packer import PACKING, Packer, base_model, why_not_packed
 from grpo_plus.packing.padded import Layout, Packed, PaddedRows, forward_live
@@ -22,12 +23,15 @@ __all__ = [
     "Packed",
     "Packer",
     "PaddedRows",
+    "Truncated",
     "base_model",
     "forward_live",
     "group_rows",
     "regroup",
     "reorder",
+    "score_padded",
     "single_pass_head",
     "why_not_packed",
     "why_not_single_pass",
+    "why_not_truncated",
 ]

@@ -125,6 +125,12 @@ def choose(
     return Verdict(None, None, tuple(reasons))
 
 
+def why_not_close(model: PreTrainedModel, logps: Tensor, expected: Tensor) -> str | None:
+    """Reason why log-probabilities of the same rows differ by more than rounding. None where they do not."""
+    error, allowed = _rms(logps - expected), LIMITS[precision_of_products(model)][0]
+    return None if error <= allowed else f"log-probabilities differ by {error:.1e} (allowed {allowed:.1e})"
+
+
 def _probes(groups: Sequence[Group]) -> list[Group]:
     """Two rows of one prompt, and a row of a shorter prompt in another group, from the first and the last group."""
     first, last = groups[0], groups[-1]

@@ -1,5 +1,7 @@
 """Frozen head in a single pass, with a model's own scale and cap: a head for `Form.run`."""
 
+from typing import Any
+
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -17,19 +19,22 @@ def single_pass_head(backend: str, *, temperature: float) -> Head:
     linear_logprob = linear_logprob_of(backend)
 
     def head(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> Logps:
-        config, lm_head = model.config.get_text_config(), model.get_output_embeddings()
-        scale: float | None = getattr(config, "logit_scale", None)
-        return linear_logprob(
-            hidden,
-            lm_head.weight,
-            targets,
-            bias=lm_head.bias,
-            temperature=temperature,
-            softcap=getattr(config, "final_logit_softcapping", None),
-            logit_scale=1.0 if scale is None else scale,
-        )
+        weight = model.get_output_embeddings().weight
+        return linear_logprob(hidden, weight, targets, **head_arguments(model, temperature))
 
     return head
+
+
+def head_arguments(model: PreTrainedModel, temperature: float) -> dict[str, Any]:
+    """What `linear_logprob` has to know of a model's head beside its weight."""
+    config = model.config.get_text_config()
+    scale: float | None = getattr(config, "logit_scale", None)
+    return {
+        "bias": model.get_output_embeddings().bias,
+        "temperature": temperature,
+        "softcap": getattr(config, "final_logit_softcapping", None),
+        "logit_scale": 1.0 if scale is None else scale,
+    }
 
 
 def why_not_single_pass(model: PreTrainedModel) -> str | None:

@@ -19,8 +19,9 @@ from grpo_plus.models.positions import rescaled_from
 from grpo_plus.packing.attention import uninstall_segments, why_not_segments
 from grpo_plus.packing.cascade import why_not_cascade
 from grpo_plus.packing.check import PaddedLogps, SelfCheck, choose
-from grpo_plus.packing.forward import Form, Head, Logps, Ready
+from grpo_plus.packing.forward import Form, Head, Logps, PackedCall, Ready
 from grpo_plus.packing.head import why_not_single_pass
+from grpo_plus.packing.kept import Truncated
 from grpo_plus.packing.layout import Group, unpack
 from grpo_plus.packing.measure import Measure, Way
 from grpo_plus.packing.padded import Layout, Packed, PaddedRows, filled, imputed
@@ -142,7 +143,7 @@ class Packer:
         if choice is None:
             return None
         parts = layout.ready(choice.form, base.device, max_tokens)
-        logps, entropies = _run(choice, model, parts)
+        logps, entropies = _run(choice, model, parts, rows.truncated)
         places = torch.cat([part.rows for part in parts]), torch.cat([part.columns for part in parts])
         return Packed(
             unpack(logps, places, filled(rows, logps)),
@@ -248,9 +249,12 @@ class Packer:
         return None if way.form is None else Choice(way.form, way.head)
 
 
-def _run(choice: Choice, model: nn.Module, parts: Sequence[Ready]) -> Logps:
-    scores = [model(packed=partial(choice.form.run, part.call, choice.head)) for part in parts]
-    logps, entropies = (torch.cat(part) for part in zip(*scores, strict=True))
+def _run(choice: Choice, model: nn.Module, parts: Sequence[Ready], truncated: Truncated | None = None) -> Logps:
+    if truncated is None:
+        calls: list[PackedCall] = [partial(choice.form.run, part.call, choice.head) for part in parts]
+    else:
+        calls = [truncated.call(choice.form, part) for part in parts]
+    logps, entropies = (torch.cat(part) for part in zip(*(model(packed=call) for call in calls), strict=True))
     return logps, entropies
 
 

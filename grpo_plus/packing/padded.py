@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -9,6 +10,9 @@ from torch import Tensor
 from grpo_plus.packing.forward import Form, Ready
 from grpo_plus.packing.layout import Group, group_rows
 from grpo_plus.packing.transfer import on_device
+
+if TYPE_CHECKING:
+    from grpo_plus.packing.kept import Truncated
 
 
 class Layout:
@@ -57,6 +61,7 @@ class PaddedRows:
     live: the rows to forward. None forwards all rows that have a token to score.
     fill: (B, T) log-probabilities of rows that are not forwarded. None fills in zeros.
     layout: what the live rows hold, where the host knows already. None reads the rows, and waits for the device.
+    truncated: what the sampler could draw. None normalizes over the whole vocabulary.
     """
 
     input_ids: Tensor
@@ -65,6 +70,7 @@ class PaddedRows:
     live: tuple[int, ...] | None = None
     fill: Tensor | None = None
     layout: "Layout | None" = None
+    truncated: "Truncated | None" = None
 
     @property
     def completion_mask(self) -> Tensor:

@@ -64,7 +64,12 @@ class KeptRecorder(Recorder):
             self._list()
         return scores
 
-    def rows(self, lengths: Sequence[int]) -> KeptRows:
+    @property
+    def size(self) -> int:
+        """B, the rows that were generated."""
+        return len((self._waiting or self._counts)[0])
+
+    def table(self, lengths: Sequence[int]) -> KeptRows:
         """The kept sets of the rollout's completions.
 
         Args:

@@ -49,6 +49,12 @@ class GuardedSeam(SavingSeam):
             return metrics
         return {name: math.nan if value is None else value for name, value in metrics.items()}
 
+    def _determine_best_metric(self, metrics: dict[str, Any], trial: Any) -> bool:
+        # TRL's figure is None where no completion was judged; transformers would compare None with a number.
+        worst = -math.inf if self.args.greater_is_better else math.inf
+        missing = {name: worst for name, value in metrics.items() if value is None or value != value}
+        return super()._determine_best_metric(metrics | missing, trial)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model, unless a trained weight is not finite."""
         # Spread weights are gathered by all processes. Elsewhere one process may save alone, and would wait forever.

@@ -48,6 +48,9 @@ GENERATES, PREPARES = "_generate", "_generate_and_score_completions"
 
 SAMPLER_RATIO = "importance_sampling_ratio"
 
+# Columns of ours in TRL's dictionaries: what the sampler could draw, as `KeptRows` has it.
+KEPT_COUNTS, KEPT_LISTS = "kept_counts", "kept_lists"
+
 # Columns of TRL's completions table that a reward function may fill through `log_extra` with lists, one per completion.
 STEP_COLUMNS = ("step_rewards", "step_ends")
 
@@ -75,6 +78,8 @@ PADDING = {
     "sampling_per_token_logps": Padding("right", 0),
     "ref_per_token_logps": Padding("right", 0),
     SAMPLER_RATIO: Padding("right", 1),
+    KEPT_COUNTS: Padding("right", 0),
+    KEPT_LISTS: Padding("right", 0),
     "advantages": None,
 }
 

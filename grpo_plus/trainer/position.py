@@ -36,6 +36,7 @@ SETTINGS = (
     "loss_type",
     "use_vllm",
     "vllm_importance_sampling_correction",
+    "truncated_sampling",
 )
 
 

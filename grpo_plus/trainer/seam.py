@@ -6,6 +6,7 @@ Nothing of TRL is copied or patched. `names.py` has TRL's names and the versions
 import inspect
 import math
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,12 +22,13 @@ from grpo_plus.config.plain import own_fields
 from grpo_plus.config.speed import check_liger
 from grpo_plus.losses import TRL_LOSSES, LossInputs
 from grpo_plus.models.adapters import adapter_values
-from grpo_plus.packing import Packed, PaddedRows, base_model, forward_live
+from grpo_plus.packing import Packed, PaddedRows, base_model, forward_live, score_padded
 from grpo_plus.qlora.checks import check_run
 from grpo_plus.trainer.figures import Figures
 from grpo_plus.trainer.generation import generating
 from grpo_plus.trainer.guard import Guard
 from grpo_plus.trainer.guarding import GuardedSeam
+from grpo_plus.trainer.kept import KeptSets
 from grpo_plus.trainer.micro_batches import MicroBatches, read
 from grpo_plus.trainer.names import (
     MULTIMODAL,
@@ -81,6 +83,7 @@ class TRLSeam(GuardedSeam):
         self._reward_calls = RewardCalls(self, self.plus.reward_timeout)
         self._known = MicroBatches()
         self._refills = Refills(self, self.plus.max_refills)
+        self._kept = KeptSets(self, self.plus.truncated_sampling, tells=self.has_own_fields)
         self._sampler = SamplerRatio(self, in_update=self.speed.drops_old_policy_pass)
         self._step_figures = step_figures_of(self)
 
@@ -120,7 +123,9 @@ class TRLSeam(GuardedSeam):
         return rewards_per_func
 
     def _generate(self, prompts: list) -> tuple:
-        generated = super()._generate(prompts)
+        with self._kept.recorded() as recorders:
+            generated = super()._generate(prompts)
+        self._kept.take(recorders, generated[1], generated[6])
         self._tool_masks = generated[2]
         return generated
 
@@ -144,7 +149,7 @@ class TRLSeam(GuardedSeam):
         score = super()._generate_and_score_completions
 
         def generate(rows: list[dict[str, Any]]) -> tuple[dict[str, Any], Rewards]:
-            return score(rows), self.rewards
+            return self._kept.added_to(score(rows)), self.rewards
 
         with self._sampler.left_to_the_update():
             if self.model.training and self.plus.max_refills > 0:
@@ -209,12 +214,6 @@ class TRLSeam(GuardedSeam):
         self._known.keep(fresh, rows)
         return fresh[self._step % self.args.steps_per_generation]
 
-    def _determine_best_metric(self, metrics: dict[str, Any], trial: Any) -> bool:
-        # TRL's figure is None where no completion was judged; transformers would compare None with a number.
-        worst = -math.inf if self.args.greater_is_better else math.inf
-        missing = {name: worst for name, value in metrics.items() if value is None or value != value}
-        return super()._determine_best_metric(metrics | missing, trial)
-
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Train on one micro-batch, during whose forward and backward the adapters do not change."""
         with self.speed.adapters.step():
@@ -234,15 +233,17 @@ class TRLSeam(GuardedSeam):
     def _padded_rows(self, input_ids: Tensor, attention_mask: Tensor, completion_length: int) -> PaddedRows:
         """The rows as they are forwarded: in a loss, without those that have no gradient."""
         inputs = self._micro_batch
+        rows = PaddedRows(input_ids, attention_mask, completion_length)
+        rows = replace(rows, truncated=self._kept.of(inputs, completion_length))
         if inputs is None or not self.speed.reads_rows:
-            return PaddedRows(input_ids, attention_mask, completion_length)
+            return rows
         known = self._known.of(inputs, self._alive)
         # A skipped row keeps the log-probs at which its ratio is 1.
         fill = None if known.live is None else inputs.get("old_per_token_logps")
         forwards = type(self)._get_per_token_logps_and_entropies is TRLSeam._get_per_token_logps_and_entropies
         # A subclass that comes before our forward may hand it other tokens than those of the micro-batch.
         layout = known.layout if forwards and self.speed.packer is not None else None
-        return PaddedRows(input_ids, attention_mask, completion_length, known.live, fill, layout)
+        return replace(rows, live=known.live, fill=fill, layout=layout)
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -276,20 +277,24 @@ class TRLSeam(GuardedSeam):
         return scores
 
     def _packed_logps(self, model: Any, rows: PaddedRows, batch_size: int | None) -> Packed | None:
-        if self.speed.packer is None:
+        if self.speed.packer is None and rows.truncated is None:
             return None
         forward = super()._get_per_token_logps_and_entropies
         base = base_model(self.accelerator.unwrap_model(model))
         max_tokens = None if batch_size is None else batch_size * rows.input_ids.shape[1]
+        policy = self.model.training and model in (self.model, self.model_wrapped)
+
+        def padded_logps(ids: Tensor, mask: Tensor, length: int) -> Tensor:
+            return forward(base, ids, mask, length)[0]
+
         with self.accelerator.autocast():
-            return self.speed.packer.logps(
-                model,
-                base,
-                rows,
-                lambda ids, mask, length: forward(base, ids, mask, length)[0],
-                max_tokens=max_tokens,
-                policy=self.model.training and model in (self.model, self.model_wrapped),
-            )
+            self._kept.check(base, rows, padded_logps)
+            packed = None
+            if self.speed.packer is not None:
+                packed = self.speed.packer.logps(model, base, rows, padded_logps, max_tokens=max_tokens, policy=policy)
+            if packed is None and rows.truncated is not None:
+                packed = score_padded(model, base, rows, batch_size)
+            return packed
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         trls = self.loss_type in TRL_LOSSES

@@ -123,3 +123,10 @@ def test_the_mean_estimate_is_the_gradient_of_the_expected_reward():
     rewards_of_pairs = torch.stack([rewards[a, b] for a, b in pairs])
     (actual,) = torch.autograd.grad((logps.detach().exp() * rewards_of_pairs * logps).sum(), table)
     assert_close("gradient", actual, expected, rtol=1e-10)
+
+
+def test_kept_sets_wait_for_no_device():
+    """A meta tensor has no values: whatever needs one on the host fails."""
+    counts, ids, places = (torch.zeros(shape, dtype=torch.long, device="meta") for shape in ((3, 4), (3, 9), (5,)))
+    left_out = KeptRows(counts, ids).at(places, places).left_out(slice(2, 9), 11)
+    assert left_out.shape == (3, 11)

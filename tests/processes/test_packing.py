@@ -24,7 +24,12 @@ SWITCHES = {
     "off": {"packing": "none", "skip_zero_advantage": False, "lora_backend": "peft"},
     "on": {"packing": "shared_prompt"},
 }
-KINDS = {"plain": {}, "reused": {"gradient_checkpointing": True, "num_iterations": 2}, "lora": {"lora": True}}
+KINDS = {
+    "plain": {},
+    "reused": {"gradient_checkpointing": True, "num_iterations": 2},
+    "lora": {"lora": True},
+    "truncated": {"top_p": 0.7, "truncated_sampling": "correct"},
+}
 PAIRS = {
     kind: {name: job(f"{kind}-{name}", **CONFIG, **extra, **switches) for name, switches in SWITCHES.items()}
     for kind, extra in KINDS.items()

@@ -34,7 +34,7 @@ def test_kept_sets_are_what_the_scores_leave(monkeypatch, model, settings):
     assert torch.equal(output.sequences, generate(model, **settings))
     could = torch.stack(output.scores, dim=1) > -torch.inf
     lengths = [5, 2, 1, 4]
-    (rows,) = (recorder.rows(lengths) for recorder in recorders)
+    (rows,) = (recorder.table(lengths) for recorder in recorders)
     places = [(row, step) for row, length in enumerate(lengths) for step in range(length)]
     at = torch.tensor(places).unbind(1)
     assert torch.equal(~rows.at(*at).left_out(slice(0, len(places)), VOCABULARY), could[at])
@@ -69,7 +69,7 @@ def test_a_loop_of_another_hand_stays_and_is_recorded(model):
         )
     assert calls
     assert expected.shape[0] == len(PROMPTS)
-    assert (recorders[0].rows([1] * 4).counts == 2).all()
+    assert (recorders[0].table([1] * 4).counts == 2).all()
 
 
 def test_a_processor_that_moves_odds_is_refused_by_name(model):

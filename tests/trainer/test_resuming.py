@@ -45,6 +45,7 @@ CASES: dict[str, dict[str, Any]] = {
     "kl_target": REUSED | {"beta": 0.1, "kl_target": 0.01},
     "ema_task": REUSED | TASK | {"advantage_estimator": "ema_task"},
     "popart": REUSED | TASK | {"advantage_estimator": "popart"},
+    "truncated sampling": REUSED | {"top_p": 0.7, "truncated_sampling": "correct"},
     "refills": REUSED | {"max_refills": 1, "advantage_estimator": "rloo"},
     "adaptive entropy": REUSED | {"use_adaptive_entropy": True, "entropy_target": 1.0},
     "loss of ours": REUSED | {"loss_type": "gmpo"},

@@ -1,0 +1,119 @@
+"""The sampler's own distribution: which tokens it could draw, from generation to the loss.
+
+With top_p, top_k, min_p or suppressed tokens, the policy that samples is the policy renormalized over the tokens that
+are left. `truncated_sampling="correct"` gives TRL the log-probabilities of that policy. DeepSeek-AI, "DeepSeek-V3.2"
+(https://huggingface.co/papers/2512.02556), section 3.1, "Keep Sampling Mask".
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakSet
+
+from transformers import PreTrainedModel
+from trl import GRPOTrainer
+
+from grpo_plus.config.sampling import truncates
+from grpo_plus.kernels.linear_logprob.kept import KeptRows
+from grpo_plus.packing import PaddedRows, Truncated, why_not_packed, why_not_truncated
+from grpo_plus.packing.check import PaddedLogps
+from grpo_plus.rollout.kept import KeptRecorder
+from grpo_plus.rollout.recorder import recording
+from grpo_plus.trainer.names import KEPT_COUNTS, KEPT_LISTS
+
+logger = logging.getLogger("grpo_plus")
+
+
+class KeptSets:
+    """Follows what the sampler of one run could draw. Does nothing where `truncated_sampling` is unset."""
+
+    def __init__(self, trainer: GRPOTrainer, truncated_sampling: str | None, *, tells: bool) -> None:
+        self._trainer = trainer
+        self._acts = truncated_sampling is not None
+        self._rows: KeptRows | None = None  # of the batch that is being scored
+        self._checked: WeakSet[PreTrainedModel] = WeakSet()
+        reason = _why_not(trainer)
+        if self._acts and reason:
+            raise ValueError(
+                f"truncated_sampling={truncated_sampling!r} is not possible: {reason}. Change that, or leave "
+                "truncated_sampling unset."
+            )
+        if tells and not self._acts and reason is None and (active := truncates(trainer.args)):
+            logger.info(
+                f"{', '.join(active)}: the sampler draws from a part of the vocabulary, and log-probabilities are over "
+                "all of it, as in TRL. truncated_sampling='correct' takes them over the part that was drawn from."
+            )
+
+    @contextmanager
+    def recorded(self) -> Iterator[list[KeptRecorder]]:
+        """Inside, what is generated is recorded."""
+        if not self._acts:
+            yield []
+            return
+        trainer = self._trainer
+        with recording(trainer.accelerator.unwrap_model(trainer.model_wrapped), KeptRecorder) as recorders:
+            yield recorders
+
+    def take(self, recorders: list[KeptRecorder], completion_ids: list[list[int]], images: list | None) -> None:
+        """Keep what belongs to the completions, until they are scored."""
+        if not self._acts:
+            return
+        if images is not None:
+            raise ValueError(
+                "truncated_sampling='correct' is for rows of text, and the dataset has images. Leave it unset."
+            )
+        lengths = [len(ids) for ids in completion_ids]
+        parts = []
+        for recorder in recorders:
+            parts.append(recorder.table(lengths[: recorder.size]))
+            lengths = lengths[recorder.size :]
+        self._rows = KeptRows.joined(parts)
+
+    def added_to(self, output: dict[str, Any]) -> dict[str, Any]:
+        """TRL's dictionary with the kept sets of its rows, which follow the rows from there."""
+        if not self._acts:
+            return output
+        assert self._rows is not None
+        rows, self._rows = self._rows.widened(output["completion_ids"].shape[1]), None
+        return output | {KEPT_COUNTS: rows.counts, KEPT_LISTS: rows.ids}
+
+    def of(self, inputs: dict[str, Any] | None, completion_length: int) -> Truncated | None:
+        """What the sampler could draw in a micro-batch, for None in the batch that is being scored. None: anything."""
+        rows = self._rows
+        if self._acts and inputs is not None:
+            rows = KeptRows(inputs[KEPT_COUNTS], inputs[KEPT_LISTS])
+        if rows is None:
+            return None
+        # Of the reference too: the k3 estimator is unbiased where both distributions sum to 1 over what is drawn.
+        trains_entropy = bool(self._trainer.args.entropy_coef or self._trainer.args.use_adaptive_entropy)
+        return Truncated(rows.widened(completion_length), self._trainer.temperature, trains_entropy)
+
+    def check(self, base: PreTrainedModel, rows: PaddedRows, padded_logps: PaddedLogps) -> None:
+        """Refuse, once per model, a head that is not ours."""
+        if rows.truncated is None or base in self._checked:
+            return
+        if reason := why_not_truncated(base, rows, padded_logps):
+            raise ValueError(
+                f"truncated_sampling='correct' does not know the head of {type(base).__name__}: {reason}. Leave "
+                "truncated_sampling unset."
+            )
+        self._checked.add(base)
+
+
+def _why_not(trainer: GRPOTrainer) -> str | None:
+    """Reason why the run's completions cannot be followed. None where they can."""
+    columns = getattr(trainer.train_dataset, "column_names", None) or ()
+    if trainer.rollout_func is not None:
+        return "a rollout function samples, and does not say which tokens it could draw"
+    if trainer.tools:
+        return "completions with tools are made of several turns"
+    if {"image", "images"} & set(columns):
+        return "the dataset has images, and only rows of text are followed"
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        return "the weights are spread over the processes by FSDP or DeepSpeed"
+    if trainer.args.n_gpu > 1:
+        return "torch's DataParallel copies the model to other devices"
+    if trainer.aux_loss_enabled:
+        return "the model has a router loss, whose forward is TRL's"
+    return why_not_packed(trainer.accelerator.unwrap_model(trainer.model))
