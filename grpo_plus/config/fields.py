@@ -89,6 +89,9 @@ class GRPOPlusConfig(GRPOConfig):
             and half as many where the memory runs out all the same; on other devices all. A part holds whole groups of
             equal prompts, and so fewer rows, wherever that takes no further part. Greedy completions stay the same.
             Sampled completions are other draws of the same distribution.
+        offload_activations: whether the inputs of checkpointed layers wait for their backward in pinned memory of the
+            host. They leave a CUDA device while their layer computes, and come back one layer ahead of their backward.
+            The numbers are the same. One input is B * L * H numbers, and there is one per layer.
         adapter_dtype: of the adapters and of Adam's state, "float32" or "bfloat16". None: float32 above a base that
             bitsandbytes quantized, else as PEFT made them. TRL takes bfloat16 above such a base, where a step of a
             small learning rate rounds to nothing.
@@ -209,6 +212,13 @@ class GRPOPlusConfig(GRPOConfig):
         metadata={
             "help": "Rows that a process generates for at a time; auto: as many as the free memory of the GPU holds; "
             "unset: its whole generation batch."
+        },
+    )
+    offload_activations: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep the inputs of checkpointed layers in the host's memory between forward and backward, for "
+            "longer rows on a GPU."
         },
     )
     adapter_dtype: str | None = field(

@@ -29,6 +29,7 @@ OFF: dict[str, Any] = {
     "generation_loop": "trl",
     "generation_chunk_size": None,
     "truncated_sampling": None,
+    "offload_activations": False,
     "adapter_dtype": None,
 }
 

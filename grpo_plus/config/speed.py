@@ -33,6 +33,7 @@ def check_speed(config: "GRPOPlusConfig") -> None:
         _check_single_pass(config)
     _check_chunks(config)
     _check_loop(config)
+    _check_offload(config)
     switched_on("skip_zero_advantage", config.skip_zero_advantage, why_not_skip(config))
     switched_on("skip_old_policy_pass", config.skip_old_policy_pass, why_not_skip_old_policy(config))
 
@@ -108,6 +109,16 @@ def _check_loop(config: "GRPOPlusConfig") -> None:
 def generates_in_batches(config: Any) -> bool:
     """Whether transformers' plain `generate` makes the completions, by the configuration."""
     return not (config.use_vllm or config.use_transformers_continuous_batching or config.use_transformers_paged)
+
+
+def _check_offload(config: "GRPOPlusConfig") -> None:
+    if not isinstance(config.offload_activations, bool):
+        raise ValueError(f"offload_activations={config.offload_activations!r} must be True or False.")
+    if config.offload_activations and not config.gradient_checkpointing:
+        raise ValueError(
+            "offload_activations=True moves the inputs of checkpointed layers, but gradient_checkpointing=False. Set "
+            "gradient_checkpointing=True, or leave offload_activations unset."
+        )
 
 
 def _check_single_pass(config: "GRPOPlusConfig") -> None:

@@ -14,7 +14,6 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PretrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -150,6 +149,7 @@ def checkpoints_with_cache(model: nn.Module) -> Iterator[None]:
     layers = [module for module in flagged if isinstance(module, GradientCheckpointingLayer)]
     replaced = [(layer, layer.__dict__.get("forward")) for layer in layers]
     for layer in layers:
+        checkpoint = layer._gradient_checkpointing_func
         layer.forward = partial(checkpoint, partial(_plain, layer, layer.forward), use_reentrant=False)
     for module in flagged:  # a flagged model refuses a cache, too
         module.gradient_checkpointing = False  # type: ignore[assignment]

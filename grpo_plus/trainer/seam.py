@@ -215,8 +215,8 @@ class TRLSeam(GuardedSeam):
         return fresh[self._step % self.args.steps_per_generation]
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Train on one micro-batch, during whose forward and backward the adapters do not change."""
-        with self.speed.adapters.step():
+        """Train on one micro-batch."""
+        with self.speed.around_update():
             return super().training_step(*args, **kwargs)
 
     def _resumes_within_batch(self, inputs: dict[str, Any]) -> None:
@@ -259,7 +259,7 @@ class TRLSeam(GuardedSeam):
         forward = super()._get_per_token_logps_and_entropies
         rows = self._padded_rows(input_ids, attention_mask, logits_to_keep)
         packed = None
-        with self.speed.adapters.forward():
+        with self.speed.around_forward(model):
             if not compute_aux_loss and all(value is None for value in multimodal.values()):
                 packed = self._packed_logps(model, rows, batch_size)
                 if packed is None and rows.live is not None:

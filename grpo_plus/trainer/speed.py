@@ -32,6 +32,7 @@ from grpo_plus.qlora.adapter_products import Products
 from grpo_plus.qlora.lora_layers import fits_any, fused_lora, has_lora, why_not_fused
 from grpo_plus.rollout import Rollouts, why_not_config, why_not_model
 from grpo_plus.trainer.generation import Chunks, rows_that_fit
+from grpo_plus.trainer.long_rows import LongRows, long_rows_of
 
 MEASURED_ON = ("cuda",)  # kinds of device on which the fastest way depends on more than the kind
 
@@ -49,6 +50,7 @@ class Speed:
         keeps_prompts_together: the completions of a prompt meet in one micro-batch.
         rollouts: decodes each prompt once and lets finished rows leave. None where transformers' own loop decodes.
         chunks: how many rows transformers generates for at a time. None: the whole generation batch.
+        long_rows: what lets the device hold longer rows.
         adapters: what fused layers keep while nothing about them can change. Empty outside of a training.
     """
 
@@ -60,6 +62,7 @@ class Speed:
     keeps_prompts_together: bool
     rollouts: Rollouts | None
     chunks: Chunks | None
+    long_rows: LongRows
     adapters: Products = field(default_factory=Products)
 
     @property
@@ -88,6 +91,19 @@ class Speed:
         with attention, fused_lora(model, self.adapters) if self.fuses_lora else nullcontext():
             yield
 
+    @contextmanager
+    def around_update(self) -> Iterator[None]:
+        """Compute forward and backward of one micro-batch, during which the adapters do not change."""
+        with self.adapters.step(), self.long_rows.step():
+            yield
+
+    @contextmanager
+    def around_forward(self, model: Any) -> Iterator[None]:
+        """Compute log-probabilities, in an update or before it."""
+        self.long_rows.forward(model)
+        with self.adapters.forward():
+            yield
+
 
 def speed_of(trainer: GRPOTrainer, config: GRPOPlusConfig) -> Speed:
     """What of the configuration is exact for this trainer and its model.
@@ -109,6 +125,7 @@ def speed_of(trainer: GRPOTrainer, config: GRPOPlusConfig) -> Speed:
         keeps_prompts_together=packer is not None and _keeps_prompts_together(trainer, config),
         rollouts=_rollouts(trainer, config),
         chunks=_chunks(trainer, config),
+        long_rows=long_rows_of(trainer, config, _why_not_own_layers(trainer)),
         adapters=adapters,
     )
 
