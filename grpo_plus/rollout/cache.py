@@ -106,9 +106,11 @@ class Expanded(Keeper):
 
     def expand(self, index: Tensor, mask: Tensor | None) -> None:
         """Copy each prompt's entry for its rows, and let the layers of attention grow in place."""
-        # `batch_repeat_interleave` is missing in layers of linear attention. `reorder_cache` takes any index.
-        self.cache.reorder_cache(index)
-        self.cache.layers = [_growing(layer) for layer in self.cache.layers]
+        # One layer after the other, so that one layer at a time is held twice. Layers of linear attention have no
+        # `batch_repeat_interleave`; every layer has a `reorder_cache`, which takes any index.
+        for number, layer in enumerate(self.cache.layers):
+            layer.reorder_cache(index)
+            self.cache.layers[number] = _growing(layer)
 
     def keep(self, moves: Moves) -> None:
         """Move rows within the layers that grow in place, and copy the others."""

@@ -44,8 +44,7 @@ def decode(
     sampling = Sampling(input_ids, logits_processor, stopping_criteria, generation_config)
     live = Live(len(input_ids), input_ids.device)
     late = input_ids.is_cuda if late is None else late
-    calls = row_steps = 0
-    new_tokens = unfinished = len(input_ids)
+    drawn_for, stepped = [len(input_ids)], list[int]()  # rows of each draw and of each step
     logits = steps.prefill(input_ids, prompts, generation_config)
     with model._optimize_model_for_decode(), keeper.attached():
         while True:
@@ -57,16 +56,21 @@ def decode(
                 _leave(live, steps, news.read())
             if live.rows:
                 logits = steps.step(live.of(tokens))
-                calls, row_steps = calls + 1, row_steps + len(live.rows)
+                stepped.append(len(live.rows))
             if late and (moves := _leave(live, steps, news.read())):
                 logits = logits.index_select(0, moves.order)
-            unfinished = sum(news.read())
-            new_tokens += unfinished
             if not live.rows:
                 break
-    rows, seconds = len(input_ids), perf_counter() - started
-    counts = (rows, len(prompts.first), calls, row_steps, new_tokens, rows - unfinished)
-    return sampling.ids, Statistics(*counts, seconds)
+            drawn_for.append(sum(news.read()))
+    return sampling.ids, Statistics(
+        rows=len(input_ids),
+        prompts=len(prompts.first),
+        steps=len(stepped),
+        row_steps=sum(stepped),
+        new_tokens=sum(drawn_for),
+        finished=len(input_ids) - (drawn_for[-1] if live.rows else 0),
+        seconds=perf_counter() - started,
+    )
 
 
 def _leave(live: Live, steps: Steps, unfinished: list[bool]) -> Moves | None:

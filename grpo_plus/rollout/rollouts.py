@@ -15,7 +15,7 @@ from grpo_plus.rollout.check import why_not_exact
 from grpo_plus.rollout.keeper import Keeper
 from grpo_plus.rollout.loop import decode
 from grpo_plus.rollout.prompts import Prompts
-from grpo_plus.rollout.reasons import LOST, why_not_batch, why_not_config, why_not_model, why_not_worth
+from grpo_plus.rollout.reasons import LOST, why_not_batch, why_not_config, why_not_worth
 from grpo_plus.rollout.statistics import Statistics
 
 logger = logging.getLogger("grpo_plus")
@@ -39,6 +39,8 @@ class NotGroupedError(Exception):
 class Rollouts:
     """Decodes with prompts once and rows that leave, wherever that gives the same tokens.
 
+    It is for models against which `why_not_model` has no reason.
+
     Args:
         insists: whether a batch that cannot be decoded so is an error.
 
@@ -49,7 +51,7 @@ class Rollouts:
     def __init__(self, *, insists: bool = False) -> None:
         self.insists = insists
         self.statistics: list[Statistics] = []
-        self._told: set[str] = set()
+        self._told: set[str | type[Keeper]] = set()
         self._verdicts: dict[tuple[type[Keeper], bool], str | None] = {}  # also by whether the model trains
 
     @contextmanager
@@ -75,25 +77,23 @@ class Rollouts:
                 if lost := sorted(LOST & kwargs.keys()):
                     raise NotGroupedError(f"generate is called with {', '.join(lost)}")
                 return generate(*args, custom_generate=self._decode, **kwargs)
-            except NotGroupedError as fallback:
-                self._fall_back(fallback)
+            except NotGroupedError as error:
+                fallback = error
+            self._tell(fallback)
             return generate(*args, **kwargs)
 
         return grouped
 
-    def _fall_back(self, fallback: NotGroupedError) -> None:
+    def _tell(self, fallback: NotGroupedError) -> None:
+        """Say once why transformers' own loop decodes, or raise where the run insists."""
         if self.insists and not fallback.quiet:
             raise ValueError(
                 f"generation_loop='grouped' is not possible: {fallback}. Change that, or leave generation_loop unset."
             )
-        if str(fallback) in self._told:
-            return
-        self._told.add(str(fallback))
-        message = f"generation_loop: transformers' own loop. {fallback}."
-        if fallback.quiet:
-            logger.info(message)
-        else:
-            warnings.warn(message, stacklevel=3)
+        if str(fallback) not in self._told:
+            self._told.add(str(fallback))
+            message = f"generation_loop: transformers' own loop. {fallback}."
+            logger.info(message) if fallback.quiet else warnings.warn(message, stacklevel=3)
 
     def _decode(
         self,
@@ -104,8 +104,8 @@ class Rollouts:
         generation_config: Any,
         **model_kwargs: Any,
     ) -> Tensor:
-        reason = why_not_model(model) or why_not_config(generation_config)
-        if reason := reason or why_not_batch(model, generation_config, model_kwargs):
+        reason = why_not_config(generation_config) or why_not_batch(model, generation_config, model_kwargs)
+        if reason is not None:
             raise NotGroupedError(reason)
         prompts = Prompts.of(input_ids, model_kwargs.get("attention_mask"))
         if reason := why_not_worth(prompts.shared, input_ids, generation_config, stopping_criteria):
@@ -152,7 +152,8 @@ class Rollouts:
     ) -> str | None:
         ends = _without_padding(input_ids[prompts.first], arguments.get("attention_mask"), prompts)
         reason = why_not_exact(model, kind, arguments, (ends[-1], ends[0]), config)
-        if reason is None:
+        if reason is None and kind not in self._told:
+            self._told.add(kind)
             logger.info(f"generation: prompts once ({prompts.factor:.3g}x), rows leave, {kind.words}")
         return reason
 

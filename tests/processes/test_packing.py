@@ -21,7 +21,7 @@ CONFIG = {
     "advantage_modifiers": {"clip": {"max": 0.5}},
 }
 SWITCHES = {
-    "off": {"packing": "none", "skip_zero_advantage": False, "lora_backend": "peft"},
+    "off": {"packing": "none", "skip_zero_advantage": False, "lora_backend": "peft", "generation_loop": "trl"},
     "on": {"packing": "shared_prompt"},
 }
 KINDS = {
