@@ -1,4 +1,4 @@
-"""Gap between the policy and the inference engine that samples for it: same weights, other kernels."""
+"""Gap between the policy and what samples for it: same weights, other kernels, or a coarser cache."""
 
 import math
 from collections.abc import Callable
@@ -52,20 +52,14 @@ def sampler_ratio(
     return ratio.where((ratio >= bounds[0]) & (ratio <= bounds[1]), 0.0)
 
 
-def sampler_differences(logps: Tensor, sampler_logps: Tensor, mask: Tensor) -> Tensor:
-    """log π(oₜ) − log μ(oₜ) of the sampled tokens for which the engine has a value: (B, T) each -> (n,)."""
-    differences = (logps - sampler_logps)[mask]
-    return differences[~differences.isnan()]
-
-
-def suspicion(differences: Tensor, step: int) -> str | None:
+def suspicion(gap: float, step: int) -> str | None:
     """Warning about a sampler that is further from the policy than rounding explains. None for any other sampler.
 
     Args:
-        differences: (n,) differences of the log-probabilities that policy and sampler give the same tokens, in nats.
+        gap: root mean square of the differences of the log-probabilities that policy and sampler give the same tokens,
+            in nats.
     """
-    gap = math.sqrt(differences.float().square().mean().item()) if differences.numel() else 0.0
-    if gap <= SUSPICIOUS:
+    if not gap > SUSPICIOUS:
         return None
     return (
         f"The completions of step {step} were not sampled from the policy that is trained: the log-probabilities that "
@@ -76,28 +70,45 @@ def suspicion(differences: Tensor, step: int) -> str | None:
 
 
 class SamplerGap:
-    """Distance of engine and policy over one generation batch, collected from its micro-batches."""
+    """Distance of sampler and policy over one generation batch, collected from its micro-batches.
+
+    Every micro-batch is summed up on its device, so that the host waits for none of them.
+    """
 
     def __init__(self) -> None:
-        self._differences: list[Tensor] = []
-        self._ratios: list[Tensor] = []
+        self._sums: list[Tensor] = []
+        self._extremes: list[Tensor] = []
 
-    def add(self, logps: Tensor, sampler_logps: Tensor, mask: Tensor, ratio: Tensor) -> None:
-        """Add a micro-batch: the arguments of `sampler_ratio`, and its result."""
-        self._differences.append(sampler_differences(logps, sampler_logps, mask))
-        self._ratios.append(ratio[mask] if ratio.shape == mask.shape else ratio.flatten())
-
-    def differences(self) -> Tensor:
-        """`sampler_differences` of all micro-batches, (n,)."""
-        return torch.cat(self._differences)
-
-    def figures(self) -> Tensor:
-        """Figures of this process, (5,), in the order of `FIGURES`. 0 where nothing was sampled."""
-        differences, ratios = (
-            values if values.numel() else values.new_zeros(1)
-            for values in (self.differences().abs(), torch.cat(self._ratios))
+    def add(self, logps: Tensor, sampler_logps: Tensor, mask: Tensor, ratio: Tensor | None = None) -> None:
+        """Add a micro-batch: the arguments of `sampler_ratio`, and its result. None: the ratio without bounds."""
+        differences = (logps - sampler_logps).float()
+        known = mask & ~differences.isnan()
+        differences = differences.where(known, 0.0)
+        if ratio is None:
+            ratio, mask = differences.exp(), known
+        weighed = mask if ratio.shape == mask.shape else torch.ones_like(ratio, dtype=torch.bool)
+        # Without a token, the extremes are infinite.
+        self._extremes.append(
+            torch.stack([-differences.abs().max(), *(r.where(weighed, math.inf).min() for r in (ratio, -ratio))])
         )
-        return torch.stack([differences.mean(), differences.max(), ratios.min(), ratios.mean(), ratios.max()])
+        sums = differences.abs(), differences.square(), known, ratio.where(weighed, 0.0), weighed
+        self._sums.append(torch.stack([value.sum(dtype=torch.float32) for value in sums]))
+
+    def root_mean_square(self) -> Tensor:
+        """Of the differences of this process. 0 where nothing was sampled."""
+        if not self._sums:
+            return torch.zeros(())
+        _, squares, tokens, _, _ = torch.stack(self._sums).sum(0)
+        return (squares / tokens.clamp(min=1)).sqrt()
+
+    def figures(self, device: torch.device) -> Tensor:
+        """Figures of this process, (5,), in the order of `FIGURES`. 0 where nothing was sampled, NaN without `add`."""
+        if not self._sums:
+            return torch.full((len(FIGURES),), torch.nan, device=device)
+        differences, _, tokens, ratios, weighed = torch.stack(self._sums).sum(0)
+        furthest, least, most = torch.stack(self._extremes).amin(0)
+        mean, mean_ratio = differences / tokens.clamp(min=1), ratios / weighed.clamp(min=1)
+        return torch.stack([mean, -furthest, least, mean_ratio, -most]).where(weighed > 0, 0.0)
 
 
 def joined(figures: Tensor) -> dict[str, float]:

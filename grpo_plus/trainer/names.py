@@ -4,6 +4,7 @@ When TRL moves, this file, `seam.py`, `saving.py` and `trl_fingerprints.json` ch
 """
 
 import inspect
+import math
 import warnings
 from collections import deque
 from importlib.metadata import version
@@ -51,6 +52,9 @@ SAMPLER_RATIO = "importance_sampling_ratio"
 # Columns of ours in TRL's dictionaries: what the sampler could draw, as `KeptRows` has it.
 KEPT_COUNTS, KEPT_LISTS = "kept_counts", "kept_lists"
 
+# A column of ours in TRL's dictionaries: what transformers' generation gave the tokens it drew. NaN is unknown.
+SAMPLED_LOGPS = "sampled_logps"
+
 # Columns of TRL's completions table that a reward function may fill through `log_extra` with lists, one per completion.
 STEP_COLUMNS = ("step_rewards", "step_ends")
 
@@ -80,6 +84,7 @@ PADDING = {
     SAMPLER_RATIO: Padding("right", 1),
     KEPT_COUNTS: Padding("right", 0),
     KEPT_LISTS: Padding("right", 0),
+    SAMPLED_LOGPS: Padding("right", math.nan),
     "advantages": None,
 }
 

@@ -4,7 +4,6 @@ With vLLM TRL forwards the whole generation batch once more, to find how much li
 the engine did. Where the update's own forward computes the same log-probabilities, the ratio is formed from them.
 """
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,9 +12,11 @@ import torch
 from torch import Tensor
 from trl import GRPOTrainer
 
-from grpo_plus.losses.sampler import SamplerGap, joined, sampler_differences, sampler_ratio, suspicion
+from grpo_plus.losses.sampler import SamplerGap, sampler_ratio
 from grpo_plus.packing.transfer import on_device
-from grpo_plus.trainer.names import SAMPLER_RATIO, log_value, trained_tokens
+from grpo_plus.trainer.gap_log import GapLog
+from grpo_plus.trainer.names import SAMPLER_RATIO, trained_tokens
+from grpo_plus.trainer.sampled import SampledLogps
 
 
 class SamplerRatio:
@@ -28,12 +29,13 @@ class SamplerRatio:
     def __init__(self, trainer: GRPOTrainer, *, in_update: bool) -> None:
         self._trainer = trainer
         self._in_update = in_update
-        self._warned = False
-        self.reset()
+        self._log = GapLog(trainer)
+        self._sampled = SampledLogps(trainer, self._log)
+        self.followed, self.added_to = self._sampled.followed, self._sampled.added_to
 
     def reset(self) -> None:
         """Begin a training: an earlier one may have ended within a step."""
-        self._gap = SamplerGap()
+        self._log.reset()
 
     @contextmanager
     def left_to_the_update(self) -> Iterator[None]:
@@ -50,11 +52,13 @@ class SamplerRatio:
     def compare(self, output: dict[str, Any]) -> None:
         """Warn where the sampler, vLLM or a rollout function, holds another policy than the trainer."""
         logps, sampler_logps = output.get("old_per_token_logps"), output.get("sampling_per_token_logps")
-        if logps is not None and sampler_logps is not None and not self._warned:
-            self._warn(sampler_differences(logps, sampler_logps, trained_tokens(output).bool()))
+        if logps is not None and sampler_logps is not None:
+            gap = SamplerGap()
+            gap.add(logps, sampler_logps, trained_tokens(output).bool())
+            self._log.warn(gap)
 
     def form(self, inputs: dict[str, Any] | None, logps: Tensor, live: tuple[int, ...] | None, *, last: bool) -> None:
-        """Put the ratio into `inputs`, for the loss to read, where TRL's own forward was left out.
+        """Put the ratio into `inputs`, for the loss to read, where TRL's own forward was left out, and log the gap.
 
         Args:
             inputs: the micro-batch; None outside of a loss.
@@ -62,6 +66,7 @@ class SamplerRatio:
             live: the rows that were forwarded; None: all.
             last: whether this is the last micro-batch of the generation batch.
         """
+        self._sampled.compare(inputs, logps, live, last=last)
         trainer = self._trainer
         if inputs is None or SAMPLER_RATIO in inputs or not (trainer.model.training and self._in_update):
             return
@@ -75,19 +80,6 @@ class SamplerRatio:
         )
         # A skipped row's ratio is 1: of its log-probs nothing is known, and infinity times an advantage of 0 is NaN.
         inputs[SAMPLER_RATIO] = ratio.new_ones(len(logps), ratio.shape[1]).index_copy(0, rows, ratio)
-        self._gap.add(*scored, ratio)
+        self._log.gap.add(*scored, ratio)
         if last:
-            self._log()
-
-    def _log(self) -> None:
-        self._warn(self._gap.differences())
-        figures = self._trainer.accelerator.gather(self._gap.figures().unsqueeze(0))
-        self._gap = SamplerGap()
-        for name, value in joined(figures).items():
-            log_value(self._trainer, f"sampling/{name}", value)
-
-    def _warn(self, differences: Tensor) -> None:
-        """One warning in a run."""
-        if not self._warned and (message := suspicion(differences, self._trainer.state.global_step)):
-            warnings.warn(message, stacklevel=2)
-            self._warned = True
+            self._log.write()

@@ -124,7 +124,7 @@ class TRLSeam(GuardedSeam):
 
     def _generate(self, prompts: list) -> tuple:
         with self._kept.recorded() as recorders:
-            generated = super()._generate(prompts)
+            generated = self._sampler.followed(super()._generate, prompts)
         self._kept.take(recorders, generated[1], generated[6])
         self._tool_masks = generated[2]
         return generated
@@ -149,7 +149,7 @@ class TRLSeam(GuardedSeam):
         score = super()._generate_and_score_completions
 
         def generate(rows: list[dict[str, Any]]) -> tuple[dict[str, Any], Rewards]:
-            return self._kept.added_to(score(rows)), self.rewards
+            return self._sampler.added_to(self._kept.added_to(score(rows))), self.rewards
 
         with self._sampler.left_to_the_update():
             if self.model.training and self.plus.max_refills > 0:

@@ -37,10 +37,10 @@ def test_figures_are_of_sampled_tokens_and_whole_sequences():
         gap.add(LOGPS, SAMPLER, MASK, sampler_ratio(LOGPS, SAMPLER, MASK, mode=mode, low=None, high=None))
     # Differences log 2, log 2 and log 3, twice; ratios 2, 0.5, 1, 3 of the tokens and 1, 3 of the sequences.
     expected = torch.tensor([(2 * math.log(2) + math.log(3)) / 3, math.log(3), 0.5, 10.5 / 6, 3])
-    assert_close("figures", gap.figures(), expected, rtol=1e-6)
+    assert_close("figures", gap.figures(LOGPS.device), expected, rtol=1e-6)
     empty = SamplerGap()
     empty.add(LOGPS, SAMPLER, torch.zeros_like(MASK), torch.ones(2, 3))
-    assert empty.figures().tolist() == [0] * 5
+    assert empty.figures(LOGPS.device).tolist() == [0] * 5
 
 
 def test_processes_join_means_as_means_and_extremes_as_extremes():

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
-from grpo_plus.losses.sampler import sampler_differences, suspicion
+from grpo_plus.losses.sampler import SamplerGap, suspicion
+from tests.refilling import MIXED, Judge
 from tests.training import make_trainer
 
 
@@ -15,12 +16,17 @@ def test_the_gap_is_the_root_mean_square_over_the_tokens_that_count():
     logps = torch.tensor([[-1.0, -2.0, -3.0], [-1.0, -1.0, -9.0]])
     sampled = torch.tensor([[-1.6, -2.8, math.nan], [-1.0, -1.0, 0.0]])
     mask = torch.tensor([[1, 1, 1], [1, 1, 0]]).bool()
-    differences = sampler_differences(logps, sampled, mask)
+    gap, nothing = SamplerGap(), SamplerGap()
+    gap.add(logps, sampled, mask)
     # Four tokens with a value: 0.6, 0.8, 0, 0.
-    assert differences.tolist() == pytest.approx([0.6, 0.8, 0.0, 0.0])
-    assert "differ by 0.50 (root mean square" in suspicion(differences, 3)
-    assert suspicion(differences / 2.6, 3) is None  # 0.19
-    assert suspicion(torch.zeros(0), 3) is None
+    assert gap.root_mean_square().item() == pytest.approx(0.5)
+    assert "differ by 0.50 (root mean square" in suspicion(0.5, 3)
+    assert suspicion(0.19, 3) is None
+    assert nothing.root_mean_square() == 0
+    # Of the ratios e^0.6, e^0.8, 1 and 1, the token without a value is left out.
+    expected = [0.35, 0.8, 1.0, (math.exp(0.6) + math.exp(0.8) + 2) / 4, math.exp(0.8)]
+    assert gap.figures(logps.device).tolist() == pytest.approx(expected)
+    assert nothing.figures(logps.device).isnan().all()
 
 
 def rollout(stale):
@@ -63,3 +69,75 @@ def test_a_sampler_that_stays_at_the_starting_policy_is_warned_of_once(tmp_path,
     messages = [str(warning.message) for warning in caught if "not sampled from the policy" in str(warning.message)]
     assert len(messages) == stale
     assert not stale or "step 0" not in messages[0]
+
+
+def gaps(tmp_path, **config):
+    """The figures of transformers' own sampling, by step."""
+    made = make_trainer(
+        tmp_path,
+        trainer_class=GRPOPlusTrainer,
+        config_class=GRPOPlusConfig,
+        **({"temperature": 0.7, "learning_rate": 1e-1, "max_steps": 2} | config),
+    )
+    made.train()
+    names = (
+        "sampling_logp_difference/mean",
+        "sampling_logp_difference/max",
+        *(f"importance_sampling_ratio/{x}" for x in ("min", "mean", "max")),
+    )
+    log = made.state.log_history[:-1]
+    return [
+        [entry[f"sampling/{name}"] for name in names]
+        for entry in log
+        if "sampling/sampling_logp_difference/mean" in entry
+    ]
+
+
+ROWS = {"gradient_accumulation_steps": 2, "generation_chunk_size": 3}
+RUNS = {
+    "compared in the update, over rows that moved": {
+        **ROWS,
+        "train_dataset": MIXED,
+        "reward_funcs": [Judge()],
+        "max_refills": 1,
+        "skip_zero_advantage": True,
+    },
+    "compared with the old policy, padded": {**ROWS, "num_iterations": 2, "packing": "none"},
+}
+
+
+@pytest.mark.parametrize("config", RUNS.values(), ids=RUNS)
+def test_what_transformers_samples_is_the_policy_in_every_row(tmp_path, config):
+    """An entry of another row or place would be far away."""
+    logged = gaps(tmp_path, **config)
+    assert logged
+    for mean, furthest, *ratios in logged:
+        assert 0 < mean < furthest < 1e-4
+        assert ratios == pytest.approx([1, 1, 1], abs=1e-4)
+
+
+def test_truncated_sampling_is_a_gap_that_is_warned_of(tmp_path):
+    with pytest.warns(UserWarning, match="were not sampled from the policy"):
+        (mean, _, _, ratio, most), *_ = gaps(tmp_path, top_k=3)
+    # The sampler draws from three tokens of 40: what it gives each of them is more than the policy does.
+    assert most < 1
+    assert mean > 0.5
+    assert ratio < 0.5
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"generation_kwargs": {"do_sample": False}},
+        {"generation_kwargs": {"num_beams": 2}},
+    ],
+)
+def test_a_sampler_that_gives_no_probabilities_has_no_gap(tmp_path, config):
+    assert gaps(tmp_path, max_steps=1, **config) == []
+
+
+def test_a_quantized_cache_is_a_gap_that_is_small(tmp_path):
+    quantized = {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}}
+    (mean, furthest, *ratios), *_ = gaps(tmp_path, max_steps=1, generation_kwargs=quantized)
+    assert 1e-5 < mean < furthest < 0.2
+    assert ratios == pytest.approx([1, 1, 1], abs=0.2)
