@@ -11,7 +11,7 @@ generates. `recorder.py` lets a recorder see the scores that tokens are drawn fr
 be drawn.
 
 To add a way to keep keys and values, write a `Keeper` in a file of its own and put it into `KEEPERS` of `rollouts.py`.
-To replace the call of the model in a step, give `decode` a `forward`.
+A keeper may also replace the call of the model in a step (`Keeper.forward`).
 """
 
 from grpo_plus.rollout.keeper import Keeper

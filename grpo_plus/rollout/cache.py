@@ -100,7 +100,7 @@ class Expanded(Keeper):
         return None
 
     @classmethod
-    def pays(cls, prompts: Prompts, length: int) -> bool:
+    def pays(cls, model: PreTrainedModel, prompts: Prompts, length: int) -> bool:
         """Always."""
         return True
 

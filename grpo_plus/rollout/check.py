@@ -107,7 +107,7 @@ def _steps(
     ids, batch = _batch(arguments, [longer, longer, shorter])
     cache = deepcopy(arguments["past_key_values"])
     keeper = kind(model, cache)
-    steps = Steps(model, keeper, arguments | batch | {"past_key_values": cache}, model)
+    steps = Steps(model, keeper, arguments | batch | {"past_key_values": cache})
     steps.prefill(ids, Prompts(ids.new_tensor([0, 2]), ids.new_tensor([0, 0, 1])), config)
     one, two, three = probes.tokens
     with keeper.attached():

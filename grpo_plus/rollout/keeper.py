@@ -22,9 +22,11 @@ class Keeper(ABC):
     Attributes:
         words: what it does, for the line in the log.
         cache: transformers' cache, which the model reads and writes.
+        failure: reason why later batches had better do without this keeper. None where there is none.
     """
 
     words: ClassVar[str]
+    failure: str | None = None
 
     def __init__(self, model: PreTrainedModel, cache: DynamicCache) -> None:
         self.model = model
@@ -37,7 +39,7 @@ class Keeper(ABC):
 
     @classmethod
     @abstractmethod
-    def pays(cls, prompts: Prompts, length: int) -> bool:
+    def pays(cls, model: PreTrainedModel, prompts: Prompts, length: int) -> bool:
         """Whether this keeper is the better choice for a batch of these prompts, `length` tokens with padding."""
 
     @abstractmethod
@@ -60,6 +62,10 @@ class Keeper(ABC):
             arguments: of transformers: the cache, and mask (live, L) and positions of the live rows.
         """
         return arguments
+
+    def forward(self, **inputs: Any) -> Any:
+        """Run a step: call the model, or what gives the same logits."""
+        return self.model(**inputs)
 
     @contextmanager
     def attached(self) -> Iterator[None]:

@@ -11,7 +11,7 @@ from grpo_plus.rollout.live import Live, Moves
 from grpo_plus.rollout.prompts import Prompts
 from grpo_plus.rollout.sampling import Sampling
 from grpo_plus.rollout.statistics import Statistics
-from grpo_plus.rollout.steps import Forward, Steps
+from grpo_plus.rollout.steps import Steps
 
 
 def decode(
@@ -23,7 +23,6 @@ def decode(
     *,
     prompts: Prompts,
     keeper: Keeper,
-    forward: Forward | None = None,
     late: bool | None = None,
     **model_kwargs: Any,
 ) -> tuple[Tensor, Statistics]:
@@ -32,7 +31,6 @@ def decode(
     Args:
         prompts: of the rows of `input_ids` (B, L).
         keeper: of the cache in `model_kwargs`.
-        forward: what a step calls in place of the model.
         late: whether a finished row takes part in one more step, so that the device has work while the host waits for
             the news. None: on CUDA.
 
@@ -40,7 +38,7 @@ def decode(
         Ids (B, L + T) as of transformers' own loop, and what was done.
     """
     started = perf_counter()
-    steps = Steps(model, keeper, model_kwargs, forward or model)
+    steps = Steps(model, keeper, model_kwargs)
     sampling = Sampling(input_ids, logits_processor, stopping_criteria, generation_config)
     live = Live(len(input_ids), input_ids.device)
     late = input_ids.is_cuda if late is None else late

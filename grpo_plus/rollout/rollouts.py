@@ -14,13 +14,14 @@ from grpo_plus.rollout.cache import Expanded
 from grpo_plus.rollout.check import why_not_exact
 from grpo_plus.rollout.keeper import Keeper
 from grpo_plus.rollout.loop import decode
+from grpo_plus.rollout.prefix import SharedPrompts
 from grpo_plus.rollout.prompts import Prompts
 from grpo_plus.rollout.reasons import LOST, why_not_batch, why_not_config, why_not_worth
 from grpo_plus.rollout.statistics import Statistics
 
 logger = logging.getLogger("grpo_plus")
 
-KEEPERS: tuple[type[Keeper], ...] = (Expanded,)  # the best first
+KEEPERS: tuple[type[Keeper], ...] = (SharedPrompts, Expanded)  # the best first
 
 
 class NotGroupedError(Exception):
@@ -51,7 +52,7 @@ class Rollouts:
     def __init__(self, *, insists: bool = False) -> None:
         self.insists = insists
         self.statistics: list[Statistics] = []
-        self._told: set[str | type[Keeper]] = set()
+        self._told: set[str] = set()
         self._verdicts: dict[tuple[type[Keeper], bool], str | None] = {}  # also by whether the model trains
 
     @contextmanager
@@ -122,6 +123,8 @@ class Rollouts:
             **model_kwargs,
         )
         self.statistics.append(statistics)
+        if keeper.failure is not None:
+            self._judge(type(keeper), model, keeper.failure)
         return ids
 
     def _keeper(
@@ -131,31 +134,32 @@ class Rollouts:
         cache = arguments["past_key_values"]
         reasons = []
         for kind in KEEPERS:
-            if not kind.pays(prompts, input_ids.shape[1]) or kind.why_not(model, cache) is not None:
+            if not kind.pays(model, prompts, input_ids.shape[1]):
                 continue
-            key = kind, model.training
-            if key not in self._verdicts:
-                self._verdicts[key] = self._verdict(kind, model, input_ids, prompts, config, arguments)
-            if (reason := self._verdicts[key]) is None:
+            if (kind, model.training) not in self._verdicts:
+                reason = kind.why_not(model, cache)
+                if reason is None:
+                    ends = _without_padding(input_ids[prompts.first], arguments.get("attention_mask"), prompts)
+                    reason = why_not_exact(model, kind, arguments, (ends[-1], ends[0]), config)
+                self._judge(kind, model, reason)
+                if reason is None:
+                    line = f"generation: prompts once ({prompts.factor:.3g}x), rows leave, {kind.words}"
+                    self._say(line, about=kind.words)
+            if (reason := self._verdicts[kind, model.training]) is None:
                 return kind(model, cache)
             reasons.append(reason)
         raise NotGroupedError("; ".join(reasons))
 
-    def _verdict(
-        self,
-        kind: type[Keeper],
-        model: PreTrainedModel,
-        input_ids: Tensor,
-        prompts: Prompts,
-        config: Any,
-        arguments: dict[str, Any],
-    ) -> str | None:
-        ends = _without_padding(input_ids[prompts.first], arguments.get("attention_mask"), prompts)
-        reason = why_not_exact(model, kind, arguments, (ends[-1], ends[0]), config)
-        if reason is None and kind not in self._told:
-            self._told.add(kind)
-            logger.info(f"generation: prompts once ({prompts.factor:.3g}x), rows leave, {kind.words}")
-        return reason
+    def _judge(self, kind: type[Keeper], model: PreTrainedModel, reason: str | None) -> None:
+        """Remember whether later batches may use a keeper. A reason why not is told."""
+        self._verdicts[kind, model.training] = reason
+        if reason is not None:
+            self._say(f"generation: not with {kind.words}. {reason}.", about=reason)
+
+    def _say(self, line: str, *, about: str) -> None:
+        if about not in self._told:
+            self._told.add(about)
+            logger.info(line)
 
 
 def _without_padding(rows: Tensor, mask: Tensor | None, prompts: Prompts) -> list[Tensor]:

@@ -1,6 +1,5 @@
 """The calls of the model in one rollout: the distinct prompts once, then one token of every live row at a time."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,8 +10,6 @@ from grpo_plus.rollout.keeper import Keeper
 from grpo_plus.rollout.live import Moves
 from grpo_plus.rollout.prompts import Prompts
 
-Forward = Callable[..., Any]
-
 
 class Steps:
     """Calls the model as transformers' own loop does, on the rows that are live.
@@ -20,14 +17,12 @@ class Steps:
     Args:
         keeper: of an empty cache.
         arguments: transformers' keyword arguments of the whole batch.
-        forward: what a step calls. The prefill calls the model.
     """
 
-    def __init__(self, model: PreTrainedModel, keeper: Keeper, arguments: dict[str, Any], forward: Forward) -> None:
+    def __init__(self, model: PreTrainedModel, keeper: Keeper, arguments: dict[str, Any]) -> None:
         self._model = model
         self._keeper = keeper
         self._arguments = arguments
-        self._forward = forward
 
     def prefill(self, input_ids: Tensor, prompts: Prompts, generation_config: Any) -> Tensor:
         """Logits (B, V) of each row's first token."""
@@ -41,7 +36,7 @@ class Steps:
         """Logits (live, V) after one more token (live,) of every live row."""
         arguments = self._keeper.inputs(self._arguments)
         inputs = self._model.prepare_inputs_for_generation(tokens[:, None], **arguments)
-        outputs = self._forward(**inputs, return_dict=True)
+        outputs = self._keeper.forward(**inputs, return_dict=True)
         self._go_on(outputs)
         return _last(outputs, tokens.device)
 
