@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from grpo_plus.rollout.cache import Expanded
 from grpo_plus.rollout.check import why_not_exact
+from grpo_plus.rollout.graphs import Graphed
 from grpo_plus.rollout.keeper import Keeper
 from grpo_plus.rollout.loop import decode
 from grpo_plus.rollout.prefix import SharedPrompts
@@ -21,7 +22,7 @@ from grpo_plus.rollout.statistics import Statistics
 
 logger = logging.getLogger("grpo_plus")
 
-KEEPERS: tuple[type[Keeper], ...] = (SharedPrompts, Expanded)  # the best first
+KEEPERS: tuple[type[Keeper], ...] = (Graphed, SharedPrompts, Expanded)  # the best first
 
 
 class NotGroupedError(Exception):
@@ -154,7 +155,8 @@ class Rollouts:
         """Remember whether later batches may use a keeper. A reason why not is told."""
         self._verdicts[kind, model.training] = reason
         if reason is not None:
-            self._say(f"generation: not with {kind.words}. {reason}.", about=reason)
+            line = f"generation: not with {kind.words}. {reason}."
+            self._say(line, about=line)
 
     def _say(self, line: str, *, about: str) -> None:
         if about not in self._told:

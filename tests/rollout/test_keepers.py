@@ -5,6 +5,7 @@ import logging
 import pytest
 
 from grpo_plus.rollout import Rollouts, prefix
+from grpo_plus.rollout.graphs import Graphed
 from tests.packing.models import tiny
 from tests.rollout.generating import SAMPLED, assert_equal, batch, config, generated
 
@@ -49,3 +50,20 @@ def test_prompts_are_copied_where_layers_hold_more_than_keys_and_values(caplog, 
     first, second = told(tiny("lfm2"), caplog)
     assert "not with one cache of each prompt. a cache with LinearAttentionLayer" in first
     assert second == "generation: prompts once (4x), rows leave, cache in place"
+
+
+def test_a_graph_that_fails_is_told_once_and_later_batches_do_without(model, caplog, monkeypatch):
+    tried = []
+
+    def fails(call):
+        tried.append(call)
+        raise RuntimeError("out of streams")
+
+    monkeypatch.setattr(Graphed, "pays", classmethod(lambda cls, model, prompts, length: True))
+    monkeypatch.setattr(Graphed.__init__, "__defaults__", (fails,))
+    assert told(model, caplog, batches=3) == [
+        "generation: prompts once (4x), rows leave, CUDA graphs",
+        "generation: not with CUDA graphs. a CUDA graph failed: RuntimeError: out of streams.",
+        "generation: prompts once (4x), rows leave, cache in place",
+    ]
+    assert len(tried) == 1
