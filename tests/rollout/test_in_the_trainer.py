@@ -31,6 +31,11 @@ TRAININGS = {
 }
 
 
+def without_gap(logs):
+    """Without the gap between sampler and policy, which a run that is TRL's in everything does not log."""
+    return [{name: value for name, value in entry.items() if not name.startswith("sampling/")} for entry in logs]
+
+
 @pytest.mark.parametrize("case", TRAININGS)
 def test_a_training_is_the_same_to_the_last_bit(tmp_path, case):
     config = {"max_steps": 2, **TRAININGS[case]}
@@ -41,7 +46,7 @@ def test_a_training_is_the_same_to_the_last_bit(tmp_path, case):
     ours.train()
     assert ours.speed.rollouts.statistics
     assert theirs.speed.rollouts is None
-    assert logs_of(ours) == logs_of(theirs)
+    assert without_gap(logs_of(ours)) == logs_of(theirs)
     trained = weights_of(ours)
     assert differing(trained, start)
     assert differing(trained, weights_of(theirs)) == []
