@@ -92,6 +92,13 @@ class GRPOPlusConfig(GRPOConfig):
         offload_activations: whether the inputs of checkpointed layers wait for their backward in pinned memory of the
             host. They leave a CUDA device while their layer computes, and come back one layer ahead of their backward.
             The numbers are the same. One input is B * L * H numbers, and there is one per layer.
+        max_tokens_per_pass: most tokens that an update sends through the model at once. A micro-batch of more tokens
+            takes several passes. The backward holds one pass at a time, and computes every pass but the last again. The
+            completions of a prompt stay in one pass where they fit, and a completion is never cut. The loss is that of
+            all rows together, and the gradients differ by rounding alone. None: one pass, as TRL. "auto": as many
+            tokens as the free memory of a CUDA device holds by the planner's count. Where the memory runs out all the
+            same, the passes are halved and the micro-batch is computed again. Other devices take one pass, and so do
+            rows with images.
         adapter_dtype: of the adapters and of Adam's state, "float32" or "bfloat16". None: float32 above a base that
             bitsandbytes quantized, else as PEFT made them. TRL takes bfloat16 above such a base, where a step of a
             small learning rate rounds to nothing.
@@ -219,6 +226,13 @@ class GRPOPlusConfig(GRPOConfig):
         metadata={
             "help": "Keep the inputs of checkpointed layers in the host's memory between forward and backward, for "
             "longer rows on a GPU."
+        },
+    )
+    max_tokens_per_pass: int | str | None = field(
+        default="auto",
+        metadata={
+            "help": "Most tokens that an update sends through the model at once; auto: as many as the free memory of "
+            "the GPU holds; None: a whole micro-batch."
         },
     )
     adapter_dtype: str | None = field(

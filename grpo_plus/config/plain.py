@@ -30,6 +30,7 @@ OFF: dict[str, Any] = {
     "generation_chunk_size": None,
     "truncated_sampling": None,
     "offload_activations": False,
+    "max_tokens_per_pass": None,
     "adapter_dtype": None,
 }
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 BACKENDS = ("auto", "trl", *SINGLE_PASS)
 AUTO_CHUNKS = "auto"
+AUTO_PASSES = "auto"
 LORA_BACKENDS = ("auto", "peft", "torch")
 GENERATION_LOOPS = ("auto", "grouped", "trl")
 
@@ -34,6 +35,7 @@ def check_speed(config: "GRPOPlusConfig") -> None:
     _check_chunks(config)
     _check_loop(config)
     _check_offload(config)
+    _check_passes(config)
     switched_on("skip_zero_advantage", config.skip_zero_advantage, why_not_skip(config))
     switched_on("skip_old_policy_pass", config.skip_old_policy_pass, why_not_skip_old_policy(config))
 
@@ -118,6 +120,18 @@ def _check_offload(config: "GRPOPlusConfig") -> None:
         raise ValueError(
             "offload_activations=True moves the inputs of checkpointed layers, but gradient_checkpointing=False. Set "
             "gradient_checkpointing=True, or leave offload_activations unset."
+        )
+
+
+def _check_passes(config: "GRPOPlusConfig") -> None:
+    size = config.max_tokens_per_pass
+    if isinstance(size, str) and size.isdecimal():  # as the command line gives it
+        config.max_tokens_per_pass = size = int(size)
+    if isinstance(size, str) and size.lower() == "none":
+        config.max_tokens_per_pass = size = None
+    if size not in (None, AUTO_PASSES) and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+        raise ValueError(
+            f"max_tokens_per_pass={size!r} must be a whole number of tokens, 1 or more, {AUTO_PASSES!r} or None."
         )
 
 

@@ -94,6 +94,12 @@ class SamplerGap:
         sums = differences.abs(), differences.square(), known, ratio.where(weighed, 0.0), weighed
         self._sums.append(torch.stack([value.sum(dtype=torch.float32) for value in sums]))
 
+    def copy(self) -> "SamplerGap":
+        """A gap that goes on by itself."""
+        gap = SamplerGap()
+        gap._sums, gap._extremes = list(self._sums), list(self._extremes)
+        return gap
+
     def root_mean_square(self) -> Tensor:
         """Of the differences of this process. 0 where nothing was sampled."""
         if not self._sums:

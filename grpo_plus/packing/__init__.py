@@ -8,24 +8,26 @@ To add a form, write a `Form` (`forward.py`) at the end of `rows.py` or of a fil
 `packer.candidates`.
 """
 
-from grpo_plus.packing.forward import Head
+from grpo_plus.packing.forward import Head, Logps
 from grpo_plus.packing.head import single_pass_head, why_not_single_pass
 from grpo_plus.packing.kept import Truncated, score_padded, why_not_truncated
 from grpo_plus.packing.layout import group_rows
 from grpo_plus.packing.packer import PACKING, Packer, base_model, why_not_packed
-from grpo_plus.packing.padded import Layout, Packed, PaddedRows, forward_live
+from grpo_plus.packing.padded import Layout, Packed, PaddedRows, forward_live, forward_padded
 from grpo_plus.packing.regroup import regroup, reorder
 
 __all__ = [
     "PACKING",
     "Head",
     "Layout",
+    "Logps",
     "Packed",
     "Packer",
     "PaddedRows",
     "Truncated",
     "base_model",
     "forward_live",
+    "forward_padded",
     "group_rows",
     "regroup",
     "reorder",

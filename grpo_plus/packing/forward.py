@@ -1,12 +1,12 @@
 """What a form of packed rows is: log-probabilities of a model's completions without padding.
 
-A form makes groups of rows `Ready` for the model's device, then turns them into calls of the model, and returns one
-value per scored token. The calls run *inside* the forward of the outermost module (DDP, mixed precision), handed in by
-`model(packed=call)`.
+A form makes groups of rows `Ready` for the model's device, then turns them into passes through the model, each of which
+returns one value per scored token. The passes run *inside* the forward of the outermost module (DDP, mixed precision),
+handed in by `model(packed=call)`.
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from types import MethodType
@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from grpo_plus.packing.layout import IGNORED, Group
+from grpo_plus.packing.layout import IGNORED, Group, merged, runs
 from grpo_plus.packing.transfer import on_device
 
 Logps = tuple[Tensor, Tensor]  # log-probabilities and entropies, (M,) each, of M scored tokens in the order of the form
 Head = Callable[[PreTrainedModel, Tensor, Tensor], Logps]  # base model, (M, H) hidden states, (M,) targets
 PackedCall = Callable[[PreTrainedModel, Callable[..., Any]], Logps]
+Pass = Callable[[], Logps]
 
 
 def install_packed_forward(model: PreTrainedModel) -> None:
@@ -69,12 +70,25 @@ class Ready:
     call: what the form's `run` takes.
     rows, columns: (M,) places in the padded (B, T) completions, of the scored tokens in the order of the form.
     tokens: number of tokens that go through the model.
+    sizes: scored tokens of each pass. None where one pass scores all.
     """
 
     call: Any
     rows: Tensor
     columns: Tensor
     tokens: int
+    sizes: tuple[int, ...] | None = None
+
+    @property
+    def passes(self) -> int:
+        """Number of passes."""
+        return len(self.sizes or (0,))
+
+    @property
+    def places(self) -> list[tuple[Tensor, Tensor]]:
+        """Rows and columns of each pass."""
+        sizes = self.sizes or (len(self.rows),)
+        return list(zip(self.rows.split(sizes), self.columns.split(sizes), strict=True))
 
 
 @dataclass(frozen=True)
@@ -83,17 +97,20 @@ class Form:
 
     share: whether completions of one prompt go together.
     lay_out: (groups, device) -> Ready, with all tensors on the CPU. The device says what is cheap on it.
-    run: call inside the model's forward, (`call` of `Ready`, head, base model, its forward) -> Logps. `head=None` means
-        the model's fused head.
+    passes: call inside the model's forward, (`call` of `Ready`, head, base model, its forward) -> passes, in order.
+        `head=None` means the model's fused head. A pass may run again in the backward.
     tokens: (groups, device) -> number of tokens that go through the model.
+    lay_out_long: (group, device, most tokens of a pass) -> Ready of one group in several passes, which share the pass
+        of its prompt. None where each pass has the prompt to itself.
     """
 
     name: str
     detail: str
     share: bool
     lay_out: Callable[[Sequence[Group], torch.device], Ready]
-    run: Callable[[Any, Head | None, PreTrainedModel, Callable[..., Any]], Logps]
+    passes: Callable[[Any, Head | None, PreTrainedModel, Callable[..., Any]], Iterator[Pass]]
     tokens: Callable[[Sequence[Group], torch.device], int]
+    lay_out_long: Callable[[Group, torch.device, int], Ready] | None = None
 
     def __str__(self) -> str:
         return f"{self.name} ({self.detail})"
@@ -105,6 +122,17 @@ class Form:
     def ready(self, groups: Sequence[Group], device: torch.device) -> Ready:
         """Lay out groups from `arrange`, and copy what was laid out to the device."""
         return on_device(self.lay_out(groups, device), device)
+
+    def ready_in_parts(self, group: Group, device: torch.device, max_tokens: int) -> list[Ready]:
+        """Lay out one group, at most `max_tokens` at a time, or one completion where that is longer."""
+        if self.lay_out_long is not None:
+            return [on_device(self.lay_out_long(group, device, max_tokens), device)]
+        parts = runs(group.apart(), lambda rows: self.tokens([merged(rows)], device) <= max_tokens)
+        return [self.ready([merged(rows)], device) for rows in parts]
+
+    def run(self, call: Any, head: Head | None, model: PreTrainedModel, forward: Callable[..., Any]) -> Logps:
+        """All passes of one `Ready`, called inside the model's forward."""
+        return joined(part() for part in self.passes(call, head, model, forward))
 
 
 def score(
@@ -119,3 +147,9 @@ def score(
     # A reference model's head computes no entropies, and nobody asks for them.
     entropies = torch.zeros_like(output.log_probs) if output.entropy is None else output.entropy
     return output.log_probs.flatten().index_select(0, tokens.places), entropies.flatten().index_select(0, tokens.places)
+
+
+def joined(scores: Iterable[Logps]) -> Logps:
+    """Values of several passes, end to end."""
+    logps, entropies = (torch.cat(values) for values in zip(*scores, strict=True))
+    return logps, entropies

@@ -3,8 +3,9 @@
 A form brings the hidden states of its scored tokens, and the head here takes its softmax over each token's kept set.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,10 +17,11 @@ from grpo_plus.kernels.linear_logprob.kept import Kept, KeptRows
 from grpo_plus.kernels.linear_logprob.trained import linear_logprob as trained
 from grpo_plus.models.dropout import without_dropout
 from grpo_plus.packing.check import PaddedLogps, why_not_close
-from grpo_plus.packing.forward import Form, Logps, PackedCall, Ready, install_packed_forward
+from grpo_plus.packing.forward import Form, Logps, PackedCall, Pass, Ready, install_packed_forward
 from grpo_plus.packing.head import head_arguments, why_not_single_pass
 from grpo_plus.packing.layout import unpack
 from grpo_plus.packing.padded import Packed, PaddedRows, filled, imputed
+from grpo_plus.packing.recomputed import one_by_one
 from grpo_plus.packing.transfer import on_device
 
 
@@ -42,14 +44,14 @@ class Truncated:
         weight = model.get_output_embeddings().weight
         return (single_pass if frozen else trained)(hidden, weight, targets, kept=kept, **arguments)
 
-    def call(self, form: Form, part: Ready) -> PackedCall:
-        """What runs in place of the form with a head of its own."""
+    def passes(self, form: Form, part: Ready, model: PreTrainedModel, forward: Callable[..., Any]) -> Iterator[Pass]:
+        """What runs in place of the form's passes with a head of its own."""
+        hidden_states = form.passes(part.call, _hidden_states, model, forward)
+        for one, places in zip(hidden_states, part.places, strict=True):
+            yield partial(self._score, model, one, *places)
 
-        def call(model: PreTrainedModel, forward: Callable[..., Any]) -> Logps:
-            hidden, targets = form.run(part.call, _hidden_states, model, forward)
-            return self.head(model, hidden, targets, self.kept.at(part.rows, part.columns))
-
-        return call
+    def _score(self, model: PreTrainedModel, hidden_states: Pass, rows: Tensor, columns: Tensor) -> Logps:
+        return self.head(model, *hidden_states(), self.kept.at(rows, columns))
 
 
 def score_padded(model: nn.Module, base: PreTrainedModel, rows: PaddedRows, batch_size: int | None = None) -> Packed:
@@ -57,18 +59,22 @@ def score_padded(model: nn.Module, base: PreTrainedModel, rows: PaddedRows, batc
 
     Args:
         model: `base`, or the wrapper to call.
-        batch_size: most rows of one forward. None forwards all at once.
+        batch_size: most rows of one pass, of which a backward holds one at a time. None takes all rows at once.
     """
     install_packed_forward(base)
     live = torch.tensor(range(len(rows.input_ids)) if rows.live is None else rows.live)
-    scores, places, tokens = [], [], 0
+    calls, places, tokens = [], [], 0
     for index in on_device(list(live.split(batch_size or max(1, len(live)))), rows.input_ids.device):
         # Which tokens are scored is read from the device here.
         at, columns = rows.completion_mask.index_select(0, index).nonzero(as_tuple=True)
-        scores.append(model(packed=_padded_call(rows, index, at, columns)))
+        calls.append(_padded_call(rows, index, at, columns))
         places.append((index[at], columns))
         tokens += len(index) * rows.input_ids.shape[1]
-    logps, entropies = (torch.cat(parts) for parts in zip(*scores, strict=True))
+
+    def call(base: PreTrainedModel, forward: Callable[..., Any]) -> Logps:
+        return one_by_one((partial(one, base, forward) for one in calls), len(calls), rows.input_ids.device)
+
+    logps, entropies = model(packed=call)
     row, column = (torch.cat(parts) for parts in zip(*places, strict=True))
     mean = entropies.detach().sum() / max(1, entropies.numel())
     return Packed(

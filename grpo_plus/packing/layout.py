@@ -9,15 +9,17 @@ The prompt is there once, and each completion starts with a copy of the prompt's
 most one label, the next token of its own completion.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
 
 IGNORED = -100
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,24 @@ class Group:
         """Each completion after the prompt's last token."""
         shared = len(self.prompt) - 1
         return [Piece(self.continuation(row), shared, labels) for row, labels in enumerate(self.completions)]
+
+
+def merged(groups: Sequence[Group]) -> Group:
+    """Groups of the same prompt as one group."""
+    rows = [row for group in groups for row in group.rows]
+    completions = [completion for group in groups for completion in group.completions]
+    return Group(groups[0].prompt, tuple(rows), tuple(completions))
+
+
+def runs(items: Iterable[Item], fits: Callable[[list[Item]], bool]) -> Iterator[list[Item]]:
+    """Cut a sequence into runs that fit, each as long as possible. An item that does not fit is a run of its own."""
+    run: list[Item] = []
+    for item in items:
+        if run and not fits([*run, item]):
+            yield run
+            run = []
+        run.append(item)
+    yield run
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,19 +18,21 @@ from grpo_plus.models.positions import rescaled_from
 from grpo_plus.packing.attention import uninstall_segments, why_not_segments
 from grpo_plus.packing.cascade import why_not_cascade
 from grpo_plus.packing.check import PaddedLogps, SelfCheck, choose
-from grpo_plus.packing.forward import Form, Head, Logps, PackedCall, Ready
+from grpo_plus.packing.forward import Form, Head, Logps, Pass, Ready
 from grpo_plus.packing.head import why_not_single_pass
 from grpo_plus.packing.kept import Truncated
 from grpo_plus.packing.layout import Group, unpack
 from grpo_plus.packing.measure import Measure, Way
 from grpo_plus.packing.padded import Layout, Packed, PaddedRows, filled, imputed
 from grpo_plus.packing.passes import CACHED, why_not_cached
+from grpo_plus.packing.recomputed import one_by_one
 from grpo_plus.packing.rows import CASCADE, PADDING_FREE, PADDING_FREE_FLASH, SEGMENTS
 
 logger = logging.getLogger("grpo_plus")
 
 PACKING = ("auto", "shared_prompt", "padding_free", "none")
 READS_ROWS = ("XLORA", "POLY")  # PEFT types whose adapters depend on the whole input
+Limits = tuple[int | None, int | None]  # the last two arguments of `Layout.ready`
 LONG_ROWS = (
     "packing: rows longer than the model's original positions stay padded, since its position frequencies (longrope or "
     "dynamic) would depend on how they are packed."
@@ -96,6 +97,7 @@ class Packer:
         padded_logps: PaddedLogps,
         *,
         max_tokens: int | None = None,
+        bound: int | None = None,
         policy: bool = False,
     ) -> Packed | None:
         """Log-probabilities and entropies of the rows' completions.
@@ -105,7 +107,8 @@ class Packer:
         Args:
             model: `base`, or the wrapper to call.
             padded_logps: the forward that the first call compares with.
-            max_tokens: most tokens of one forward. None forwards all rows at once.
+            max_tokens, bound: as `Layout.ready` takes them. A backward holds one pass at a time, and computes every
+                other pass again.
             policy: whether the model is the policy that trains, whose update is what the measure times.
 
         Returns:
@@ -116,9 +119,9 @@ class Packer:
             warnings.warn(LONG_ROWS, stacklevel=2)
             return None
         try:
-            return self._logps(model, base, rows, padded_logps, max_tokens, policy)
+            return self._logps(model, base, rows, padded_logps, (max_tokens, bound), policy)
         finally:
-            if not (self.training or _backward_needs_attention(base)):
+            if not (self.training or _backward_needs_attention(base, bound)):
                 self.release()
 
     def _logps(
@@ -127,7 +130,7 @@ class Packer:
         base: PreTrainedModel,
         rows: PaddedRows,
         padded_logps: PaddedLogps,
-        max_tokens: int | None,
+        limits: Limits,
         policy: bool,
     ) -> Packed | None:
         if base in self._choices and self._choices[base] is None:  # before the rows are laid out for nothing
@@ -138,11 +141,11 @@ class Packer:
         if base not in self._choices:
             self._choices[base] = self._decide(base, layout.groups, padded_logps, rows)
         if policy and self._is_to_measure(base, rows):
-            self._choices[base] = self._fastest(base, rows, layout, padded_logps)
+            self._choices[base] = self._fastest(base, rows, layout, padded_logps, limits)
         choice = self._choices[base]
         if choice is None:
             return None
-        parts = layout.ready(choice.form, base.device, max_tokens)
+        parts = layout.ready(choice.form, base.device, *limits)
         logps, entropies = _run(choice, model, parts, rows.truncated)
         places = torch.cat([part.rows for part in parts]), torch.cat([part.columns for part in parts])
         return Packed(
@@ -215,7 +218,7 @@ class Packer:
         return self.measure.knows(base.device) or _can_be_timed(rows)
 
     def _fastest(
-        self, base: PreTrainedModel, rows: PaddedRows, layout: Layout, padded_logps: PaddedLogps
+        self, base: PreTrainedModel, rows: PaddedRows, layout: Layout, padded_logps: PaddedLogps, limits: Limits
     ) -> Choice | None:
         """The fastest exact form and head. The first exact ones where no way could be timed."""
         assert self.measure is not None
@@ -229,7 +232,7 @@ class Packer:
             choice = Choice(way.form, way.head)
             if check.why_not(choice.form, choice.head) is not None:
                 return None
-            parts = layout.ready(choice.form, base.device, None)
+            parts = layout.ready(choice.form, base.device, *limits)
             return lambda: _run(choice, base, parts)[0]
 
         forms: list[Form | None] = [*candidates(self.packing, base, self.no_segments)[0]]
@@ -250,11 +253,19 @@ class Packer:
 
 
 def _run(choice: Choice, model: nn.Module, parts: Sequence[Ready], truncated: Truncated | None = None) -> Logps:
-    if truncated is None:
-        calls: list[PackedCall] = [partial(choice.form.run, part.call, choice.head) for part in parts]
-    else:
-        calls = [truncated.call(choice.form, part) for part in parts]
-    logps, entropies = (torch.cat(part) for part in zip(*(model(packed=call) for call in calls), strict=True))
+    """All parts within one forward of the model, as DDP and mixed precision need it."""
+
+    def passes_of(part: Ready, base: PreTrainedModel, forward: Callable[..., Any]) -> Iterator[Pass]:
+        if truncated is None:
+            return choice.form.passes(part.call, choice.head, base, forward)
+        return truncated.passes(choice.form, part, base, forward)
+
+    def call(base: PreTrainedModel, forward: Callable[..., Any]) -> Logps:
+        passes = (one for part in parts for one in passes_of(part, base, forward))
+        return one_by_one(passes, sum(part.passes for part in parts), base.device)
+
+    logps: Tensor
+    logps, entropies = model(packed=call)
     return logps, entropies
 
 
@@ -264,9 +275,10 @@ def _can_be_timed(rows: PaddedRows) -> bool:
     return torch.is_grad_enabled() and (rows.live is None or 2 * len(rows.live) >= len(rows.input_ids))
 
 
-def _backward_needs_attention(base: PreTrainedModel) -> bool:
-    """Whether a backward will call the attention again: checkpointed layers compute their forward twice."""
-    return torch.is_grad_enabled() and any(getattr(part, "gradient_checkpointing", False) for part in base.modules())
+def _backward_needs_attention(base: PreTrainedModel, bound: int | None) -> bool:
+    """Whether a backward will call the attention again: checkpointed layers and passes compute their forward twice."""
+    checkpoints = bound is not None or any(getattr(part, "gradient_checkpointing", False) for part in base.modules())
+    return torch.is_grad_enabled() and checkpoints
 
 
 def base_model(model: Any) -> PreTrainedModel:

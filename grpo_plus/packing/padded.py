@@ -2,13 +2,16 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from grpo_plus.packing.forward import Form, Ready
-from grpo_plus.packing.layout import Group, group_rows
+from grpo_plus.packing.forward import Form, Logps, Ready, install_packed_forward
+from grpo_plus.packing.layout import Group, group_rows, runs
+from grpo_plus.packing.recomputed import one_by_one
 from grpo_plus.packing.transfer import on_device
 
 if TYPE_CHECKING:
@@ -23,7 +26,7 @@ class Layout:
 
     def __init__(self, groups: list[Group] | None) -> None:
         self.groups = groups
-        self._ready: dict[tuple[Form, torch.device, int | None], list[Ready]] = {}
+        self._ready: dict[tuple[Form, torch.device, int | None, int | None], list[Ready]] = {}
 
     @classmethod
     def read(
@@ -33,23 +36,27 @@ class Layout:
         ids, mask = torch.stack([input_ids, attention_mask.to(input_ids.dtype)]).cpu()
         return cls(group_rows(ids, mask, completion_length, rows=live))
 
-    def ready(self, form: Form, device: torch.device, max_tokens: int | None) -> list[Ready]:
-        """Groups as the form forwards them, at most `max_tokens` at a time. None puts them all together."""
-        key = form, device, max_tokens
+    def ready(self, form: Form, device: torch.device, max_tokens: int | None, bound: int | None = None) -> list[Ready]:
+        """Groups as the form forwards them.
+
+        Args:
+            max_tokens: most tokens of several groups that go together. None puts all groups together.
+            bound: most tokens of one pass, which cuts longer groups. None leaves groups whole.
+        """
+        key = form, device, max_tokens, bound
         if key not in self._ready:
-            groups = form.arrange(self.groups or ())
-            self._ready[key] = [form.ready(chunk, device) for chunk in _chunks(groups, form, device, max_tokens)]
+            self._ready[key] = list(self._parts(form, device, max_tokens, bound))
         return self._ready[key]
 
-
-def _chunks(groups: Sequence[Group], form: Form, device: torch.device, max_tokens: int | None) -> Iterator[list[Group]]:
-    chunk: list[Group] = []
-    for group in groups:
-        if chunk and max_tokens is not None and form.tokens([*chunk, group], device) > max_tokens:
-            yield chunk
-            chunk = []
-        chunk.append(group)
-    yield chunk
+    def _parts(self, form: Form, device: torch.device, max_tokens: int | None, bound: int | None) -> Iterator[Ready]:
+        most = min((limit for limit in (max_tokens, bound) if limit is not None), default=None)
+        groups = form.arrange(self.groups or ())
+        for some in runs(groups, lambda some: most is None or form.tokens(some, device) <= most):
+            long = bound is not None and len(some) == 1 < len(some[0].rows) and form.tokens(some, device) > bound
+            if bound is not None and long:
+                yield from form.ready_in_parts(some[0], device, bound)
+            else:
+                yield form.ready(some, device)
 
 
 @dataclass(frozen=True)
@@ -111,6 +118,34 @@ def forward_live(rows: PaddedRows, forward: Callable[[Tensor, Tensor], tuple[Ten
         imputed(rows, mean).index_copy(0, index, entropies),
         ids.numel(),
     )
+
+
+def forward_padded(
+    model: nn.Module,
+    base: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    forward: Callable[[Any, Tensor, Tensor], Logps],
+    max_tokens: int | None,
+) -> Logps:
+    """Run padded rows through a forward, (model, input_ids, attention_mask) -> log-probs and entropies.
+
+    Args:
+        model: `base`, or the wrapper to call.
+        max_tokens: most tokens of one pass, of which a backward holds one at a time. None runs all rows at once.
+    """
+    rows, length = input_ids.shape
+    at_once = rows if max_tokens is None else max(1, max_tokens // length)
+    if at_once >= rows or not torch.is_grad_enabled():
+        return forward(model, input_ids, attention_mask)
+    install_packed_forward(base)
+    parts = list(zip(input_ids.split(at_once), attention_mask.split(at_once), strict=True))
+
+    def call(base: PreTrainedModel, _: Callable[..., Any]) -> Logps:
+        return one_by_one((partial(forward, base, *part) for part in parts), len(parts), input_ids.device)
+
+    logps, entropies = model(packed=call)
+    return logps, entropies
 
 
 def filled(rows: PaddedRows, logps: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,8 +13,8 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from grpo_plus.packing.cached import PromptReader, PromptRecord, checkpoints_with_cache
-from grpo_plus.packing.forward import Form, Head, Logps, Ready, Tokens, score
-from grpo_plus.packing.layout import IGNORED, Group, passes, scored
+from grpo_plus.packing.forward import Form, Head, Logps, Pass, Ready, Tokens, joined, score
+from grpo_plus.packing.layout import IGNORED, Group, passes, runs, scored
 
 CARRIES_STATE = frozenset({"linear_attention", "conv", "mamba"})
 STATES_SINCE = Version("5.21")
@@ -54,6 +55,13 @@ class _Part:
 
     prompts: _Prompts | None
     completions: tuple[_Completions, ...]
+
+
+@dataclass(frozen=True)
+class _Long:
+    """One group whose completions take several passes. The pass of its prompt is kept for all of them."""
+
+    part: _Part
 
 
 def pass_tokens(device: torch.device) -> int:
@@ -127,16 +135,52 @@ def _completions(groups: Sequence[Group], rows: Sequence[tuple[int, int]], promp
     return _Completions(Tokens.of(ids, shared + torch.arange(length), targets), prompts, mask)
 
 
+def _lay_out_long(group: Group, device: torch.device, max_tokens: int) -> Ready:
+    """Lay out one group, its completions at most `max_tokens` at a time, or one where that is longer."""
+    length = len(group.prompt) - 1
+    lengths = [_length(group, row) for row in range(len(group.rows))]
+    chosen = [
+        part
+        for same in passes(lengths, pass_tokens(device))
+        for part in runs(same, lambda rows: len(rows) * max(lengths[row] for row in rows) <= max_tokens)
+    ]
+    completions = [_completions([group], [(0, row) for row in rows], length) for rows in chosen]
+    part = _Part(_prompts([group], length) if length else None, tuple(completions))
+    apart = group.apart()
+    places = scored([apart[row] for rows in chosen for row in rows])
+    tokens = length + sum(completion.tokens.input_ids.numel() for completion in completions)
+    sizes = tuple(len(completion.tokens.places) for completion in completions)
+    return Ready(_Long(part), *places, tokens, sizes)
+
+
+def _passes(
+    call: tuple[_Part, ...] | _Long, head: Head | None, model: PreTrainedModel, forward: Callable[..., Any]
+) -> Iterator[Pass]:
+    if not isinstance(call, _Long):
+        yield partial(_run, call, head, model, forward)
+        return
+    with checkpoints_with_cache(model):
+        record = _read(call.part, model)
+    for rows in call.part.completions:
+        yield partial(_continue, call.part, record, rows, head, model, forward)
+
+
 def _run(parts: Sequence[_Part], head: Head | None, model: PreTrainedModel, forward: Callable[..., Any]) -> Logps:
     with checkpoints_with_cache(model):
-        scores = [values for part in parts for values in _run_part(part, head, model, forward)]
-    logps, entropies = (torch.cat(values) for values in zip(*scores, strict=True))
-    return logps, entropies
+        records = ((part, _read(part, model)) for part in parts)
+        return joined(
+            _score(part, record, rows, head, model, forward) for part, record in records for rows in part.completions
+        )
 
 
-def _run_part(part: _Part, head: Head | None, model: PreTrainedModel, forward: Callable[..., Any]) -> Iterator[Logps]:
-    config, prompts = model.config.get_text_config(), part.prompts
-    record = PromptRecord(config)
+def _continue(part: _Part, record: PromptRecord, *rest: Any) -> Logps:
+    with checkpoints_with_cache(rest[2]):
+        return _score(part, record, *rest)
+
+
+def _read(part: _Part, model: PreTrainedModel) -> PromptRecord:
+    """Run the prompts of a part through the model, and record what the layers write."""
+    record, prompts = PromptRecord(model.config.get_text_config()), part.prompts
     if prompts is not None:
         model.base_model(
             input_ids=prompts.input_ids,
@@ -145,12 +189,23 @@ def _run_part(part: _Part, head: Head | None, model: PreTrainedModel, forward: C
             past_key_values=record,
             use_cache=True,
         )
-    for rows in part.completions:
-        reader = None
-        if prompts is not None:
-            shape = len(rows.tokens.input_ids), prompts.input_ids.shape[1]
-            reader = PromptReader(config, record, *shape, prompts=rows.prompts)
-        yield score(model, forward, head, rows.tokens, attention_mask=rows.mask, past_key_values=reader)
+    return record
+
+
+def _score(
+    part: _Part,
+    record: PromptRecord,
+    rows: _Completions,
+    head: Head | None,
+    model: PreTrainedModel,
+    forward: Callable[..., Any],
+) -> Logps:
+    """Run completions through the model, after their recorded prompts."""
+    reader = None
+    if part.prompts is not None:
+        shape = len(rows.tokens.input_ids), part.prompts.input_ids.shape[1]
+        reader = PromptReader(model.config.get_text_config(), record, *shape, prompts=rows.prompts)
+    return score(model, forward, head, rows.tokens, attention_mask=rows.mask, past_key_values=reader)
 
 
 def _tokens(groups: Sequence[Group], device: torch.device) -> int:
@@ -163,4 +218,4 @@ def _tokens(groups: Sequence[Group], device: torch.device) -> int:
     return total
 
 
-CACHED = Form("shared_prompt", "two passes through the model's cache", True, _lay_out, _run, _tokens)
+CACHED = Form("shared_prompt", "two passes through the model's cache", True, _lay_out, _passes, _tokens, _lay_out_long)

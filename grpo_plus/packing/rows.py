@@ -1,7 +1,8 @@
 """Forms that put all groups into one row: segment attention and cascade attention, with the prompt shared or not."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from transformers import PreTrainedModel
 
 from grpo_plus.packing.attention import Segments, install_segments
 from grpo_plus.packing.cascade import Cascade, cascade_of
-from grpo_plus.packing.forward import Form, Head, Logps, Ready, Tokens, score
+from grpo_plus.packing.forward import Form, Head, Logps, Pass, Ready, Tokens, score
 from grpo_plus.packing.layout import Group, Span, pack, scored
 from grpo_plus.packing.prompts_first import pack_prompts_first, prompts_first
 
@@ -49,6 +50,10 @@ def _cascade(groups: Sequence[Group], device: torch.device) -> Ready:
     return Ready(call, *scored(groups), row.input_ids.numel())
 
 
+def _passes(row: _OneRow, head: Head | None, model: PreTrainedModel, forward: Callable[..., Any]) -> Iterator[Pass]:
+    yield partial(_run, row, head, model, forward)
+
+
 def _run(row: _OneRow, head: Head | None, model: PreTrainedModel, forward: Callable[..., Any]) -> Logps:
     install_segments(model)
     # Segments are made anew: their masks would live as long as the rows.
@@ -60,7 +65,7 @@ def _packed_tokens(groups: Sequence[Group], device: torch.device) -> int:
     return sum(group.tokens for group in groups)
 
 
-SEGMENTS = Form("shared_prompt", "segment attention", True, _segments, _run, _packed_tokens)
-CASCADE = Form("shared_prompt", "cascade attention", True, _cascade, _run, _packed_tokens)
-PADDING_FREE = Form("padding_free", "segment attention", False, _segments, _run, _packed_tokens)
-PADDING_FREE_FLASH = Form("padding_free", "flash attention", False, _cascade, _run, _packed_tokens)
+SEGMENTS = Form("shared_prompt", "segment attention", True, _segments, _passes, _packed_tokens)
+CASCADE = Form("shared_prompt", "cascade attention", True, _cascade, _passes, _packed_tokens)
+PADDING_FREE = Form("padding_free", "segment attention", False, _segments, _passes, _packed_tokens)
+PADDING_FREE_FLASH = Form("padding_free", "flash attention", False, _cascade, _passes, _packed_tokens)

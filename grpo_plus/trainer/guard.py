@@ -86,7 +86,8 @@ class Guard(TrainerCallback):
 
     def keep(self, inputs: dict[str, Any]) -> None:
         """Remember a micro-batch until the end of its step, in case it has to be written out."""
-        self._batches.append(inputs)
+        if not any(batch is inputs for batch in self._batches):  # a micro-batch may be computed a second time
+            self._batches.append(inputs)
 
     def finite(self, loss: Tensor) -> Tensor:
         """The loss for transformers' sum, which one NaN would spoil for good; `complete` logs the true one."""

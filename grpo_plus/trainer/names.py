@@ -1,6 +1,7 @@
 """What we call by TRL's private names, and the versions of TRL in which those names were read.
 
-When TRL moves, this file, `seam.py`, `saving.py` and `trl_fingerprints.json` change, and nothing else should have to.
+When TRL moves, this file, `seam.py`, `scoring.py`, `saving.py` and `trl_fingerprints.json` change, and little else
+should have to.
 """
 
 import inspect
@@ -63,6 +64,9 @@ MULTIMODAL = tuple(inspect.signature(GRPOTrainer._get_per_token_logps_and_entrop
 
 # What TRL and we move after each optimizer step, by what the step has measured.
 CONTROLLERS = ("beta", "entropy_coef", "_last_world_entropy")
+
+# What TRL moves with each micro-batch.
+MOVED_BY_A_LOSS = (*CONTROLLERS, "_entropy_window_stats")
 
 # Of these, what a dictionary holds where some row has an image.
 IMAGES = ("pixel_values", "num_images")

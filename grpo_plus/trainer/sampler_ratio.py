@@ -37,6 +37,14 @@ class SamplerRatio:
         """Begin a training: an earlier one may have ended within a step."""
         self._log.reset()
 
+    def copy(self) -> SamplerGap:
+        """What the micro-batches of the generation batch have added."""
+        return self._log.gap.copy()
+
+    def go_back_to(self, gap: SamplerGap) -> None:
+        """Forget what has been added since the copy."""
+        self._log.gap = gap.copy()
+
     @contextmanager
     def left_to_the_update(self) -> Iterator[None]:
         """TRL scores without its correction where the update makes up for it."""

@@ -6,7 +6,6 @@ Nothing of TRL is copied or patched. `names.py` has TRL's names and the versions
 import inspect
 import math
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,12 +21,10 @@ from grpo_plus.config.plain import own_fields
 from grpo_plus.config.speed import check_liger
 from grpo_plus.losses import TRL_LOSSES, LossInputs
 from grpo_plus.models.adapters import adapter_values
-from grpo_plus.packing import Packed, PaddedRows, base_model, forward_live, score_padded
 from grpo_plus.qlora.checks import check_run
 from grpo_plus.trainer.figures import Figures
 from grpo_plus.trainer.generation import generating
 from grpo_plus.trainer.guard import Guard
-from grpo_plus.trainer.guarding import GuardedSeam
 from grpo_plus.trainer.kept import KeptSets
 from grpo_plus.trainer.micro_batches import MicroBatches, read
 from grpo_plus.trainer.names import (
@@ -47,11 +44,12 @@ from grpo_plus.trainer.refills import Refills
 from grpo_plus.trainer.regrouping import regrouped
 from grpo_plus.trainer.reward_calls import RewardCalls
 from grpo_plus.trainer.sampler_ratio import SamplerRatio
+from grpo_plus.trainer.scoring import ScoringSeam
 from grpo_plus.trainer.speed import speed_of
 from grpo_plus.trainer.step_figures import step_figures_of
 
 
-class TRLSeam(GuardedSeam):
+class TRLSeam(ScoringSeam):
     """GRPOTrainer that asks the hooks: translates TRL's private data for the hooks, and their answers for TRL.
 
     Attributes:
@@ -61,7 +59,6 @@ class TRLSeam(GuardedSeam):
 
     _tag_names = [*GRPOTrainer._tag_names, "grpo_plus"]  # noqa: RUF012  (TRL declares it so)
     rewards: Rewards
-    _micro_batch: dict[str, Any] | None = None
     _tool_masks: list[list[int]] | None = None
     _buffered_inputs: list[dict[str, Any]] | None
     beta: float
@@ -214,11 +211,6 @@ class TRLSeam(GuardedSeam):
         self._known.keep(fresh, rows)
         return fresh[self._step % self.args.steps_per_generation]
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Train on one micro-batch."""
-        with self.speed.around_update():
-            return super().training_step(*args, **kwargs)
-
     def _resumes_within_batch(self, inputs: dict[str, Any]) -> None:
         # An update that follows a generation knows which LoRA layers share an input, and computes them together: the
         # same sums in another order. A forward without effect lets a resumed run know as much.
@@ -226,75 +218,6 @@ class TRLSeam(GuardedSeam):
             shown = {name: inputs[name] for name in MULTIMODAL if name in inputs}
             with torch.no_grad(), RandomStates.kept(), self.speed.adapters.held():
                 self._get_per_token_logps_and_entropies(self.model, *whole_rows(inputs), **shown)
-
-    def _alive(self, inputs: dict[str, Any]) -> Tensor | None:
-        return self.speed.live_rows(inputs["advantages"]) if self.model.training else None
-
-    def _padded_rows(self, input_ids: Tensor, attention_mask: Tensor, completion_length: int) -> PaddedRows:
-        """The rows as they are forwarded: in a loss, without those that have no gradient."""
-        inputs = self._micro_batch
-        rows = PaddedRows(input_ids, attention_mask, completion_length)
-        rows = replace(rows, truncated=self._kept.of(inputs, completion_length))
-        if inputs is None or not self.speed.reads_rows:
-            return rows
-        known = self._known.of(inputs, self._alive)
-        # A skipped row keeps the log-probs at which its ratio is 1.
-        fill = None if known.live is None else inputs.get("old_per_token_logps")
-        forwards = type(self)._get_per_token_logps_and_entropies is TRLSeam._get_per_token_logps_and_entropies
-        # A subclass that comes before our forward may hand it other tokens than those of the micro-batch.
-        layout = known.layout if forwards and self.speed.packer is not None else None
-        return replace(rows, live=known.live, fill=fill, layout=layout)
-
-    def _get_per_token_logps_and_entropies(
-        self,
-        model: Any,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        logits_to_keep: int,
-        batch_size: int | None = None,
-        compute_entropy: bool = False,
-        compute_aux_loss: bool = False,
-        **multimodal: Any,
-    ) -> tuple[Tensor, Any, Tensor | None]:
-        forward = super()._get_per_token_logps_and_entropies
-        rows = self._padded_rows(input_ids, attention_mask, logits_to_keep)
-        packed = None
-        with self.speed.around_forward(model):
-            if not compute_aux_loss and all(value is None for value in multimodal.values()):
-                packed = self._packed_logps(model, rows, batch_size)
-                if packed is None and rows.live is not None:
-                    live = (logits_to_keep, None, True)
-                    packed = forward_live(rows, lambda ids, mask: forward(model, ids, mask, *live)[:2])
-            if packed is None:
-                arguments = (logits_to_keep, batch_size, compute_entropy, compute_aux_loss)
-                scores = forward(model, input_ids, attention_mask, *arguments, **multimodal)
-            else:
-                scores = packed.logps, packed.entropies, None
-        if self._micro_batch is not None:
-            self._step_figures.forwarded(rows, packed, scores[1])
-        last = (self._step + 1) % (self.args.steps_per_generation * self.num_iterations) == 0
-        self._sampler.form(self._micro_batch, scores[0].detach(), rows.live, last=last)
-        return scores
-
-    def _packed_logps(self, model: Any, rows: PaddedRows, batch_size: int | None) -> Packed | None:
-        if self.speed.packer is None and rows.truncated is None:
-            return None
-        forward = super()._get_per_token_logps_and_entropies
-        base = base_model(self.accelerator.unwrap_model(model))
-        max_tokens = None if batch_size is None else batch_size * rows.input_ids.shape[1]
-        policy = self.model.training and model in (self.model, self.model_wrapped)
-
-        def padded_logps(ids: Tensor, mask: Tensor, length: int) -> Tensor:
-            return forward(base, ids, mask, length)[0]
-
-        with self.accelerator.autocast():
-            self._kept.check(base, rows, padded_logps)
-            packed = None
-            if self.speed.packer is not None:
-                packed = self.speed.packer.logps(model, base, rows, padded_logps, max_tokens=max_tokens, policy=policy)
-            if packed is None and rows.truncated is not None:
-                packed = score_padded(model, base, rows, batch_size)
-            return packed
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         trls = self.loss_type in TRL_LOSSES

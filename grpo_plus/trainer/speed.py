@@ -2,8 +2,9 @@
 
 `packing` forwards rows without padding and a shared prompt once, `skip_zero_advantage` leaves out completions that
 have no gradient, `skip_old_policy_pass` a forward that the update repeats. `logprob_backend` says what turns hidden
-states into log-probabilities, `lora_backend` what computes a layer with an adapter, `generation_loop` what decodes, and
-`generation_chunk_size` how many rows at a time.
+states into log-probabilities, `lora_backend` what computes a layer with an adapter, `generation_loop` what decodes,
+`generation_chunk_size` how many rows at a time, and `max_tokens_per_pass` how many tokens an update sends through the
+model at once.
 """
 
 import warnings
@@ -18,6 +19,7 @@ from trl import GRPOTrainer
 from grpo_plus.config import GRPOPlusConfig
 from grpo_plus.config.speed import (
     AUTO_CHUNKS,
+    AUTO_PASSES,
     generates_in_batches,
     switched_on,
     why_not_regroup,
@@ -33,6 +35,7 @@ from grpo_plus.qlora.lora_layers import fits_any, fused_lora, has_lora, why_not_
 from grpo_plus.rollout import Rollouts, why_not_config, why_not_model
 from grpo_plus.trainer.generation import Chunks, rows_that_fit
 from grpo_plus.trainer.long_rows import LongRows, long_rows_of
+from grpo_plus.trainer.passes import Passes, tokens_that_fit
 
 MEASURED_ON = ("cuda",)  # kinds of device on which the fastest way depends on more than the kind
 
@@ -51,6 +54,7 @@ class Speed:
         rollouts: decodes each prompt once and lets finished rows leave. None where transformers' own loop decodes.
         chunks: how many rows transformers generates for at a time. None: the whole generation batch.
         long_rows: what lets the device hold longer rows.
+        passes: how many tokens an update sends through the model at once.
         adapters: what fused layers keep while nothing about them can change. Empty outside of a training.
     """
 
@@ -63,6 +67,7 @@ class Speed:
     rollouts: Rollouts | None
     chunks: Chunks | None
     long_rows: LongRows
+    passes: Passes
     adapters: Products = field(default_factory=Products)
 
     @property
@@ -126,6 +131,7 @@ def speed_of(trainer: GRPOTrainer, config: GRPOPlusConfig) -> Speed:
         rollouts=_rollouts(trainer, config),
         chunks=_chunks(trainer, config),
         long_rows=long_rows_of(trainer, config, _why_not_own_layers(trainer)),
+        passes=_passes(trainer, config),
         adapters=adapters,
     )
 
@@ -295,3 +301,24 @@ def _chunks(trainer: GRPOTrainer, config: GRPOPlusConfig) -> Chunks | None:
             "spreads the weights, so that all must generate together. Set a number of rows."
         )
     return Chunks(None, lambda prompt_length: rows_that_fit(trainer.model, config, prompt_length))
+
+
+def _passes(trainer: GRPOTrainer, config: GRPOPlusConfig) -> Passes:
+    size = config.max_tokens_per_pass
+    reason = None if size is None else _why_not_passes(trainer)
+    if reason is not None and size != AUTO_PASSES:
+        raise ValueError(f"max_tokens_per_pass={size} is not possible: {reason}. Leave max_tokens_per_pass unset.")
+    if size is None or reason is not None:
+        return Passes()
+    if size == AUTO_PASSES:
+        return Passes(fitting=lambda prompt_length: tokens_that_fit(trainer.model, config, prompt_length))
+    return Passes(int(size))
+
+
+def _why_not_passes(trainer: GRPOTrainer) -> str | None:
+    """Reason why the rows of a micro-batch must go through the model together. None where no reason is known."""
+    if trainer.aux_loss_enabled:
+        return "the model has a router loss, which looks at the whole micro-batch"
+    if trainer.args.n_gpu > 1:
+        return "torch's DataParallel splits the micro-batch itself"
+    return _why_not_packed(trainer)

@@ -58,6 +58,14 @@ class StepFigures:
         """Begin a training: an earlier one may have ended within a step."""
         self._parts: list[Part] = []
 
+    def copy(self) -> list[Part]:
+        """What the micro-batches of the step have added."""
+        return list(self._parts)
+
+    def go_back_to(self, parts: list[Part]) -> None:
+        """Forget what has been added since the copy."""
+        self._parts = list(parts)
+
     def begin(self) -> None:
         """Before the loss of a micro-batch."""
         self._logged = {name: len(values) for name, values in metrics_of(self._trainer).items()}

@@ -7,11 +7,13 @@ from trl import GRPOTrainer
 
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
 from grpo_plus.losses import LOSSES
+from grpo_plus.packing import recomputed
 from tests.close import assert_close
 from tests.training import make_trainer
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
 DEAD = (1, 4, 5)  # rows with zero advantage
+PASS = 13  # tokens of a pass: a padded row, or a part of the largest group
 
 # Every loss of TRL's meets every form, with and without what else changes a step.
 CASES = [
@@ -121,7 +123,7 @@ def test_a_step_through_flash_attention_is_trls(tmp_path, monkeypatch, packing):
 
 
 @pytest.mark.parametrize(("loss", "packing", "config", "adapter"), CASES)
-def test_a_step_is_trls(tmp_path, loss, packing, config, adapter):
+def test_a_step_is_trls(tmp_path, monkeypatch, loss, packing, config, adapter):
     off = {"packing": "none", "skip_zero_advantage": False} if LOSSES[loss].origin == "grpo_plus" else {}
     stock = trainer(tmp_path / "stock", loss, config, adapter, **off)
     ours = trainer(tmp_path / "ours", loss, config, adapter, packing=packing)
@@ -133,6 +135,11 @@ def test_a_step_is_trls(tmp_path, loss, packing, config, adapter):
         assert ours._metrics["train"][name] == pytest.approx(values, rel=tolerance, nan_ok=True), name
     live = ours._metrics["train"].get("packing/live_fraction")
     assert live == ([5 / 8] if ours.speed.skips else [1.0])
+    again = []
+    monkeypatch.setattr(recomputed, "_called", lambda place, part: again.append(part) or part())
+    ours.speed.passes.tokens = PASS
+    assert_same_step(stock, ours, micro_batch())
+    assert len(again) >= 2  # a pass that is computed twice
 
 
 @pytest.mark.parametrize("per_token", [False, True], ids=["per-row", "per-token"])

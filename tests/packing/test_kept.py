@@ -5,8 +5,10 @@ import torch
 from torch import Tensor
 
 from grpo_plus.kernels.linear_logprob.kept import KeptRows
-from grpo_plus.packing import PaddedRows, Truncated, group_rows, score_padded, why_not_truncated
+from grpo_plus.packing import PaddedRows, Truncated, score_padded, why_not_truncated
 from grpo_plus.packing.layout import unpack
+from grpo_plus.packing.packer import Choice, _run
+from grpo_plus.packing.padded import Layout
 from grpo_plus.packing.passes import CACHED
 from grpo_plus.packing.rows import CASCADE, PADDING_FREE, SEGMENTS
 from tests.close import assert_close
@@ -48,44 +50,45 @@ def rows_alone(model, ids: Tensor, mask: Tensor, left_out: Tensor) -> tuple[Tens
     return scores[0], scores[1]
 
 
-def scored(model, form, ids: Tensor, mask: Tensor, truncated: Truncated) -> tuple[Tensor, Tensor]:
+def scored(model, form, bound, ids: Tensor, mask: Tensor, truncated: Truncated) -> tuple[Tensor, Tensor]:
     if form is None:
         packed = score_padded(model, model, PaddedRows(ids, mask, COMPLETION, truncated=truncated), 4)
         return packed.logps, packed.entropies
-    ready = form.ready(form.arrange(group_rows(ids, mask, COMPLETION)), ids.device)
+    parts = Layout.read(ids, mask, COMPLETION, None).ready(form, ids.device, None, bound)
     zeros = torch.zeros(len(ids), COMPLETION)
-    logps, entropies = model(packed=truncated.call(form, ready))
-    return unpack(logps, (ready.rows, ready.columns), zeros), unpack(entropies, (ready.rows, ready.columns), zeros)
+    places = torch.cat([part.rows for part in parts]), torch.cat([part.columns for part in parts])
+    logps, entropies = _run(Choice(form, None), model, parts, truncated)
+    return unpack(logps, places, zeros), unpack(entropies, places, zeros)
 
 
 @pytest.mark.parametrize(
-    ("name", "form", "frozen"),
+    ("name", "form", "frozen", "bound"),
     [
-        ("llama", CASCADE, False),
-        ("llama", SEGMENTS, True),
-        ("llama", CACHED, False),
-        ("llama", PADDING_FREE, False),
-        ("llama", None, True),
-        ("gemma2", SEGMENTS, False),  # a soft cap, and a head that is tied to the embeddings
-        ("qwen3_next", CACHED, True),
-        ("gemma2", None, False),
+        ("llama", CASCADE, False, None),
+        ("llama", SEGMENTS, True, 30),
+        ("llama", CACHED, False, 30),
+        ("llama", PADDING_FREE, False, 30),
+        ("llama", None, True, None),
+        ("gemma2", SEGMENTS, False, None),  # a soft cap, and a head that is tied to the embeddings
+        ("qwen3_next", CACHED, True, None),
+        ("gemma2", None, False, None),
     ],
     ids=str,
 )
-def test_every_form_gives_what_rows_alone_give(name, form, frozen):
+def test_every_form_gives_what_rows_alone_give(name, form, frozen, bound):
     model = tiny(name)
     model.get_output_embeddings().weight.requires_grad_(not frozen)
     ids, mask = padded_batch()
     kept, left_out = kept_rows(ids, mask)
     truncated = Truncated(kept, TEMPERATURE)
     expected = gradients(model, lambda: rows_alone(model, ids, mask, left_out)[0])
-    actual = gradients(model, lambda: scored(model, form, ids, mask, truncated)[0])
+    actual = gradients(model, lambda: scored(model, form, bound, ids, mask, truncated)[0])
     plain = rows_padded(model, ids, mask)
     assert (actual[0] - plain)[mask[:, PROMPT:].bool()].mean() > 0.1  # what is left out is gained
     for what, value, truth in zip(("log-probs", "gradients"), actual, expected, strict=True):
         assert_close(what, value, truth, rtol=1e-5)
     with torch.no_grad():
-        entropies = scored(model, form, ids, mask, truncated)[1]
+        entropies = scored(model, form, bound, ids, mask, truncated)[1]
         assert_close("entropies", entropies, rows_alone(model, ids, mask, left_out)[1], rtol=1e-5)
 
 

@@ -24,6 +24,7 @@ SWITCHES = {
     "off": {"packing": "none", "skip_zero_advantage": False, "lora_backend": "peft", "generation_loop": "trl"},
     "on": {"packing": "shared_prompt"},
 }
+BOUNDED = {"reused": {"max_tokens_per_pass": 40}}  # of the run with the speed-ups
 KINDS = {
     "plain": {},
     "reused": {"gradient_checkpointing": True, "num_iterations": 2},
@@ -31,7 +32,10 @@ KINDS = {
     "truncated": {"top_p": 0.7, "truncated_sampling": "correct"},
 }
 PAIRS = {
-    kind: {name: job(f"{kind}-{name}", **CONFIG, **extra, **switches) for name, switches in SWITCHES.items()}
+    kind: {
+        "off": job(f"{kind}-off", **CONFIG, **extra, **SWITCHES["off"]),
+        "on": job(f"{kind}-on", **CONFIG, **extra, **SWITCHES["on"], **BOUNDED.get(kind, {})),
+    }
     for kind, extra in KINDS.items()
 }
 

@@ -46,6 +46,11 @@ def trainer(output_dir, adapter=None, **config) -> GRPOPlusTrainer:
             "size their batches themselves",
         ),
         ({"generation_chunk_size": 4, "use_transformers_continuous_batching": True}, "size their batches themselves"),
+        (
+            {"max_tokens_per_pass": 0},
+            "max_tokens_per_pass=0 must be a whole number of tokens, 1 or more, 'auto' or None",
+        ),
+        ({"max_tokens_per_pass": "all"}, "max_tokens_per_pass='all' must be a whole number of tokens"),
         ({"logprob_backend": "torch", "packing": "none"}, "packing='none'. Set packing='auto'"),
         ({"logprob_backend": "torch", "entropy_coef": 0.1}, "no gradient of the entropy"),
         (
@@ -63,6 +68,8 @@ def test_a_switch_that_cannot_be_is_refused_with_the_configuration(tmp_path, fie
 def test_the_trainer_refuses_what_only_the_model_tells(tmp_path):
     with pytest.raises(ValueError, match="packing='padding_free' is not possible: prompt-learning PEFT"):
         trainer(tmp_path, PROMPT_TUNING, packing="padding_free")
+    with pytest.raises(ValueError, match="max_tokens_per_pass=64 is not possible: prompt-learning PEFT"):
+        trainer(tmp_path, PROMPT_TUNING, packing="none", max_tokens_per_pass=64)
     with pytest.raises(ValueError, match="logprob_backend='torch' is for a frozen head, but its weight would get no"):
         trainer(tmp_path, logprob_backend="torch")
     with pytest.raises(
