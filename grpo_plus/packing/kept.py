@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 
 from grpo_plus.kernels.linear_logprob import linear_logprob as single_pass
 from grpo_plus.kernels.linear_logprob.kept import Kept, KeptRows
+from grpo_plus.kernels.linear_logprob.listed import linear_logprob as listed
+from grpo_plus.kernels.linear_logprob.listed import pays
 from grpo_plus.kernels.linear_logprob.trained import linear_logprob as trained
 from grpo_plus.models.dropout import without_dropout
 from grpo_plus.packing.check import PaddedLogps, why_not_close
@@ -29,19 +31,23 @@ from grpo_plus.packing.transfer import on_device
 class Truncated:
     """What the sampler could draw in padded completions, and how the head normalizes over that.
 
+    lists: whether every list of a completion's token holds what is kept, so that the head may read the lists alone.
     temperature: of the policy.
     trains_entropy: whether entropies take part in the gradient.
     """
 
     kept: KeptRows
+    lists: bool
     temperature: float
     trains_entropy: bool = False
 
     def head(self, model: PreTrainedModel, hidden: Tensor, targets: Tensor, kept: Kept) -> Logps:
         """Log-probabilities and entropies of the policy renormalized over the kept sets."""
-        frozen = not self.trains_entropy and why_not_single_pass(model) is None
         arguments = head_arguments(model, self.temperature)
         weight = model.get_output_embeddings().weight
+        if self.lists and pays(kept, len(weight)):
+            return listed(hidden, weight, targets, kept=kept, **arguments)
+        frozen = not self.trains_entropy and why_not_single_pass(model) is None
         return (single_pass if frozen else trained)(hidden, weight, targets, kept=kept, **arguments)
 
     def passes(self, form: Form, part: Ready, model: PreTrainedModel, forward: Callable[..., Any]) -> Iterator[Pass]:
@@ -89,7 +95,7 @@ def why_not_truncated(base: PreTrainedModel, rows: PaddedRows, padded_logps: Pad
     assert rows.truncated is not None
     ids, length = rows.input_ids[:2], rows.completion_length
     mask = torch.ones_like(ids)  # padding is a token like others here, so that there is something to compare
-    everything = replace(rows.truncated, kept=KeptRows(torch.zeros_like(ids[:, -length:]), ids[:, :0]))
+    everything = replace(rows.truncated, lists=False, kept=KeptRows(torch.zeros_like(ids[:, -length:]), ids[:, :0]))
     with torch.no_grad(), without_dropout(base):
         logps = score_padded(base, base, PaddedRows(ids, mask, length, truncated=everything)).logps
         return why_not_close(base, logps, padded_logps(ids, mask, length))

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 from weakref import WeakSet
 
+from torch import Tensor
 from transformers import PreTrainedModel
 from trl import GRPOTrainer
 
@@ -20,7 +21,7 @@ from grpo_plus.packing import PaddedRows, Truncated, why_not_packed, why_not_tru
 from grpo_plus.packing.check import PaddedLogps
 from grpo_plus.rollout.kept import KeptRecorder
 from grpo_plus.rollout.recorder import recording
-from grpo_plus.trainer.names import KEPT_COUNTS, KEPT_LISTS
+from grpo_plus.trainer.names import KEPT_COUNTS, KEPT_LISTS, ONLY_LISTS
 
 logger = logging.getLogger("grpo_plus")
 
@@ -78,16 +79,25 @@ class KeptSets:
         rows, self._rows = self._rows.widened(output["completion_ids"].shape[1]), None
         return output | {KEPT_COUNTS: rows.counts, KEPT_LISTS: rows.ids}
 
-    def of(self, inputs: dict[str, Any] | None, completion_length: int) -> Truncated | None:
+    def summed_up(self, output: dict[str, Any]) -> dict[str, Any]:
+        """The dictionary of a whole generation batch with what the host has to know of its lists."""
+        if not self._acts:
+            return output
+        return output | {ONLY_LISTS: _only_lists(output[KEPT_COUNTS], output["completion_mask"])}
+
+    def of(self, inputs: dict[str, Any] | None, attention_mask: Tensor, completion_length: int) -> Truncated | None:
         """What the sampler could draw in a micro-batch, for None in the batch that is being scored. None: anything."""
-        rows = self._rows
-        if self._acts and inputs is not None:
-            rows = KeptRows(inputs[KEPT_COUNTS], inputs[KEPT_LISTS])
-        if rows is None:
+        if not self._acts or (inputs is None and self._rows is None):
             return None
-        # Of the reference too: the k3 estimator is unbiased where both distributions sum to 1 over what is drawn.
+        if inputs is None:
+            assert self._rows is not None
+            rows = self._rows.widened(completion_length)
+            only_lists = _only_lists(rows.counts, attention_mask[:, -completion_length:])
+        else:
+            rows, only_lists = KeptRows(inputs[KEPT_COUNTS], inputs[KEPT_LISTS]), inputs[ONLY_LISTS]
         trains_entropy = bool(self._trainer.args.entropy_coef or self._trainer.args.use_adaptive_entropy)
-        return Truncated(rows.widened(completion_length), self._trainer.temperature, trains_entropy)
+        # Of the reference too: the k3 estimator is unbiased where both distributions sum to 1 over what is drawn.
+        return Truncated(rows, bool(only_lists), self._trainer.temperature, trains_entropy)
 
     def check(self, base: PreTrainedModel, rows: PaddedRows, padded_logps: PaddedLogps) -> None:
         """Refuse, once per model, a head that is not ours."""
@@ -117,3 +127,8 @@ def _why_not(trainer: GRPOTrainer) -> str | None:
     if trainer.aux_loss_enabled:
         return "the model has a router loss, whose forward is TRL's"
     return why_not_packed(trainer.accelerator.unwrap_model(trainer.model))
+
+
+def _only_lists(counts: Tensor, completion_mask: Tensor) -> Tensor:
+    """Whether every token's list holds what is kept, () on the CPU, where reading it waits for no device."""
+    return ((counts > 0) | (completion_mask == 0)).all().cpu()

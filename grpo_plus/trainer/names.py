@@ -50,8 +50,9 @@ GENERATES, PREPARES = "_generate", "_generate_and_score_completions"
 
 SAMPLER_RATIO = "importance_sampling_ratio"
 
-# Columns of ours in TRL's dictionaries: what the sampler could draw, as `KeptRows` has it.
-KEPT_COUNTS, KEPT_LISTS = "kept_counts", "kept_lists"
+# Columns of ours in TRL's dictionaries: what the sampler could draw, as `KeptRows` has it. And one value for all rows,
+# like `num_items_in_batch`, but on the host: whether all lists hold what is kept.
+KEPT_COUNTS, KEPT_LISTS, ONLY_LISTS = "kept_counts", "kept_lists", "kept_only_lists"
 
 # A column of ours in TRL's dictionaries: what transformers' generation gave the tokens it drew. NaN is unknown.
 SAMPLED_LOGPS = "sampled_logps"
@@ -125,6 +126,20 @@ def logged_columns(trainer: GRPOTrainer) -> dict[tuple[str, ...], deque]:
     for name, column in trainer._logs.items():
         columns |= {(name, k): v for k, v in column.items()} if isinstance(column, dict) else {(name,): column}
     return columns
+
+
+def logged_advantages(trainer: GRPOTrainer, judged: Tensor) -> Tensor | None:
+    """(P, G) of all processes, out of TRL's log; None where the log is too short for an evaluation's batch."""
+    logged = list(trainer._logs["advantages"])[-judged.numel() :]
+    return torch.tensor(logged, dtype=torch.float64).view_as(judged) if len(logged) == judged.numel() else None
+
+
+def log_advantages_anew(trainer: GRPOTrainer, per_completion: Tensor) -> None:
+    """Replace the last advantages of TRL's log."""
+    in_log, logged = per_completion.flatten().tolist(), trainer._logs["advantages"]
+    for _ in range(min(len(in_log), len(logged))):
+        logged.pop()
+    logged.extend(in_log)
 
 
 def pad_token_id(trainer: GRPOTrainer) -> int:

@@ -26,7 +26,7 @@ class ScoringSeam(RetryingSeam):
         """The rows as they are forwarded: in a loss, without those that have no gradient."""
         inputs = self._micro_batch
         rows = PaddedRows(input_ids, attention_mask, completion_length)
-        rows = replace(rows, truncated=self._kept.of(inputs, completion_length))
+        rows = replace(rows, truncated=self._kept.of(inputs, attention_mask, completion_length))
         if inputs is None or not self.speed.reads_rows:
             return rows
         known = self._known.of(inputs, self._alive)

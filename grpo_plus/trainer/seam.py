@@ -36,6 +36,8 @@ from grpo_plus.trainer.names import (
     gathered_lengths,
     gathered_steps,
     is_multimodal,
+    log_advantages_anew,
+    logged_advantages,
     trained_tokens,
     whole_rows,
 )
@@ -153,24 +155,19 @@ class TRLSeam(ScoringSeam):
                 output, self.rewards = self._refills.fill_up(inputs, generate)
             else:
                 output, _ = generate(inputs)
+        output = self._kept.summed_up(output)
         with self._figures.guarded("The comparison of sampler and policy"):
             self._sampler.compare(output)
         advantages = self.estimate_advantages(self.rewards)
         if advantages is None:
             check_trls_range(self.rewards, self.scale_rewards, self.multi_objective_aggregation)
-            trained = self._trls_advantages()
+            trained = logged_advantages(self, self.rewards.judged)
         else:
             advantages = checked("hook estimate_advantages", advantages, self.rewards)
             trained = self._replace_advantages(output, advantages)
         if trained is not None:
             self._figures.log_advantages(self.rewards, lambda: self.advantage_metrics(self.rewards, trained))
         return output
-
-    def _trls_advantages(self) -> Tensor | None:
-        """(P, G) of all processes, out of TRL's log; None where the log is too short for an evaluation's batch."""
-        judged = self.rewards.judged
-        logged = list(self._logs["advantages"])[-judged.numel() :]
-        return torch.tensor(logged, dtype=torch.float64).view_as(judged) if len(logged) == judged.numel() else None
 
     def _replace_advantages(self, output: dict[str, Any], advantages: Tensor) -> Tensor:
         """Replace TRL's advantages: for the loss by this process's rows, in the log by one number per completion.
@@ -189,11 +186,7 @@ class TRLSeam(ScoringSeam):
             # Other ranks' longest completion may be longer or shorter: a negative padding cuts.
             local = F.pad(local, (0, output["completion_ids"].shape[1] - local.shape[1]))
         per_completion = self.rewards.per_completion(advantages).to(output["advantages"]).cpu().double()
-        in_log = per_completion.flatten().tolist()
-        logged = self._logs["advantages"]
-        for _ in range(min(len(in_log), len(logged))):
-            logged.pop()
-        logged.extend(in_log)
+        log_advantages_anew(self, per_completion)
         output["advantages"] = local.to(output["advantages"])
         return per_completion
 

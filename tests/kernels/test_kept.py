@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from grpo_plus.kernels.linear_logprob import reference, single_pass, trained
+from grpo_plus.kernels.linear_logprob import listed, reference, single_pass, trained
 from grpo_plus.kernels.linear_logprob.kept import Kept, KeptRows
 from tests.close import assert_close
 
@@ -22,9 +22,10 @@ def kept_of(sets: list[set[int]], vocab: int) -> Kept:
     return rows.at(torch.zeros(len(sets), dtype=torch.long), torch.arange(len(sets)))
 
 
-def random_sets(count: int, vocab: int) -> tuple[list[set[int]], Tensor]:
-    """Kept sets of every size, the whole vocabulary and a single token among them, and a target out of each."""
-    sizes = [1, vocab, *torch.randint(1, vocab + 1, (count,)).tolist()][:count]
+def random_sets(count: int, vocab: int, most: int | None = None) -> tuple[list[set[int]], Tensor]:
+    """Kept sets of every size up to `most`, the largest and a single token among them, and a target out of each."""
+    most = most or vocab
+    sizes = [1, most, *torch.randint(1, most + 1, (count,)).tolist()][:count]
     orders = [torch.randperm(vocab)[:size].tolist() for size in sizes]
     return [set(order) for order in orders], torch.tensor([order[0] for order in orders])
 
@@ -57,20 +58,22 @@ def test_probabilities_are_those_of_the_kept_tokens_by_hand():
     assert_close("entropies", entropies, expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("trains_head", [False, True])
-def test_tiles_give_what_all_logits_give(monkeypatch, trains_head):
-    monkeypatch.setattr(single_pass, "TILE_BYTES", 1500)
-    monkeypatch.setattr(trained, "TILE_BYTES", 1500)
+@pytest.mark.parametrize("implementation", [single_pass, trained, listed], ids=lambda module: module.__name__[-11:])
+def test_tiles_give_what_all_logits_give(monkeypatch, implementation):
+    monkeypatch.setattr(implementation, "TILE_BYTES", 1500)
     monkeypatch.setattr(single_pass, "BLOCK_BYTES", {"cpu": 700})
-    implementation = trained.linear_logprob if trains_head else single_pass.linear_logprob
+    trains_head = implementation is not single_pass
     count, width, vocab = 19, 6, 37
-    sets, targets = random_sets(count, vocab)
+    sets, targets = random_sets(count, vocab, vocab // 2 if implementation is listed else None)
     hidden, weight, bias = (
         torch.randn(*shape, dtype=torch.float64) for shape in ((count, width), (vocab, width), (vocab,))
     )
     cotangents = torch.randn(2, count, dtype=torch.float64)
     results = []
-    for linear_logprob in (implementation, _with_entropy_gradient if trains_head else reference.linear_logprob):
+    for linear_logprob in (
+        implementation.linear_logprob,
+        _with_entropy_gradient if trains_head else reference.linear_logprob,
+    ):
         tensors = [tensor.clone().requires_grad_(trains_head or tensor is hidden) for tensor in (hidden, weight, bias)]
         logps, entropies = linear_logprob(*tensors[:2], targets, kept=kept_of(sets, vocab), bias=tensors[2], **OPTIONS)
         assert entropies.requires_grad == trains_head
@@ -88,13 +91,13 @@ def _with_entropy_gradient(hidden: Tensor, weight: Tensor, targets: Tensor, *, k
     return logps.gather(1, targets[:, None])[:, 0], -reference.negative_entropy(logps)
 
 
-@pytest.mark.parametrize("trains_head", [False, True])
-def test_no_token_has_a_gradient_of_zero(trains_head):
-    implementation = trained.linear_logprob if trains_head else single_pass.linear_logprob
+@pytest.mark.parametrize("implementation", [single_pass, trained, listed], ids=lambda module: module.__name__[-11:])
+def test_no_token_has_a_gradient_of_zero(implementation):
+    trains_head = implementation is not single_pass
     hidden, weight = torch.empty(0, 3, requires_grad=True), torch.randn(5, 3, requires_grad=trains_head)
     rows = KeptRows(torch.zeros(1, 0, dtype=torch.int32), torch.zeros(1, 0, dtype=torch.int32))
     nowhere = torch.empty(0, dtype=torch.long)
-    logps, _ = implementation(hidden, weight, nowhere, kept=rows.at(nowhere, nowhere))
+    logps, _ = implementation.linear_logprob(hidden, weight, nowhere, kept=rows.at(nowhere, nowhere))
     logps.sum().backward()
     assert hidden.grad.shape == (0, 3)
     assert not trains_head or not weight.grad.any()
@@ -130,3 +133,22 @@ def test_kept_sets_wait_for_no_device():
     counts, ids, places = (torch.zeros(shape, dtype=torch.long, device="meta") for shape in ((3, 4), (3, 9), (5,)))
     left_out = KeptRows(counts, ids).at(places, places).left_out(slice(2, 9), 11)
     assert left_out.shape == (3, 11)
+
+
+def test_lists_that_are_short_beside_the_vocabulary_are_read_alone():
+    lists = KeptRows(torch.full((1, 4), 3), torch.zeros(1, 12, dtype=torch.long))
+    kept = lists.at(torch.zeros(4, dtype=torch.long), torch.arange(4))
+    assert listed.pays(kept, 64 * 3)
+    assert not listed.pays(kept, 64 * 3 - 1)
+
+
+def test_lists_that_lie_apart_belong_to_their_positions():
+    """Entries of rows that are not scored, and padding, lie between those of the scored tokens."""
+    rows = KeptRows(torch.tensor([[2, 1], [1, 2], [2, 0]]), torch.tensor([[0, 1, 2, 0], [3, 4, 1, 0], [2, 3, 0, 0]]))
+    kept = rows.at(torch.tensor([2, 0]), torch.tensor([0, 1]))
+    hidden, weight, targets = torch.randn(2, 4), torch.randn(5, 4), torch.tensor([3, 2])
+    logps, entropies = listed.linear_logprob(hidden, weight, targets, kept=kept)
+    expected = reference.linear_logprob(hidden, weight, targets, kept=kept)
+    assert_close("logps", logps, expected[0], rtol=1e-6)
+    assert_close("entropies", entropies, expected[1], rtol=1e-6)
+    assert logps[1] == 0.0

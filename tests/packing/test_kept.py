@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from grpo_plus.kernels.linear_logprob import listed
 from grpo_plus.kernels.linear_logprob.kept import KeptRows
 from grpo_plus.packing import PaddedRows, Truncated, score_padded, why_not_truncated
 from grpo_plus.packing.layout import unpack
@@ -18,11 +19,14 @@ from tests.packing.rows import COMPLETION, PROMPT, gradients, padded_batch, rows
 TEMPERATURE = 1.3  # of the tiny models
 
 
-def kept_rows(ids: Tensor, mask: Tensor) -> tuple[KeptRows, Tensor]:
-    """Random kept sets of all sizes that hold the tokens of the completions, and (B, T, V) bool what is left out."""
+def kept_rows(ids: Tensor, mask: Tensor, *, lists: bool = False) -> tuple[KeptRows, Tensor]:
+    """Random kept sets that hold the tokens of the completions, and (B, T, V) bool what is left out.
+
+    Sets are of all sizes, with `lists` of up to half of the vocabulary.
+    """
     generator = torch.Generator().manual_seed(5)
     completions, seen = ids[:, PROMPT:], mask[:, PROMPT:].bool()
-    odds = torch.rand(*seen.shape, 1, generator=generator)
+    odds = torch.rand(*seen.shape, 1, generator=generator) * (0.3 if lists else 1.0)
     could = torch.rand(*seen.shape, VOCABULARY, generator=generator) < odds
     could.scatter_(2, completions.unsqueeze(-1), True).masked_fill_(~seen.unsqueeze(-1), True)
     sizes = could.sum(-1)
@@ -62,25 +66,26 @@ def scored(model, form, bound, ids: Tensor, mask: Tensor, truncated: Truncated) 
 
 
 @pytest.mark.parametrize(
-    ("name", "form", "frozen", "bound"),
+    ("name", "form", "frozen", "lists", "bound"),
     [
-        ("llama", CASCADE, False, None),
-        ("llama", SEGMENTS, True, 30),
-        ("llama", CACHED, False, 30),
-        ("llama", PADDING_FREE, False, 30),
-        ("llama", None, True, None),
-        ("gemma2", SEGMENTS, False, None),  # a soft cap, and a head that is tied to the embeddings
-        ("qwen3_next", CACHED, True, None),
-        ("gemma2", None, False, None),
+        ("llama", CASCADE, False, False, None),
+        ("llama", SEGMENTS, True, False, 30),
+        ("llama", CACHED, False, True, 30),
+        ("llama", PADDING_FREE, False, False, 30),
+        ("llama", None, True, True, None),
+        ("gemma2", SEGMENTS, False, True, None),  # a soft cap, and a head that is tied to the embeddings
+        ("qwen3_next", CACHED, True, False, None),
+        ("gemma2", None, False, False, None),
     ],
     ids=str,
 )
-def test_every_form_gives_what_rows_alone_give(name, form, frozen, bound):
+def test_every_form_gives_what_rows_alone_give(monkeypatch, name, form, frozen, lists, bound):
+    monkeypatch.setattr(listed, "PER_ENTRY", {"cpu": 0})  # however long the lists are
     model = tiny(name)
     model.get_output_embeddings().weight.requires_grad_(not frozen)
     ids, mask = padded_batch()
-    kept, left_out = kept_rows(ids, mask)
-    truncated = Truncated(kept, TEMPERATURE)
+    kept, left_out = kept_rows(ids, mask, lists=lists)
+    truncated = Truncated(kept, lists, TEMPERATURE)
     expected = gradients(model, lambda: rows_alone(model, ids, mask, left_out)[0])
     actual = gradients(model, lambda: scored(model, form, bound, ids, mask, truncated)[0])
     plain = rows_padded(model, ids, mask)
@@ -96,7 +101,7 @@ def test_every_form_gives_what_rows_alone_give(name, form, frozen, bound):
 def test_a_head_of_another_kind_is_found(name, known):
     model = tiny(name)
     ids, mask = padded_batch()
-    rows = PaddedRows(ids, mask, COMPLETION, truncated=Truncated(kept_rows(ids, mask)[0], TEMPERATURE))
+    rows = PaddedRows(ids, mask, COMPLETION, truncated=Truncated(kept_rows(ids, mask)[0], False, TEMPERATURE))
     rows.attention_mask[:, PROMPT:] = 0  # as where completions are cut off and masked
     reason = why_not_truncated(model, rows, lambda ids, mask, _: rows_padded(model, ids, mask))
     assert (reason is None) == known
@@ -106,7 +111,7 @@ def test_a_head_of_another_kind_is_found(name, known):
 def test_skipped_rows_keep_what_fills_them():
     model = tiny("llama")
     ids, mask = padded_batch()
-    truncated, fill = Truncated(kept_rows(ids, mask)[0], TEMPERATURE), torch.full((len(ids), COMPLETION), -0.5)
+    truncated, fill = Truncated(kept_rows(ids, mask)[0], False, TEMPERATURE), torch.full((len(ids), COMPLETION), -0.5)
     live = (1, 4, 5)
     with torch.no_grad():
         every = score_padded(model, model, PaddedRows(ids, mask, COMPLETION, truncated=truncated))

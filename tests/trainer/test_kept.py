@@ -8,9 +8,12 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from torch import Tensor
-from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import AutoModelForCausalLM, MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
+from grpo_plus.demo.tiny import tiny_tokenizer
+from grpo_plus.kernels.linear_logprob import listed
+from tests.packing.models import tiny
 from tests.refilling import MIXED, Judge
 from tests.training import PROMPTS, make_trainer
 
@@ -89,18 +92,21 @@ def sampled_by_the_policy(trainer: Watched) -> None:
 @pytest.mark.parametrize(
     ("sampling", "config", "adapter"),
     [
-        (TOP_P, {"packing": "shared_prompt"}, None),
+        (TOP_P, {"packing": "shared_prompt", "generation_loop": "grouped"}, None),
         (TOP_K, {"packing": "padding_free", "temperature": 0.8, "loss_type": "gmpo"}, LORA),
-        (MIN_P, {"packing": "none", "gradient_checkpointing": True}, None),
+        (MIN_P, {"packing": "none", "generation_loop": "trl", "gradient_checkpointing": True}, None),
         (TOP_P | TOP_K, {"packing": "shared_prompt", "generation_chunk_size": 3, "skip_zero_advantage": False}, LORA),
         (MIN_P, {"entropy_coef": 0.01, "pad_to_multiple_of": 8}, LORA),
     ],
     ids=["shared", "padding-free", "padded", "chunks", "entropy"],
 )
-def test_the_update_starts_from_the_policy_that_sampled(tmp_path, sampling, config, adapter):
+def test_the_update_starts_from_the_policy_that_sampled(tmp_path, monkeypatch, sampling, config, adapter):
+    monkeypatch.setattr(listed, "PER_ENTRY", {"cpu": 0})  # however long the lists are
     trainer = watched(tmp_path, max_steps=2, trainer_arguments={"peft_config": adapter}, **sampling, **config)
     trainer.train()
     sampled_by_the_policy(trainer)
+    assert bool(trainer.batches[0]["kept_only_lists"]) == (sampling != TOP_P)
+    assert bool(trainer.speed.rollouts) == (config.get("generation_loop") != "trl")
 
 
 def test_without_the_field_the_ratio_is_the_kept_mass(tmp_path):
@@ -209,3 +215,11 @@ IMAGES = Dataset.from_list([{"prompt": [{"role": "user", "content": "?"}], "imag
 def test_runs_that_it_cannot_follow_are_refused(tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):
         watched(tmp_path, **arguments)
+
+
+def test_a_head_of_another_kind_ends_the_run_at_its_first_batch(tmp_path):
+    config = tiny("granite").config
+    config.vocab_size = len(tiny_tokenizer())
+    trainer = watched(tmp_path, model=AutoModelForCausalLM.from_config(config), beta=0.0, **TOP_P)
+    with pytest.raises(ValueError, match="does not know the head of GraniteForCausalLM: log-probabilities differ"):
+        trainer.train()

@@ -5,7 +5,7 @@ does not train: `single_pass` ("torch") runs anywhere, `triton` ("triton") on a 
 share. `why_not` says whether a model's head will do, and `why_not_on` whether a device will do.
 
 `kept` holds the tokens that a sampler with top_p or the like could draw. "torch" can normalize over these alone, and
-`trained` does so for a head that trains.
+`trained` does so for a head that trains. `listed` does so for any head, without the other tokens' logits.
 """
 
 from importlib import import_module

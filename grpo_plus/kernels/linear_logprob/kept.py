@@ -41,9 +41,10 @@ class Kept:
         # One row more takes the lists of other positions: how many there are is not known on the host.
         inside = (self.owners >= start) & (self.owners < start + count)
         rows = torch.where(inside, self.owners - start, count)
-        listed = torch.zeros((count + 1, vocab), dtype=torch.bool, device=rows.device)
-        listed[rows, self.ids] = True
-        return listed[:count].logical_xor_(are_kept.unsqueeze(1))
+        unlisted = torch.cat([are_kept, are_kept.new_zeros(1)])
+        left_out = unlisted.unsqueeze(1).repeat(1, vocab)
+        left_out[rows, self.ids] = ~unlisted[rows]
+        return left_out[:count]
 
 
 @dataclass(frozen=True)

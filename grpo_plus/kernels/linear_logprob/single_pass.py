@@ -98,7 +98,11 @@ def _fold(
         if left_out is not None:
             logits.masked_fill_(left_out[part], LEFT_OUT)
         logits.sub_(logits.amax(-1, keepdim=True))
+        if left_out is not None:
+            logits.masked_fill_(left_out[part], 0.0)  # on a CPU exp takes ten times as long where it underflows
         probs = torch.exp(logits, out=scratch[: logits.shape[0]])
+        if left_out is not None:
+            probs.masked_fill_(left_out[part], 0.0)
         total = probs.sum(-1)  # torch.softmax sums less accurately
         logps[part] = logits.gather(1, target).squeeze(1) - total.log()
         entropy[part] = total.log() - logits.mul_(probs).sum(-1) / total
