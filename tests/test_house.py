@@ -42,7 +42,7 @@ OUTSIDE = {
     "registry": set(),
     "version": set(),
     "kernels": {"torch", "triton"},
-    "models": {"torch", "transformers", "peft"},
+    "models": {"torch", "transformers", "peft", "bitsandbytes"},
     "report": {"jinja2", "matplotlib", "numpy", "pyarrow"},
     "advantages": {"torch"},
     "losses": {"torch"},

@@ -99,6 +99,11 @@ class GRPOPlusConfig(GRPOConfig):
             tokens as the free memory of a CUDA device holds by the planner's count. Where the memory runs out all the
             same, the passes are halved and the micro-batch is computed again. Other devices take one pass, and so do
             rows with images.
+        mlp_tile_tokens: number of tokens for which the MLPs and norms of long rows are computed at a time, so that a
+            layer's peak in backward is its attention's. "auto": 4096 where gradient checkpointing is on and not
+            reentrant, which costs no further forward of the MLP in most models. None or 0: all tokens at once. A number
+            counts without checkpointing, too: MLPs and norms are then computed once more, and only their inputs are
+            kept. Generation does not change.
         adapter_dtype: of the adapters and of Adam's state, "float32" or "bfloat16". None: float32 above a base that
             bitsandbytes quantized, else as PEFT made them. TRL takes bfloat16 above such a base, where a step of a
             small learning rate rounds to nothing.
@@ -233,6 +238,13 @@ class GRPOPlusConfig(GRPOConfig):
         metadata={
             "help": "Most tokens that an update sends through the model at once; auto: as many as the free memory of "
             "the GPU holds; None: a whole micro-batch."
+        },
+    )
+    mlp_tile_tokens: int | str | None = field(
+        default="auto",
+        metadata={
+            "help": "Tokens that MLPs and norms of long rows are computed for at a time; auto: 4096 under gradient "
+            "checkpointing that is not reentrant."
         },
     )
     adapter_dtype: str | None = field(

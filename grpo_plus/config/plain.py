@@ -31,6 +31,7 @@ OFF: dict[str, Any] = {
     "truncated_sampling": None,
     "offload_activations": False,
     "max_tokens_per_pass": None,
+    "mlp_tile_tokens": None,
     "adapter_dtype": None,
 }
 

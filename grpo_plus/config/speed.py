@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from grpo_plus.config.fields import GRPOPlusConfig
 
 BACKENDS = ("auto", "trl", *SINGLE_PASS)
-AUTO_CHUNKS = "auto"
-AUTO_PASSES = "auto"
+AUTO_CHUNKS = AUTO_PASSES = AUTO_TILES = "auto"
+LEAST_TILE = 64  # tokens, below which the host starts more products than are worth it
 LORA_BACKENDS = ("auto", "peft", "torch")
 GENERATION_LOOPS = ("auto", "grouped", "trl")
 
@@ -36,6 +36,7 @@ def check_speed(config: "GRPOPlusConfig") -> None:
     _check_loop(config)
     _check_offload(config)
     _check_passes(config)
+    _check_tiles(config)
     switched_on("skip_zero_advantage", config.skip_zero_advantage, why_not_skip(config))
     switched_on("skip_old_policy_pass", config.skip_old_policy_pass, why_not_skip_old_policy(config))
 
@@ -133,6 +134,27 @@ def _check_passes(config: "GRPOPlusConfig") -> None:
         raise ValueError(
             f"max_tokens_per_pass={size!r} must be a whole number of tokens, 1 or more, {AUTO_PASSES!r} or None."
         )
+
+
+def _check_tiles(config: "GRPOPlusConfig") -> None:
+    tokens = config.mlp_tile_tokens
+    if isinstance(tokens, str) and tokens.isdecimal():  # as the command line gives it
+        config.mlp_tile_tokens = tokens = int(tokens)
+    if tokens == 0 and not isinstance(tokens, bool):  # None, for the command line
+        config.mlp_tile_tokens = tokens = None
+    if tokens in (None, AUTO_TILES):
+        return
+    if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < LEAST_TILE:
+        raise ValueError(
+            f"mlp_tile_tokens={tokens!r} must be a whole number of tokens, {LEAST_TILE} or more, {AUTO_TILES!r}, or "
+            "None (0) for all at once."
+        )
+
+
+def is_reentrant(config: "GRPOPlusConfig") -> bool:
+    """Whether gradient checkpointing runs whole layers anew. Autograd gives no single gradients through such layers."""
+    arguments = config.gradient_checkpointing_kwargs or {}
+    return config.gradient_checkpointing and bool(arguments.get("use_reentrant", False))
 
 
 def _check_single_pass(config: "GRPOPlusConfig") -> None:

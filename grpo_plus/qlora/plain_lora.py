@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from grpo_plus.kernels.lora_linear import Adapted, Base
+from grpo_plus.models.dense import DenseForward, dense_of, dequantized
 
 
 class OurForward(partial):
@@ -106,7 +107,7 @@ class Judged:
             and not weight.requires_grad
             and (bias is None or not bias.requires_grad)
             and not any(self._hooks)
-            and not any("forward" in inside for inside in (self._of_base, self._of_a, self._of_b))
+            and not any(map(_has_other_forward, (self._of_base, self._of_a, self._of_b)))
             and own["scaling"].get(name) == part.scaling
             and name not in own["lora_variant"]
             and vars(modules["lora_dropout"]._modules[name]).get("p", 0.0) == 0.0
@@ -133,12 +134,16 @@ def _linear_4bit() -> type[nn.Module]:
 
 def _is_hooked(module: Any) -> bool:
     own = vars(module)
-    return "forward" in own or any(own[kind] for kind in _HOOKS)
+    return _has_other_forward(own) or any(own[kind] for kind in _HOOKS)
+
+
+def _has_other_forward(own: dict[str, Any]) -> bool:
+    """Whether an instance, by its dictionary, has a forward that computes something else than its class's."""
+    return "forward" in own and not isinstance(own["forward"], DenseForward)
 
 
 def _dense(base: Any, dtype: torch.dtype) -> Tensor:
     if type(base) is nn.Linear:
         return base.weight.to(dtype)
-    from bitsandbytes.functional import dequantize_4bit
-
-    return dequantize_4bit(base.weight.data, base.weight.quant_state).to(base.compute_dtype or dtype)
+    kept = dense_of(base)
+    return (dequantized(base) if kept is None else kept).to(base.compute_dtype or dtype)

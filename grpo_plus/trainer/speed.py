@@ -21,6 +21,7 @@ from grpo_plus.config.speed import (
     AUTO_CHUNKS,
     AUTO_PASSES,
     generates_in_batches,
+    is_reentrant,
     switched_on,
     why_not_regroup,
     why_not_skip,
@@ -105,8 +106,7 @@ class Speed:
     @contextmanager
     def around_forward(self, model: Any) -> Iterator[None]:
         """Compute log-probabilities, in an update or before it."""
-        self.long_rows.forward(model)
-        with self.adapters.forward():
+        with self.adapters.forward(), self.long_rows.forward(model):
             yield
 
 
@@ -142,13 +142,7 @@ def _is_measured(trainer: GRPOTrainer, config: GRPOPlusConfig) -> bool:
         return False
     if config.packing == "none" or config.full_determinism:
         return False
-    return trainer.args.n_gpu <= 1 and not _is_reentrant(config)
-
-
-def _is_reentrant(config: GRPOPlusConfig) -> bool:
-    # Autograd cannot be asked for single gradients through such a checkpoint.
-    arguments = config.gradient_checkpointing_kwargs or {}
-    return config.gradient_checkpointing and bool(arguments.get("use_reentrant", False))
+    return trainer.args.n_gpu <= 1 and not is_reentrant(config)
 
 
 def _skips(trainer: GRPOTrainer, config: GRPOPlusConfig) -> bool:
@@ -192,7 +186,7 @@ def _packer(trainer: GRPOTrainer, config: GRPOPlusConfig, skips: bool, measure: 
         config.packing,
         head=_head(trainer, config, measured=measure is not None),
         insist_on_head=insists_on_head,
-        gradient_check=not _is_reentrant(config),
+        gradient_check=not is_reentrant(config),
         no_segments=_why_not_segments(config),
         note="skipping zero-advantage rows" if skips else None,
         measure=measure,

@@ -1,6 +1,8 @@
 """Bytes that a forward and backward allocate, counted tensor by tensor, without computing anything."""
 
 import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -44,11 +46,20 @@ class Counted(NamedTuple):
     peak: int
 
 
-def count(config: dict[str, Any], run: Run, *, layers: int) -> Counted:
+def count(
+    config: dict[str, Any],
+    run: Run,
+    *,
+    layers: int,
+    around: Callable[[nn.Module], AbstractContextManager[Any]] = nullcontext,
+) -> Counted:
     """One micro-batch of `run`'s padded rows through the layers of a model; the loss is the sum of the hidden states.
 
     The tensors are fake, so sizes are those of a real model. An nf4 layer is stood in for by a frozen one, which saves
     no activation either.
+
+    Args:
+        around: what changes the model for the update.
     """
     size = {width: getattr(torch, name) for name, width in DTYPES.items() if name != "float16"}
     with torch.device("meta"):
@@ -85,7 +96,7 @@ def count(config: dict[str, Any], run: Run, *, layers: int) -> Counted:
             parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         allocations = Allocations([*model.parameters(), *model.buffers(), *gradients])
-        with allocations:
+        with allocations, around(model):
             with torch.autocast("cpu", torch.bfloat16, enabled=run.bf16):
                 hidden = model.base_model(input_ids=ids, attention_mask=masks, use_cache=False).last_hidden_state
             kept = allocations.live

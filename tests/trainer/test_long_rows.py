@@ -1,13 +1,17 @@
 """The switches for longer rows: what they refuse, what they say where they have no effect, and that they change nothing."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig
+from transformers import GenerationMixin
 
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
+from grpo_plus.models import tiles
 from grpo_plus.models.offload import Offload
+from grpo_plus.trainer import long_rows
 from grpo_plus.trainer.long_rows import LongRows
 from tests.training import make_trainer, weights_of
 
@@ -32,6 +36,48 @@ def test_layer_inputs_on_the_host_train_the_same_weights(tmp_path):
     for name, weight in trained[0].items():
         assert torch.equal(trained[1][name], weight), name
     assert any((start[name] - weight).abs().max() > 1e-4 for name, weight in trained[0].items())
+
+
+def test_tiles_train_the_same_weights_and_leave_generation_alone(tmp_path, monkeypatch):
+    def output(call: Any, x: torch.Tensor) -> torch.Tensor:
+        during.append("generation" if generating else "scoring or update")
+        return tiled(call, x)
+
+    def generate(model: Any, *args: Any, **kwargs: Any) -> Any:
+        generating.append(True)
+        completions = whole(model, *args, **kwargs)
+        generating.clear()
+        return completions
+
+    during: list[str] = []
+    generating: list[bool] = []
+    tiled, whole = tiles._Call.output, GenerationMixin.generate
+    monkeypatch.setattr(tiles._Call, "output", output)
+    monkeypatch.setattr(GenerationMixin, "generate", generate)
+    monkeypatch.setattr(long_rows, "TILE_TOKENS", 8)
+    trained = []
+    for tokens in (None, "auto"):
+        made = trainer(tmp_path / str(tokens), mlp_tile_tokens=tokens, optim="sgd", learning_rate=0.1, beta=0.1)
+        made.train()
+        trained.append(weights_of(made))
+    assert set(during) == {"scoring or update"}
+    for name, weight in trained[0].items():
+        torch.testing.assert_close(trained[1][name], weight, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_tiles_are_on_by_themselves_where_they_cost_nothing(tmp_path):
+    def changes(**config):
+        made = trainer(tmp_path, **config)
+        return [change.__self__.tokens for change in made.speed.long_rows._changes]
+
+    reentrant = {"gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    assert changes() == [4096]
+    assert changes(gradient_checkpointing=False) == changes(**reentrant) == changes(mlp_tile_tokens=0) == []
+    assert changes(gradient_checkpointing=False, mlp_tile_tokens="512") == [512]
+    with pytest.raises(ValueError, match="mlp_tile_tokens=3 must be a whole number of tokens, 64 or more"):
+        trainer(tmp_path, mlp_tile_tokens=3)
+    with pytest.raises(ValueError, match="mlp_tile_tokens=512 is not possible: torch_compile compiles"):
+        trainer(tmp_path, mlp_tile_tokens=512, torch_compile=True)
 
 
 def test_offloading_without_checkpoints_or_beside_torch_compile_is_refused(tmp_path):
