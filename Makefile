@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PREVIOUS_TRL := 1.15.0
+# Two neighboring halves of the tests: a fixture of a module is built by one worker.
+WORKERS := -n 2 --dist worksteal
 
 .PHONY: demo test style test-kernels test-kills test-previous-trl clean
 
@@ -9,7 +11,7 @@ demo: .venv/demo
 	$(BIN)/grpo-plus demo
 
 test: style .venv/dev
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest $(WORKERS)
 	$(MAKE) test-kernels
 	$(MAKE) test-previous-trl
 
@@ -21,7 +23,7 @@ style: .venv/dev
 # Triton's kernels, interpreted on the CPU and compiled for GPUs that are not there. Laid over the environment: installed
 # in it, Triton and Liger would be found by transformers and TRL in every other test too.
 test-kernels: .venv/kernels
-	PYTHONPATH=.venv/kernels TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -m triton tests/kernels
+	PYTHONPATH=.venv/kernels TRITON_INTERPRET=1 $(BIN)/python -m pytest $(WORKERS) -m triton tests/kernels
 
 # Runs that are killed with SIGKILL up to 30 times each, at random moments, and resume; an hour. `make test` has a short one.
 test-kills: .venv/dev
@@ -30,7 +32,7 @@ test-kills: .venv/dev
 # The suite's parts that meet TRL, once more on the older of the two supported minors, laid over the same environment.
 # TRL 1.15 computes its loss in Triton only; without a GPU, Triton's interpreter runs it.
 test-previous-trl: .venv/trl-$(PREVIOUS_TRL) .venv/kernels
-	PYTHONPATH=.venv/trl-$(PREVIOUS_TRL):.venv/kernels TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -m "not newest_trl" tests/contract tests/exactness tests/processes/test_advantages.py tests/trainer/test_trainer.py tests/trainer/test_refills.py tests/test_process_training.py tests/test_mixture_of_experts.py tests/cli/test_train.py
+	PYTHONPATH=.venv/trl-$(PREVIOUS_TRL):.venv/kernels TRITON_INTERPRET=1 $(BIN)/python -m pytest $(WORKERS) -m "not newest_trl" tests/contract tests/exactness tests/processes/test_advantages.py tests/trainer/test_trainer.py tests/trainer/test_refills.py tests/test_process_training.py tests/test_mixture_of_experts.py tests/cli/test_train.py
 
 .venv/pip:
 	$(PYTHON) -m venv .venv

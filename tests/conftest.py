@@ -3,6 +3,8 @@ import os
 
 # Two cores are shared by the workers of the suite; tiny models only lose by more threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# TRL reports every trainer that is built to the hub, from a thread.
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 import pytest
 import torch
@@ -10,14 +12,8 @@ from hypothesis import settings
 
 from tests.interpreter import INTERPRETED
 
-settings.register_profile("suite", deadline=None, max_examples=60)
+settings.register_profile("suite", deadline=None, max_examples=30)
 settings.load_profile("suite")
-
-
-def pytest_collection_finish() -> None:
-    """Every training ends with a collection, which would walk all of torch and transformers each time: 0.25 s."""
-    gc.collect()
-    gc.freeze()
 
 
 def pytest_collection_modifyitems(items):
@@ -26,6 +22,17 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("triton"):
                 item.add_marker(skipped)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _frozen():
+    """Keeps what is there before a module from the garbage collector.
+
+    Every training ends with two collections, and each would walk all of torch and transformers: 0.25 s. Nothing may
+    call `gc.unfreeze()`, which undoes this for the rest of the process.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

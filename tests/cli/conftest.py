@@ -1,5 +1,6 @@
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -14,18 +15,23 @@ def _finders(monkeypatch):
     monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
 
 
+def make_workplace(folder: Path) -> None:
+    """A model, a dataset and a reward function, as a user would have them."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(folder / "model")
+    tiny_model(tokenizer, hidden_size=32, num_heads=2).save_pretrained(folder / "model")
+    (folder / "data").mkdir()
+    lines = [json.dumps({"prompt": f"{number}+1="}) for number in range(16)]
+    (folder / "data" / "train.jsonl").write_text("\n".join(lines))
+    (folder / "my_rewards.py").write_text(REWARDS)
+
+
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
-    """A folder with a model, a dataset and a reward function, as a user would have."""
+    """The working directory of a user."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    tokenizer = tiny_tokenizer()
-    tokenizer.save_pretrained(tmp_path / "model")
-    tiny_model(tokenizer, hidden_size=32, num_heads=2).save_pretrained(tmp_path / "model")
-    (tmp_path / "data").mkdir()
-    lines = [json.dumps({"prompt": f"{number}+1="}) for number in range(16)]
-    (tmp_path / "data" / "train.jsonl").write_text("\n".join(lines))
-    (tmp_path / "my_rewards.py").write_text(REWARDS)
+    make_workplace(tmp_path)
     yield tmp_path
     for name in ("my_rewards", "my_estimators"):
         sys.modules.pop(name, None)

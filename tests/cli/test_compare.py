@@ -1,4 +1,3 @@
-import gc
 import json
 
 import pandas as pd
@@ -11,13 +10,6 @@ from tests.cli.test_train import CPU, NAMES
 
 OWN = [*NAMES, *CPU, "--num_generations", "4", "--per_device_train_batch_size", "8", "--logging_steps", "1"]
 OWN += ["--max_completion_length", "8", "--num_held_out", "6", "--max_steps", "1"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _fast_collections():
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture

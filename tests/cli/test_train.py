@@ -1,15 +1,9 @@
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pandas as pd
 import pytest
 import torch
 
 from grpo_plus import GRPOPlusTrainer, cli
 
-ROOT = Path(__file__).parents[2]
 CPU = ["--use_cpu", "--bf16", "False", "--gradient_checkpointing", "False", "--report_to", "none"]
 SHORT = ["--max_steps", "2", "--num_generations", "4", "--per_device_train_batch_size", "8", "--logging_steps", "1"]
 
@@ -104,19 +98,6 @@ def test_a_quantized_base_without_bitsandbytes_is_refused(workplace, capsys, mon
 def test_a_wrong_command_line_says_what_to_write(workplace, capsys, arguments, message):
     assert cli.main(["train", *arguments, *CPU]) == 1
     assert message in capsys.readouterr().err
-
-
-def test_two_processes_under_accelerate_launch(workplace):
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    command += ["-m", "grpo_plus", "train", *NAMES, *SHORT, *CPU, "--max_completion_length", "8", "--output_dir", "out"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-    done = subprocess.run(
-        [*command, "--advantage_estimator", "rloo"], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("advantages rloo(); loss dapo") == 1
-    assert (workplace / "out" / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("recipe", [["--qlora"], ["--load_in_4bit", "--use_peft"]], ids=str)

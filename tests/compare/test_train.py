@@ -1,5 +1,4 @@
 import functools
-import gc
 import os
 import signal
 import subprocess
@@ -22,14 +21,6 @@ from tests.compare import small
 from tests.compare.small import TOKENIZER, sizes, small_task
 
 CHANGING = {"train_runtime", "train_samples_per_second", "train_steps_per_second", "step_time", "train_loss"}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _fast_collections():
-    """Every training collects garbage a few times, and most of a second goes by among the objects of the libraries."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def numbers(comparison, variant, seed=0):

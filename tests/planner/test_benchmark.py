@@ -1,30 +1,32 @@
-import subprocess
 import sys
 
 import pytest
 import torch
 
-from benchmarks import memory_cap
+from benchmarks import memory, memory_cap
 from benchmarks.memory_cap import longest
 from benchmarks.memory_run import TINY, TRL_DEFAULT, Case, case_of, make_trainer, measure, random_model
 from grpo_plus.planner import QLORA, Run, shape_of
 
 
-def test_the_benchmark_runs_on_a_cpu_and_knows_a_gpu_from_one():
-    command = [sys.executable, "-m", "benchmarks.memory"]
-    done = subprocess.run([*command, "--tiny"], capture_output=True, text=True, check=True)
-    rows = [line.split() for line in done.stdout.splitlines() if line.startswith("tiny")]
-    assert [row[2] for row in rows] == ["load", "generate", "update", "optimizer"], done.stdout
+def test_the_benchmark_runs_on_a_cpu_and_knows_a_gpu_from_one(monkeypatch, capsys):
+    """The run itself is a process of its own."""
+    monkeypatch.setattr(sys, "argv", ["memory", "--tiny"])
+    memory.main()
+    output = capsys.readouterr().out
+    rows = [line.split() for line in output.splitlines() if line.startswith("tiny")]
+    assert [row[2] for row in rows] == ["load", "generate", "update", "optimizer"], output
     weights, measured = map(float, rows[0][3:5])
     assert 0.8 * weights < measured < 1.5 * weights + 0.05  # resident memory: the weights, and little else
 
 
-def test_without_a_gpu_it_reports_nothing():
-    if torch.cuda.is_available():
-        return
-    done = subprocess.run([sys.executable, "-m", "benchmarks.memory"], capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "no GPU" in done.stderr
+def test_without_a_gpu_it_reports_nothing(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["memory"])
+    with pytest.raises(SystemExit) as ended:
+        memory.main()
+    assert ended.value.code == 2
+    assert "no GPU" in capsys.readouterr().err
 
 
 def test_every_kind_of_run_is_measured():

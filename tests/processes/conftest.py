@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
+from tests.cli.conftest import make_workplace
 from tests.processes.jobs import JOBS
 
 ROOT = Path(__file__).parents[2]
@@ -28,6 +29,10 @@ def runs(tmp_path_factory) -> Path:
 
 
 def launch(folder: Path) -> None:
+    for name, config in JOBS.items():
+        if "command" in config:
+            (folder / name).mkdir(parents=True)
+            make_workplace(folder / name)
     # `--cpu` would ask for MPI; this launcher is torchrun, and use_cpu=True makes the processes meet over gloo.
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]

@@ -5,6 +5,8 @@ import json
 import math
 import signal
 import sys
+from contextlib import chdir, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,7 +15,7 @@ import torch
 from accelerate import PartialState
 from peft import LoraConfig
 
-from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
+from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer, cli
 from tests.refilling import MIXED, Judge
 from tests.training import brevity, make_trainer, stepwise, vowels, weights_of
 
@@ -85,6 +87,15 @@ def infinite(reward):
     return spoiled
 
 
+def run_command(folder: Path, command: list[str]) -> None:
+    """Run a command of ours as a user's shell would in that folder, and keep what it prints."""
+    printed = StringIO()
+    with chdir(folder), redirect_stdout(printed):
+        status = cli.main(command)
+    (folder / f"printed_{PartialState().process_index}.txt").write_text(printed.getvalue())
+    assert status == 0, printed.getvalue()
+
+
 def train(output_dir: Path, config: dict[str, Any]) -> None:
     output_dir.mkdir(parents=True, exist_ok=True)
     resume_from = config.pop("resume_from", None)
@@ -143,4 +154,7 @@ def train(output_dir: Path, config: dict[str, Any]) -> None:
 if __name__ == "__main__":
     folder, jobs = Path(sys.argv[1]), json.loads(sys.argv[2])
     for name, config in jobs.items():
-        train(folder / name, config)
+        if "command" in config:
+            run_command(folder / name, config["command"])
+        else:
+            train(folder / name, config)

@@ -1,20 +1,21 @@
 """A run that is killed while it saves goes on from the checkpoint before, to the last bit."""
 
 import logging
+import os
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from peft import get_peft_model
 from safetensors.torch import load_file
+from transformers import TrainerState
 
 from grpo_plus.qlora.checks import saved_adapter
 from grpo_plus.trainer.checkpoints import why_unusable
 from tests.close import differing
+from tests.forked import exit_code, started
 from tests.qlora.models import load_nf4, lora, make_qlora_trainer, trained_weights
 from tests.training import PROMPTS
 
@@ -22,33 +23,27 @@ CONFIG = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "save_total
 # Each generation batch is trained on twice: the checkpoint before the kill stands inside of one.
 REUSED = CONFIG | {"num_iterations": 2}
 
-# The process dies with the second checkpoint's last file half written.
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from transformers import TrainerState
-from tests.qlora.models import make_qlora_trainer
-from tests.qlora.test_checkpoints import REUSED
 
-def save_half(state, path):
-    save(state, path)
-    if state.global_step == 2:
-        text = Path(path).read_text()
-        Path(path).write_text(text[: len(text) // 2])
-        os.kill(os.getpid(), signal.SIGKILL)
+def train_until_killed(folder, base):
+    """The process dies with the second checkpoint's last file half written."""
+    save = TrainerState.save_to_json
 
-save, TrainerState.save_to_json = TrainerState.save_to_json, save_half
-make_qlora_trainer(Path(sys.argv[1]), Path(sys.argv[2]), **REUSED).train()
-"""
+    def save_half(state, path):
+        save(state, path)
+        if state.global_step == 2:
+            text = Path(path).read_text()
+            Path(path).write_text(text[: len(text) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    TrainerState.save_to_json = save_half
+    make_qlora_trainer(folder, base, **REUSED).train()
 
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory, base):
     """The output of a run that was killed while it saved its second checkpoint."""
     folder = tmp_path_factory.mktemp("killed")
-    command = [sys.executable, "-c", KILLED, str(folder), str(base)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
-    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    assert exit_code(started(train_until_killed, folder, base)) == -signal.SIGKILL
     return folder
 
 

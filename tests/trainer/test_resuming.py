@@ -15,7 +15,6 @@ from tests.close import differing
 from tests.training import PROMPTS, logs_of, make_trainer, weights_of
 
 STEPS = 5
-RESUMED_FROM = (1, 3)
 
 
 def short(completions: list[str], **_: Any) -> list[float]:
@@ -56,6 +55,9 @@ CASES: dict[str, dict[str, Any]] = {
     "stream": REUSED | {"train_dataset": PROMPTS.to_iterable_dataset()},
     "epochs of a stream": {"train_dataset": PROMPTS.select(range(3)).to_iterable_dataset(), "num_train_epochs": 2},
 }
+
+# How far the run is within its generation batch, or within its rows, is another state after each step.
+WHERE_THE_STEP_COUNTS = ("steps_per_generation", "unaligned", "moved reference", "epochs", "epochs of a stream")
 
 
 def saved_base(folder: Path) -> Path:
@@ -98,7 +100,7 @@ def tables_of(folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("name", CASES)
 def test_a_run_resumes_from_any_step_to_the_same_run(tmp_path, base, name):
     whole = trained(tmp_path / "whole", base, **CASES[name])
-    for step in RESUMED_FROM:
+    for step in (1, 3) if name in WHERE_THE_STEP_COUNTS else (3,):
         folder = tmp_path / f"from-{step}"
         resumed = trained(folder, base, tmp_path / f"whole/checkpoint-{step}", **CASES[name])
         assert differing(weights_of(resumed), weights_of(whole)) == [], step

@@ -1,14 +1,9 @@
 """SIGTERM and Ctrl-C: the step is finished, a checkpoint is written, and the run ends; a second signal ends it at once."""
 
-import multiprocessing
 import os
 import signal
-import subprocess
-import sys
-import textwrap
 import threading
 import time
-from pathlib import Path
 
 import pytest
 from transformers import TrainerCallback
@@ -18,9 +13,8 @@ from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
 from grpo_plus.trainer import stopping
 from grpo_plus.trainer.stopping import StopSignals
 from tests.close import differing
+from tests.forked import FORK, exit_code, started
 from tests.training import PROMPTS, logs_of, make_trainer, vowels, weights_of
-
-ROOT = Path(__file__).parents[2]
 
 
 class Send(TrainerCallback):
@@ -79,10 +73,11 @@ def test_sigterm_finishes_the_step_and_saves_once(tmp_path, save_strategy, confi
     assert not send.ended  # what a whole training ends with, such as loading the best model, is not for this one
 
 
-def test_ctrl_c_does_the_same_and_is_a_keyboard_interrupt(tmp_path):
+def test_ctrl_c_does_the_same_and_is_a_keyboard_interrupt(tmp_path, capfd):
     trainer = made(tmp_path, Send(signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
+    assert "SIGINT received: the optimizer step is finished" in capfd.readouterr().err
     assert saved(tmp_path) == ["checkpoint-2"]
 
 
@@ -230,7 +225,7 @@ def test_handlers_are_given_back_after_an_error(tmp_path):
 def test_a_forked_child_dies_of_the_sigterm_that_its_parent_sends():
     signals = StopSignals()
     with signals.listening():
-        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        child = FORK.Process(target=time.sleep, args=(60,))
         child.start()
         time.sleep(0.1)
         child.terminate()
@@ -304,34 +299,23 @@ def test_what_a_launcher_passes_on_is_no_second_signal(monkeypatch, launched, af
     assert signals.received == signal.SIGTERM
 
 
-PROGRAM = """
-    import sys, time
-    from pathlib import Path
-    from grpo_plus import GRPOPlusTrainer
-    from tests.training import make_trainer, vowels
-
+def script(folder, judging, went_on):
     def slow(completions, **_):
-        print("judging", flush=True)
+        judging.set()
         time.sleep(0.5)
         return vowels(completions)
 
-    make_trainer(Path(sys.argv[1]), trainer_class=GRPOPlusTrainer, reward_funcs=[slow], max_steps=50).train()
-    print("the script went on", flush=True)
-"""
+    made(folder, reward_funcs=[slow], max_steps=50).train()
+    went_on.set()
 
 
 def test_the_process_exits_with_status_0(tmp_path):
-    command = [sys.executable, "-c", textwrap.dedent(PROGRAM), str(tmp_path)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdout.readline() == "judging\n"
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 0, err[-2000:]
-    assert "the script went on" not in out
-    assert "SIGTERM received: the optimizer step is finished" in err
+    judging, went_on = FORK.Event(), FORK.Event()
+    process = started(script, tmp_path, judging, went_on)
+    assert judging.wait(60)
+    process.terminate()
+    assert exit_code(process) == 0
+    assert not went_on.is_set()
     assert saved(tmp_path) == ["checkpoint-1"]
 
 
@@ -344,10 +328,8 @@ def listen(ready):
 
 def test_a_second_sigterm_ends_the_process_at_once(monkeypatch):
     monkeypatch.setattr(stopping, "ECHO", 0.2)
-    fork = multiprocessing.get_context("fork")
-    ready = fork.Event()
-    child = fork.Process(target=listen, args=(ready,))
-    child.start()
+    ready = FORK.Event()
+    child = started(listen, ready)
     ready.wait(10)
     child.terminate()
     child.join(timeout=0.3)
