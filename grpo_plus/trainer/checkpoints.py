@@ -14,9 +14,12 @@ import re
 import shutil
 import zipfile
 from collections.abc import Container, Iterator
+from dataclasses import fields
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal
 
+from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -31,6 +34,9 @@ NEEDED = {
     "scheduler.pt": ("scheduler.pt", "global_step*"),
     "rng_state.pth": ("rng_state*.pth",),
 }
+
+# What transformers reads of trainer_state.json without looking at it first.
+STATE_KINDS: dict[str, Any] = {"epoch": (int, float, NoneType), "log_history": list, "stateful_callbacks": dict}
 
 logger = logging.getLogger("grpo_plus")
 
@@ -166,7 +172,13 @@ def _damaged_trainer_state(path: Path) -> str | None:
     except ValueError:
         return f"has a {path.name} that is cut off"
     step = state.get("global_step") if isinstance(state, dict) else None
-    return None if isinstance(step, int) else f"has a {path.name} without the step that it was saved at"
+    if not isinstance(step, int):
+        return f"has a {path.name} without the step that it was saved at"
+    wrong = [name for name, kind in STATE_KINDS.items() if name in state and not isinstance(state[name], kind)]
+    if wrong:
+        return f"has a {path.name} with a {wrong[0]} that is damaged"
+    unknown = sorted(state.keys() - {entry.name for entry in fields(TrainerState)})
+    return f"has a {path.name} with {unknown[0]!r}, which transformers does not know" if unknown else None
 
 
 def _damaged_file(folder: Path) -> str | None:

@@ -24,6 +24,7 @@ class GuardedSeam(SavingSeam):
                 result = super().train(*args, **kwargs)
                 self._guard.finish()
         finally:
+            self.is_in_train = False  # transformers leaves it at True after an error
             self.remove_callback(self._guard)
         return result
 

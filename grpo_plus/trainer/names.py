@@ -188,14 +188,19 @@ def gathered_steps(trainer: GRPOTrainer, rows: int) -> tuple[list, list] | None:
     """What the reward functions of all processes passed to `log_extra` as step rewards and ends; None for none."""
     columns = [trainer._pending_extra_logs.get(name) for name in STEP_COLUMNS]
     present = None not in columns
-    for name, column in zip(STEP_COLUMNS, columns, strict=True):
-        if present and len(column) != rows:
-            raise ValueError(
-                f"log_extra({name!r}, ...) got {len(column)} lists for {rows} completions. Give one for each "
-                "completion, from one reward function, and an empty one where there are no steps."
-            )
+    problems = [
+        f"log_extra({name!r}, ...) got {len(column)} lists for {rows} completions. Give one for each completion, from "
+        "one reward function, and an empty one where there are no steps."
+        for name, column in zip(STEP_COLUMNS, columns, strict=True)
+        if present and len(column) != rows
+    ]
     # Every process takes part, whether its own completions have steps or not: a gather waits for all.
-    pairs = gather_object(list(zip(*columns, strict=True)) if present else [None] * rows)
+    own = list(zip(*columns, strict=True)) if present and not problems else [None] * rows
+    everyone = gather_object([(own, problems)])
+    for rank, (_, found) in enumerate(everyone):
+        if found:
+            raise ValueError(problems[0] if problems else f"Process {rank}: {found[0]}")
+    pairs = [pair for process, _ in everyone for pair in process]
     if not any(pairs):
         return None
     return [pair and pair[0] for pair in pairs], [pair and pair[1] for pair in pairs]

@@ -16,6 +16,7 @@ from accelerate import PartialState
 from peft import LoraConfig
 
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer, cli
+from grpo_plus.trainer.names import STEP_COLUMNS
 from tests.refilling import MIXED, Judge
 from tests.training import brevity, make_trainer, stepwise, vowels, weights_of
 
@@ -47,6 +48,16 @@ class Recorder(GRPOPlusTrainer):
 def forgetful(completions: list[str], **_: Any) -> list[float]:
     """One reward too few on the second process, and a judge that is down there for the rest."""
     return [0.0] * (len(completions) - PartialState().process_index)
+
+
+def short_of_steps(completions: list[str], log_extra: Any, **_: Any) -> list[float]:
+    """The steps of one completion too few on the second process."""
+    for column in STEP_COLUMNS:
+        log_extra(column, [[0]] * (len(completions) - PartialState().process_index))
+    return [0.0] * len(completions)
+
+
+FAULTS = {"rewards": forgetful, "steps": short_of_steps}
 
 
 def down_after(calls: int) -> Any:
@@ -104,8 +115,8 @@ def train(output_dir: Path, config: dict[str, Any]) -> None:
     task = {"reward_funcs": [stepwise] if stepped else [vowels, brevity]}
     if config.pop("half_dead", False):
         task = {"reward_funcs": [judge], "train_dataset": MIXED}
-    if fails := config.pop("fails", False):
-        task = {"reward_funcs": [forgetful]}
+    if fails := config.pop("fails", None):
+        task = {"reward_funcs": [FAULTS[fails]]}
     if fails_after := config.pop("fails_after", 0):
         task = {"reward_funcs": [down_after(fails_after)]}
     faults = {name: config.pop(name) for name in ("spoiled", "infinite", "signalled") if name in config}

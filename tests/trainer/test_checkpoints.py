@@ -271,8 +271,12 @@ def test_a_manifest_that_lists_nothing_is_no_manifest(output, content):
     assert why_unusable(path.parent) == f"has a {MANIFEST} that is damaged"
 
 
-@pytest.mark.parametrize("content", ["{}", "[]", "", '{"global_step": "2"}'])
-def test_a_trainer_state_without_its_step_is_found_without_a_manifest_too(tmp_path, content):
+DAMAGED_STATES = ["{}", "[]", "", '{"global_step": "2"}', '{"global_step": 2, "log_history": 3}']
+DAMAGED_STATES += ['{"global_step": 2, "epoch": "1"}', '{"global_step": 2, "globalstep": 2}']
+
+
+@pytest.mark.parametrize("content", DAMAGED_STATES)
+def test_a_trainer_state_that_cannot_be_read_is_found_without_a_manifest_too(tmp_path, content):
     folder = tmp_path / "checkpoint-2"
     folder.mkdir()
     (folder / "trainer_state.json").write_text(content)

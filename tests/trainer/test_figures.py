@@ -81,6 +81,20 @@ def test_a_schedule_that_follows_an_evaluation_without_a_verdict_goes_on(tmp_pat
     assert trainer.evaluate()["eval_reward"] is None
 
 
+def test_an_evaluation_after_a_failed_training_says_none_as_trls_does(tmp_path):
+    def fails_in_training(completions: list[str], **_: Any) -> list[None]:
+        if trainer.model.training:
+            raise KeyError("judge")
+        return [None] * len(completions)
+
+    data = {"eval_dataset": PROMPTS.select(range(2))}
+    trainer = make_trainer(tmp_path, reward_funcs=[fails_in_training], trainer_arguments=data, **OURS)
+    with pytest.raises(RuntimeError, match="judge"):
+        trainer.train()
+    with pytest.warns(UserWarning, match=UNJUDGED):
+        assert trainer.evaluate()["eval_reward"] is None
+
+
 def test_a_judge_that_is_down_in_the_evaluation_ends_nothing(tmp_path):
     trainer = make_trainer(
         tmp_path,
