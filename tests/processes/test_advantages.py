@@ -20,16 +20,6 @@ TABLES = {
 }
 # With 512 tokens allowed, the completions end by themselves, and each rank pads to its own longest one.
 WIDTHS = job("widths", advantage_estimator="process", max_steps=1, max_completion_length=512, **SPLIT)
-TASKS = job("tasks", advantage_estimator="ema_task", task_column="answer", max_steps=2, **SPLIT)
-STATEFUL = {
-    "advantage_estimator": "ema_task",
-    "per_device_train_batch_size": 6,
-    "max_steps": 2,
-    "save_strategy": "steps",
-    "save_steps": 1,
-}
-WHOLE = job("whole", **STATEFUL)
-RESUMED = job("resumed", resume_from="whole/checkpoint-1", **STATEFUL)
 # A live group moves from any place to any other, the one across the ranks included; each batch is trained on twice.
 REFILLED = job(
     "refilled", half_dead=True, max_refills=2, num_iterations=2, advantage_estimator="rloo", max_steps=6, **SPLIT
@@ -84,19 +74,6 @@ def test_two_ranks_of_different_widths_train_the_tokens_that_the_whole_table_giv
             assert advantages == pytest.approx(values, abs=1e-5)
     means = expected.sum(-1) / lengths.flatten()
     torch.testing.assert_close(torch.tensor(table["advantage"].to_numpy()), means, rtol=0, atol=1e-5)
-
-
-def test_two_ranks_keep_one_state_by_task(runs):
-    states, tables = read(runs / TASKS, "state"), tables_of(runs / TASKS)
-    assert states[0] == states[1]
-    prompts = {prompt for table in tables for prompt in table["prompt"]}
-    # The answer is the task: "1+2=" belongs to "3".
-    assert set(states[0]) == {str(sum(map(int, prompt.rstrip("=").split("+")))) for prompt in prompts}
-
-
-def test_a_stateful_run_of_two_ranks_resumes_to_the_same_weights(runs):
-    for name in ("state", "weights"):
-        assert read(runs / RESUMED, name) == read(runs / WHOLE, name), name
 
 
 def test_a_group_across_two_ranks_is_refilled_on_both(runs):
