@@ -89,7 +89,13 @@ def _check_kl_estimator(config: "GRPOPlusConfig") -> None:
 
 
 def _warn_of_traps(config: "GRPOPlusConfig") -> None:
-    """Two settings that run without complaint and do not do what their reader expects."""
+    """Settings that run without complaint and do not do what their reader expects."""
+    if config.learning_rate == 0:
+        warnings.warn(
+            "learning_rate=0 trains nothing: every step leaves the weights as they are. Set a learning_rate above 0, "
+            "or call evaluate() to measure a model.",
+            stacklevel=2,
+        )
     if config.loss_type == "cispo" and config.epsilon_high is None:
         warnings.warn(
             f"loss_type='cispo' with epsilon_high unset clips the ratio at epsilon={config.epsilon}, and so scales "

@@ -1,4 +1,4 @@
-"""Whether the numbers of a model are finite: its trained weights, and their gradients."""
+"""Whether the numbers of a model are finite: its weights, and their gradients."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -8,20 +8,24 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 
-def nonfinite_weights(model: nn.Module) -> list[str]:
+def nonfinite_weights(model: nn.Module, *, frozen_too: bool = False) -> list[str]:
     """Names of the trained weights that hold a NaN or an infinity. [] where all are finite.
 
     Where the weights are spread over processes, each process looks at its own parts: let all processes agree.
+
+    Args:
+        frozen_too: look at the weights that are not trained, too. The numbers of a quantized weight are not looked at.
     """
-    trained = {name: _local(weight) for name, weight in model.named_parameters() if weight.requires_grad}
-    trained = {name: weight for name, weight in trained.items() if _has_numbers(weight)}
-    if not trained:
+    named = model.named_parameters()
+    weights = {name: _local(weight) for name, weight in named if weight.requires_grad or frozen_too}
+    weights = {name: weight for name, weight in weights.items() if _has_numbers(weight)}
+    if not weights:
         return []
-    device = next(iter(trained.values())).device
+    device = next(iter(weights.values())).device
     # One wait for the device, whatever the number of weights. A norm is fast, and may overflow where no number has.
-    sound = torch.stack([_norm([weight]).isfinite().to(device) for weight in trained.values()]).tolist()
-    suspects = [name for name, finite in zip(trained, sound, strict=True) if not finite]
-    return [name for name in suspects if not trained[name].detach().isfinite().all()]
+    sound = torch.stack([_norm([weight]).isfinite().to(device) for weight in weights.values()]).tolist()
+    suspects = [name for name, finite in zip(weights, sound, strict=True) if not finite]
+    return [name for name in suspects if not weights[name].detach().isfinite().all()]
 
 
 def gradients_are_finite(model: nn.Module) -> Tensor:

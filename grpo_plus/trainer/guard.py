@@ -77,6 +77,7 @@ class Guard(TrainerCallback):
         """Begin a training."""
         self.skipped_steps = self.in_a_row = 0
         self._verdict = Verdict()
+        self._overflows = torch.tensor(False)
         self._losses: list[Tensor] = []
         self._batches: list[dict[str, Any]] = []
         self._controllers: dict[str, float] = {}
@@ -116,6 +117,26 @@ class Guard(TrainerCallback):
                 "learning_rate or max_grad_norm."
             )
 
+    def refuse_nonfinite_start(self) -> None:
+        """Raise ValueError where a weight is not finite, a frozen one included, before anything is sampled from it."""
+        names = nonfinite_weights(self.trainer.model, frozen_too=True)
+        if self._agreed([bool(names)])[0]:
+            which = f"{names[0]!r} (one of {len(names)})" if names else "of another process"
+            raise ValueError(
+                f"The weight {which} is not finite before the first step: nothing can be sampled from such a model. "
+                "Load it again, in bfloat16 or float32 if it was made in one of them: float16 ends at 65504."
+            )
+
+    def look_before_clipping(self) -> None:
+        """Notice a gradient whose norm overflows: clipping makes zeros of it, which look sound.
+
+        fp16's scaler finds an overflow by itself, and DeepSpeed clips where nobody can look.
+        """
+        accelerator = self.trainer.accelerator
+        clips = self.trainer.args.max_grad_norm and accelerator.distributed_type != DistributedType.DEEPSPEED
+        if clips and accelerator.sync_gradients and accelerator.scaler is None:
+            self._overflows = ~self._gradient_is_finite()
+
     def on_train_begin(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
         """Go on counting where the checkpoint stopped."""
         counts = state.stateful_callbacks.get(COUNTS, {})
@@ -125,6 +146,7 @@ class Guard(TrainerCallback):
     def on_step_begin(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
         """Remember where the step starts."""
         self._leave_between_steps()
+        self._overflows = torch.tensor(False)
         self._losses, self._batches = [], []
         self._controllers = {name: vars(self.trainer)[name] for name in CONTROLLERS if name in vars(self.trainer)}
 
@@ -206,7 +228,9 @@ class Guard(TrainerCallback):
         trainer, received = self.trainer, self.signals.received
         losses = torch.stack(self._losses) if self._losses else torch.zeros(1)
         bad_loss = ~losses.isfinite()
-        own = [bad_loss.any(), ~self._gradient_is_finite(), received == signal.SIGTERM, received == signal.SIGINT]
+        bad_gradient = ~self._gradient_is_finite()
+        bad_gradient |= self._overflows.to(bad_gradient.device)
+        own = [bad_loss.any(), bad_gradient, received == signal.SIGTERM, received == signal.SIGINT]
         loss, gradient, terminated, interrupted = self._agreed(own)
         if loss:
             bad = torch.where(bad_loss, losses, torch.zeros_like(losses)).sum().float().to(trainer.accelerator.device)

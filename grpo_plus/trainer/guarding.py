@@ -17,6 +17,7 @@ class GuardedSeam(SavingSeam):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train. SIGTERM and Ctrl-C end the training after the step that runs, with a checkpoint."""
         self._guard.reset()
+        self._guard.refuse_nonfinite_start()
         # The last of the callbacks: what others do to a gradient or to `control` comes before.
         self.add_callback(self._guard)
         try:
@@ -30,7 +31,9 @@ class GuardedSeam(SavingSeam):
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of a micro-batch."""
-        return self._guard.finite(super().training_step(model, inputs, num_items_in_batch))
+        loss = self._guard.finite(super().training_step(model, inputs, num_items_in_batch))
+        self._guard.look_before_clipping()
+        return loss
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Loss of a micro-batch."""

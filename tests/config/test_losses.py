@@ -47,3 +47,8 @@ def test_each_setting_reaches_the_loss(tmp_path, settings, options):
     expected = by_itself(**options)
     assert abs(expected - by_itself()) > 1e-4, "the setting makes no difference here"
     assert through_the_trainer(tmp_path, **(BASE | settings)) == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_learning_rate_of_0_is_warned_of(tmp_path):
+    with pytest.warns(UserWarning, match="learning_rate=0 trains nothing"):
+        GRPOPlusConfig(str(tmp_path), use_cpu=True, bf16=False, learning_rate=0)

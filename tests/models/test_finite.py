@@ -23,11 +23,12 @@ def test_the_weights_that_are_not_finite_are_named(value, dtype):
     assert nonfinite_weights(model) == ["w1"]
 
 
-def test_a_frozen_weight_is_not_looked_at():
+def test_a_frozen_weight_is_looked_at_on_request():
     model = layers((2,), (3,))
     model.w0.data[0] = torch.nan
     model.w0.requires_grad_(False)
     assert nonfinite_weights(model) == []
+    assert nonfinite_weights(model, frozen_too=True) == ["w0"]
 
 
 def test_large_numbers_are_finite():
