@@ -167,6 +167,23 @@ def test_a_cache_that_is_not_exact_is_not_used(model, monkeypatch, kind, reason)
     assert_equal(found, expected)
 
 
+class Full(Expanded):
+    words = "the cache that needs more memory"
+
+    def expand(self, index, mask):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_memory_that_runs_out_in_the_check_is_no_verdict(model, monkeypatch):
+    """The chunks of a generation are halved for that, and the check comes again."""
+    ours = Rollouts()
+    with monkeypatch.context() as patch:
+        patch.setattr(rollouts, "KEEPERS", (Full,))
+        with pytest.raises(torch.OutOfMemoryError):
+            generated(model, batch(padded=True), ours, generation_config=config(**SAMPLED))
+    assert generated(model, batch(padded=True), ours, generation_config=config(**SAMPLED)).statistics
+
+
 def test_the_choice_is_told_once(model, caplog):
     caplog.set_level(logging.INFO, logger="grpo_plus")
     ours = Rollouts()

@@ -1,5 +1,6 @@
 """Settings of a generation under which the grouped loop gives what transformers' own loop gives."""
 
+from contextlib import contextmanager
 from functools import partial
 
 import pytest
@@ -10,7 +11,7 @@ from transformers.generation import StopStringCriteria
 from grpo_plus.demo.tiny import tiny_model, tiny_tokenizer
 from grpo_plus.rollout import Rollouts, loop, rollouts
 from tests.packing.counting import OnDevice
-from tests.rollout.generating import EOS, SAMPLED, assert_equal, batch, config, generated
+from tests.rollout.generating import EOS, PROMPT, SAMPLED, assert_equal, batch, config, generated
 
 
 class Forced(LogitsProcessor):
@@ -137,3 +138,21 @@ def test_the_host_waits_once_for_each_token(model, monkeypatch):
     assert waits.count("cpu in prompts.py") == 1
     assert waits.count("tolist in sampling.py") == found.statistics[0].steps
     assert len(waits) == found.statistics[0].steps + 1
+
+
+def test_the_model_sees_each_prompt_once_and_live_rows_only(model, monkeypatch):
+    inputs, ours, seen = batch(padded=True), Rollouts(), []
+    generated(model, inputs, ours, generation_config=config(**SAMPLED))  # with the self-check
+    optimized = contextmanager(lambda self: (yield seen.append("decode")))  # where mixtures of experts change
+    monkeypatch.setattr(type(model), "_optimize_model_for_decode", optimized)
+    handle = model.register_forward_pre_hook(
+        lambda _, __, given: seen.append(given["input_ids"].shape), with_kwargs=True
+    )
+    statistics = generated(model, inputs, ours, generation_config=config(**SAMPLED)).statistics[0]
+    handle.remove()
+    prefill, decode, *steps = seen
+    assert (prefill, decode) == ((3, PROMPT), "decode")
+    assert [tokens for _, tokens in steps] == [1] * statistics.steps
+    rows = [rows for rows, _ in steps]
+    assert rows == sorted(rows, reverse=True)
+    assert sum(rows) == statistics.row_steps < 12 * statistics.steps
