@@ -21,7 +21,8 @@ SECONDS = {  # of each stage, counted from the end of the one before; what is le
     "exact": 70,
     "attention": 20,
     "kernels": 30,
-    "updates": 215,
+    "rollouts": 45,
+    "updates": 170,
     "planner": 75,
     "step": 85,
 }
@@ -103,6 +104,10 @@ def _stage(name: str) -> Callable[..., None]:
         from benchmarks.gpu import parts
 
         return parts.attention if name == "attention" else parts.kernels
+    if name == "rollouts":
+        from benchmarks.gpu.rollouts import rollouts
+
+        return rollouts
     if name == "updates":
         from benchmarks.gpu.updates import updates
 

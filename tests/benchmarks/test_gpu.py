@@ -26,6 +26,9 @@ def test_the_rehearsal_runs_every_line(tmp_path, monkeypatch):
     assert exact["qwen3 sdpa float32"]["bad"] == []
     assert exact["qwen3 sdpa float32"]["shared_prompt (cascade attention)"][1] < 2e-5
     assert exact["greedy generation in chunks"]["equal"] == "8 of 8"
+    rollouts = {row["label"].split(",")[0]: row for row in found["rollouts"]["rows"]}
+    assert len(rollouts) == 4
+    assert all(row["equal"] == "16 of 16" for row in rollouts.values())
     updates = {row["label"].split()[-1]: row for row in found["updates"]["rows"] if "s" in row}
     assert set(updates) == {"trl", "auto", "cascade", "cached", "rows", "cascade-lora", "cascade+torch"}
     assert all(row.get("gradient_error", 0) < 2e-5 for row in updates.values())
