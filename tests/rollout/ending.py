@@ -11,8 +11,8 @@ from grpo_plus.rollout.prompts import Prompts
 from tests.packing.models import VOCABULARY
 
 PROMPT, COMPLETION = 23, 12
-ROW_PROMPTS = (2, 0, 0, 1, 0, 2, 0, 2)  # of three prompts, not side by side
-ENDS = (9, 2, 12, 4, 6, 12, 6, 3)  # the only row of prompt 1 ends before most others
+ROW_PROMPTS = (1, 0, 0, 2, 0, 2, 0, 2)  # of three prompts, not side by side
+ENDS = (4, 2, 12, 9, 6, 12, 6, 3)  # the only row of the batch's first prompt ends before most others
 SAMPLED = {"do_sample": True, "temperature": 1.3, "top_k": 0, "top_p": 0.95}
 
 

@@ -3,6 +3,7 @@
 A CPU has no graphs. Stand-ins take the place of the recording, which is an argument for this reason.
 """
 
+import weakref
 from functools import partial
 
 import pytest
@@ -114,10 +115,18 @@ def test_a_graph_with_other_logits_is_not_used(clock, wrong):
     assert failure.startswith("a CUDA graph gives other logits")
 
 
-def test_after_a_rollout_no_graph_is_held():
-    model, keepers = tiny("qwen3"), []
-    generated(model, padded=False, custom_generate=kept_by(partial(Graphed, record=lambda call: call), keepers))
-    assert not isinstance(keepers[0]._run, SelfMeasured)
+def test_after_a_rollout_no_graph_is_held(clock):
+    clock(*[5, 5, 4, 4] * 9)
+    model, keepers, replays = tiny("qwen3"), [], []
+
+    def record(call):
+        replay = partial(call)
+        replays.append(weakref.ref(replay))
+        return replay
+
+    generated(model, padded=False, custom_generate=kept_by(partial(Graphed, record=record), keepers))
+    assert keepers[0].failure is None
+    assert {replay() for replay in replays} == {None}
 
 
 def test_graphs_are_off_and_need_attention_that_takes_a_mask():
