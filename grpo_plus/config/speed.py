@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 BACKENDS = ("auto", "trl", *SINGLE_PASS)
 AUTO_CHUNKS = AUTO_PASSES = AUTO_TILES = "auto"
-LEAST_TILE = 64  # tokens, below which the host starts more products than are worth it
+LEAST_TILE = 16  # tokens; far fewer than pay, and never one, which looks like a step of generation
 LORA_BACKENDS = ("auto", "peft", "torch")
 GENERATION_LOOPS = ("auto", "grouped", "trl")
 

@@ -85,7 +85,7 @@ class Offload:
     def _expect(self, packed: "_Input | None") -> None:
         """Fetch the input that the backward will probably ask for next, in the place of an earlier guess."""
         if self._ahead is not None:
-            self._ahead.take()
+            self._ahead.leave()
         self._ahead = packed
         if packed is not None:
             packed.fetch()

@@ -74,7 +74,7 @@ def test_tiles_are_on_by_themselves_where_they_cost_nothing(tmp_path):
     assert changes() == [4096]
     assert changes(gradient_checkpointing=False) == changes(**reentrant) == changes(mlp_tile_tokens=0) == []
     assert changes(gradient_checkpointing=False, mlp_tile_tokens="512") == [512]
-    with pytest.raises(ValueError, match="mlp_tile_tokens=3 must be a whole number of tokens, 64 or more"):
+    with pytest.raises(ValueError, match="mlp_tile_tokens=3 must be a whole number of tokens, 16 or more"):
         trainer(tmp_path, mlp_tile_tokens=3)
     with pytest.raises(ValueError, match="mlp_tile_tokens=512 is not possible: torch_compile compiles"):
         trainer(tmp_path, mlp_tile_tokens=512, torch_compile=True)
