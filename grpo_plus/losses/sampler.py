@@ -65,7 +65,8 @@ def suspicion(gap: float, step: int) -> str | None:
         f"The completions of step {step} were not sampled from the policy that is trained: the log-probabilities that "
         f"both give their tokens differ by {gap:.2f} (root mean square; two engines in bfloat16 differ by about 0.05). "
         "Weights or adapters that did not reach the sampler, a sampler with another base, quantization or temperature, "
-        "and truncated sampling (top_p, top_k, min_p) look like this. The updates are off-policy."
+        "and truncated sampling (top_p, top_k, min_p: see truncated_sampling) look like this. The updates "
+        "are off-policy."
     )
 
 

@@ -32,8 +32,8 @@ class KeptSets:
     def __init__(self, trainer: GRPOTrainer, truncated_sampling: str | None, *, tells: bool) -> None:
         self._trainer = trainer
         self._acts = truncated_sampling is not None
-        self._rows: KeptRows | None = None  # of the batch that is being scored
         self._checked: WeakSet[PreTrainedModel] = WeakSet()
+        self.reset()
         reason = _why_not(trainer)
         if self._acts and reason:
             raise ValueError(
@@ -45,6 +45,10 @@ class KeptSets:
                 f"{', '.join(active)}: the sampler draws from a part of the vocabulary, and log-probabilities are over "
                 "all of it, as in TRL. truncated_sampling='correct' takes them over the part that was drawn from."
             )
+
+    def reset(self) -> None:
+        """Begin a training: an earlier one may have ended while a batch was being scored."""
+        self._rows: KeptRows | None = None  # of the batch that is being scored
 
     @contextmanager
     def recorded(self) -> Iterator[list[KeptRecorder]]:
@@ -63,6 +67,11 @@ class KeptSets:
         if images is not None:
             raise ValueError(
                 "truncated_sampling='correct' is for rows of text, and the dataset has images. Leave it unset."
+            )
+        if (generated := sum(recorder.size for recorder in recorders)) != len(completion_ids):
+            raise ValueError(
+                f"truncated_sampling='correct' has seen model.generate make {generated} rows, and TRL has "
+                f"{len(completion_ids)} completions. It needs both to be the same. Leave truncated_sampling unset."
             )
         lengths = [len(ids) for ids in completion_ids]
         parts = []

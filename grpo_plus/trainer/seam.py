@@ -87,7 +87,7 @@ class TRLSeam(ScoringSeam):
         self._step_figures = step_figures_of(self)
 
     def _begins_training(self) -> None:
-        for part in (self._refills, self._sampler, self._step_figures):
+        for part in (self._kept, self._refills, self._sampler, self._step_figures):
             part.reset()
 
     def _calculate_rewards(

@@ -1,6 +1,7 @@
 """`truncated_sampling="correct"` in trainings: the log-probabilities are those of the policy that sampled."""
 
 import logging
+import warnings
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, MinPLogitsWarper, TopKLogitsWarpe
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
 from grpo_plus.demo.tiny import tiny_tokenizer
 from grpo_plus.kernels.linear_logprob import listed
+from grpo_plus.trainer.kept import KeptSets
 from tests.packing.models import tiny
 from tests.refilling import MIXED, Judge
 from tests.training import PROMPTS, make_trainer
@@ -109,6 +111,25 @@ def test_the_update_starts_from_the_policy_that_sampled(tmp_path, monkeypatch, s
     assert bool(trainer.speed.rollouts) == (config.get("generation_loop") != "trl")
 
 
+def test_a_run_that_rules_nothing_out_has_the_whole_policy(tmp_path, monkeypatch):
+    monkeypatch.setattr(listed, "PER_ENTRY", {"cpu": 0})
+    trainer = watched(tmp_path, max_steps=1)
+    trainer.train()
+    ((logps, _, whole),) = trainer.seen
+    assert torch.allclose(logps, whole, atol=1e-5)
+
+
+@pytest.mark.parametrize(("field", "ratio"), [(None, 0.7), ("correct", 1.0)])
+def test_the_log_has_the_kept_mass_as_the_ratio_to_the_sampler_or_1(tmp_path, field, ratio):
+    trainer = watched(tmp_path, max_steps=1, truncated_sampling=field, **TOP_P)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.train()
+    logged = trainer.state.log_history[0]["sampling/importance_sampling_ratio/mean"]
+    assert logged == pytest.approx(ratio, abs=0.02 if field is None else 1e-5)
+    assert any("see truncated_sampling" in str(warning.message) for warning in caught) == (field is None)
+
+
 def test_without_the_field_the_ratio_is_the_kept_mass(tmp_path):
     trainer = watched(tmp_path, max_steps=1, truncated_sampling=None, **TOP_P)
     trainer.train()
@@ -191,16 +212,6 @@ def rollout(prompts, trainer):
     raise AssertionError
 
 
-def add(a: int, b: int) -> int:
-    """Adds.
-
-    Args:
-        a: a number.
-        b: a number.
-    """
-    return a + b
-
-
 IMAGES = Dataset.from_list([{"prompt": [{"role": "user", "content": "?"}], "image": None, "answer": ""}])
 
 
@@ -223,3 +234,20 @@ def test_a_head_of_another_kind_ends_the_run_at_its_first_batch(tmp_path):
     trainer = watched(tmp_path, model=AutoModelForCausalLM.from_config(config), beta=0.0, **TOP_P)
     with pytest.raises(ValueError, match="does not know the head of GraniteForCausalLM: log-probabilities differ"):
         trainer.train()
+
+
+def test_what_only_the_trainer_knows_is_refused_by_name(tmp_path, monkeypatch):
+    trainer = watched(tmp_path)
+    for name, value, message in (
+        ("tools", [print], "several turns"),
+        ("is_fsdp_enabled", True, "FSDP or DeepSpeed"),
+        ("is_deepspeed_enabled", True, "FSDP or DeepSpeed"),
+        ("aux_loss_enabled", True, "router loss"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(trainer, name, value)
+            with pytest.raises(ValueError, match=message):
+                KeptSets(trainer, "correct", tells=True)
+    kept = KeptSets(trainer, "correct", tells=True)
+    with pytest.raises(ValueError, match="make 0 rows, and TRL has 2 completions"):
+        kept.take([], [[1], [2]], None)
