@@ -40,7 +40,7 @@ class Places:
         for prompt, members in enumerate(rows):
             slot_of_row[members] = prompt * slots + torch.arange(len(members))
         row_in_slot = torch.tensor([members + members[:1] * (slots - len(members)) for members in rows])
-        return cls(row_in_slot.to(device), slot_of_row.to(device), padding)
+        return cls(row_in_slot.to(device, non_blocking=True), slot_of_row.to(device, non_blocking=True), padding)
 
     def of_heads(self, heads: int) -> "HeadPlaces":
         """The places for layers with a number of key heads, made once."""
