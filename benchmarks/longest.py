@@ -2,8 +2,8 @@
 
 python -m benchmarks.longest
 
-Nothing is measured here. Writes benchmarks/results/longest.json, from which the README's table is made, and
-docs/memory.svg.
+Nothing is measured here. Writes docs/memory.svg and benchmarks/results/longest.json. From that file
+`python -m tests.readme` makes the tables of README.md and docs/memory.md.
 """
 
 import json
@@ -21,6 +21,15 @@ PICTURE = RESULTS.parents[1] / "docs" / "memory.svg"
 CARDS = (8, 12, 16, 24)
 NAMES = ("Qwen3-4B", "Qwen3-8B")
 RUN = Run(**QLORA)
+RECIPES = (
+    (8, "Qwen3-4B", 16_384),
+    (12, "Qwen3-4B", 32_768),
+    (12, "Qwen3-8B", 16_384),
+    (16, "Qwen3-4B", 65_536),
+    (16, "Qwen3-8B", 32_768),
+    (24, "Qwen3-4B", 100_000),
+    (24, "Qwen3-8B", 65_536),
+)
 DRAWN = {"model": "Qwen3-4B", "card": 12, "tokens": 16_384}  # a length that TRL tuned does not reach on this card
 
 # Causes of the plan in the order and under the names of the picture.
@@ -66,6 +75,7 @@ def table() -> dict[str, Any]:
         "prompt_length": RUN.prompt_length,
         "num_generations": RUN.num_generations,
         "rows": [_row(name, one) for name in NAMES for one in _longest(name)],
+        "recipes": [_recipe(*recipe) for recipe in RECIPES],
         "picture": _phases(),
     }
 
@@ -82,6 +92,21 @@ def _row(model: str, one: Longest) -> dict[str, Any]:
         "tokens": one.tokens,
         "binds": [planned and planned.binding for planned in one.plans],
         "host_gib": [planned and round(planned.host / GIB, 1) for planned in one.plans],
+    }
+
+
+def _recipe(card: int, model: str, tokens: int) -> dict[str, Any]:
+    """The plan of completions of so many tokens with every exact switch, which has to fit on the card."""
+    planned = plan(shape_of(MODELS[model]), replace(setups(RUN)[LEANEST], max_completion_length=tokens))
+    if not planned.fits(card * GIB):
+        raise ValueError(f"RECIPES: {model} with {tokens} tokens does not fit on {card} GB. Write fewer tokens.")
+    return {
+        "card_gb": card,
+        "model": model,
+        "tokens": tokens,
+        "peak_gib": round(planned.peak / GIB, 1),
+        "binds": planned.binding,
+        "host_gib": round(planned.host / GIB, 1),
     }
 
 

@@ -27,17 +27,22 @@ from grpo_plus.planner.constants import GIB
 from grpo_plus.planner.memory import weight_bytes
 
 COMPLETION = {"prompt_length": 256, "max_completion_length": 512}
+WHOLE = {"max_tokens_per_pass": None}  # a card with room takes one pass
+PADDED = WHOLE | {"packing": "none", "mlp_tile_tokens": None}
 # Settings, and whether TRL's own trainer runs them.
 RUNS = {
-    "recipe": (Run(**QLORA, **COMPLETION), False),
-    "recipe, padded rows": (Run(**QLORA, **COMPLETION, packing="none"), False),
-    "recipe, 4 x 8 rows, reference": (Run(**QLORA, **COMPLETION, gradient_accumulation_steps=4, beta=0.04), False),
+    "recipe": (Run(**QLORA, **COMPLETION, **WHOLE), False),
+    "recipe, padded rows": (Run(**QLORA, **COMPLETION, **PADDED), False),
+    "recipe, 4 x 8 rows, reference": (
+        Run(**QLORA, **COMPLETION, **WHOLE, gradient_accumulation_steps=4, beta=0.04),
+        False,
+    ),
     "TRL's defaults in nf4": (Run(**TRL_DEFAULT, **COMPLETION), True),
     "TRL, tuned": (Run(**TRL_TUNED, **COMPLETION), True),
-    "LoRA in bf16": (Run(**COMPLETION, dtype="bfloat16", lora_r=16), False),
+    "LoRA in bf16": (Run(**COMPLETION, **WHOLE, dtype="bfloat16", lora_r=16), False),
 }
 TINY_LENGTHS = {"prompt_length": 96, "max_completion_length": 16}
-TINY_RUNS = {"LoRA": (Run(**TINY_LENGTHS, dtype="float32", lora_r=8, bf16=False, packing="none"), False)}
+TINY_RUNS = {"LoRA": (Run(**TINY_LENGTHS, **PADDED, dtype="float32", lora_r=8, bf16=False), False)}
 EXACT = Constants(context_bytes=0, fragmentation=1)  # what torch allocates
 
 

@@ -25,11 +25,14 @@ from grpo_plus.planner import QLORA, Constants, Run, largest, parse_bytes, shape
 
 ROWS = {"prompt_length": 256, "per_device_train_batch_size": 8, "num_generations": 8}
 SMALL_PASSES = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "generation_chunk_size": 2}
+# A number and not "auto", which would look at the whole card's memory and not at the cap.
+ONE_ROW = {"max_tokens_per_pass": 1, "generation_chunk_size": 1, "offload_activations": True}
 SETTINGS = {
     "TRL's defaults": (Run(**ROWS, **TRL_DEFAULT), True),
     "TRL, tuned": (Run(**ROWS, **TRL_TUNED), True),
     "grpo_plus": (Run(**ROWS, **QLORA), False),
     "grpo_plus, two rows at a time": (Run(**QLORA | ROWS | SMALL_PASSES), False),
+    "grpo_plus, every exact switch": (Run(**QLORA | ROWS | ONE_ROW), False),
 }
 TINY_SETTINGS = {"LoRA": (Run(**ROWS | {"prompt_length": 32}, lora_r=8, bf16=False, packing="none"), True)}
 LONGEST = 32_768

@@ -62,7 +62,13 @@ TINY = QWEN3 | {
 }
 
 # nf4 as `BitsAndBytesConfig(load_in_4bit=True)` alone gives it, and as who knows TRL well sets it up.
-TRL_DEFAULT: dict[str, Any] = {"packing": "none", "load_in_4bit": True, "lora_r": 16, "adapter_dtype": "bfloat16"}
+TRL_DEFAULT: dict[str, Any] = {
+    "packing": "none",
+    "max_tokens_per_pass": None,
+    "load_in_4bit": True,
+    "lora_r": 16,
+    "adapter_dtype": "bfloat16",
+}
 TRL_TUNED = TRL_DEFAULT | {"use_bnb_nested_quant": True, "dtype": "bfloat16", "optim": "adamw_8bit"}
 
 OUT_OF_MEMORY = "out of memory"
@@ -70,7 +76,8 @@ THEIRS = (
     "max_completion_length", "per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation",
     "num_generations", "num_iterations", "beta", "gradient_checkpointing", "optim", "bf16",
 )  # fmt: skip
-OURS = ("packing", "generation_chunk_size", "adapter_dtype")
+OURS = ("packing", "generation_chunk_size", "max_tokens_per_pass", "mlp_tile_tokens", "offload_activations",
+        "adapter_dtype")  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The README's tables, made from registries and results: `python -m tests.readme` writes them into README.md."""
+"""Tables of README.md and docs/memory.md, made from registries and results: `python -m tests.readme` writes them."""
 
 import json
 import re
@@ -7,6 +7,7 @@ from pathlib import Path
 from grpo_plus.cli.ls import advantage_rows, loss_rows
 
 README = Path(__file__).parents[1] / "README.md"
+PAGES = (README, README.parent / "docs" / "memory.md")
 RESULTS = README.parent / "benchmarks" / "results"
 
 
@@ -58,12 +59,47 @@ def multitask_rows() -> list[tuple[str, ...]]:
     return [("accuracy minus `grpo`", *scenarios), *rows]
 
 
+def longest_rows() -> list[tuple[str, ...]]:
+    """Longest completion by model, settings and card, from the planner's arithmetic."""
+    result = json.loads((RESULTS / "longest.json").read_text())
+    header = ("model, settings", *(f"{card} GB" for card in result["cards_gb"]))
+    shown = [row for row in result["rows"] if not row["settings"].endswith("these settings")]
+    rows = [
+        (
+            f"{row['model']}: {row['settings']}",
+            *(f"{tokens:,}" if tokens else "does not fit" for tokens in row["tokens"]),
+        )
+        for row in shown
+    ]
+    return [header, *rows]
+
+
+def recipe_rows() -> list[tuple[str, ...]]:
+    """Planned peaks of the recipes for long completions."""
+    recipes = json.loads((RESULTS / "longest.json").read_text())["recipes"]
+    header = ("card", "model", "completion", "planned peak", "fullest phase", "on the host")
+    rows = [
+        (
+            f"{one['card_gb']} GB",
+            one["model"],
+            f"{one['tokens']:,} tokens",
+            f"{one['peak_gib']} GiB",
+            one["binds"],
+            f"{one['host_gib']} GiB",
+        )
+        for one in recipes
+    ]
+    return [header, *rows]
+
+
 TABLES = {
     "advantages": advantage_rows,
     "losses": loss_rows,
     "update": update_rows,
     "gpu": gpu_rows,
     "multitask": multitask_rows,
+    "longest": longest_rows,
+    "recipes": recipe_rows,
 }
 
 
@@ -96,4 +132,5 @@ def rendered(text: str) -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(rendered(README.read_text()))
+    for page in PAGES:
+        page.write_text(rendered(page.read_text(encoding="utf-8")), encoding="utf-8")

@@ -44,10 +44,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _kind(annotation: str) -> tuple[Any, str]:
     if "bool" in annotation:
         return _boolean, "BOOL"
+    if annotation.startswith("int | str"):
+        return _whole_or_auto, "N|auto"
     for kind in (int, float):
         if kind.__name__ in annotation:
             return kind, "N"
     return str, "NAME"
+
+
+def _whole_or_auto(text: str) -> int | str:
+    """What is neither is refused by `Run`, by name."""
+    return int(text) if text.isdecimal() else text
 
 
 def _boolean(text: str) -> bool:
@@ -88,7 +95,7 @@ def _header(planned: "MemoryPlan") -> str:
     return (
         f"{shape.name}: {shape.model_type}, {shape.parameters / 1e9:.2f} B parameters in {base}; trains {trains}\n"
         f"{settings.generation_rows} completions per generation batch, {settings.generated_at_once} at once, "
-        f"{settings.per_device_train_batch_size} per pass; {settings.prompt_length} + {settings.max_completion_length} "
+        f"{settings.rows_per_pass} per pass; {settings.prompt_length} + {settings.max_completion_length} "
         f"tokens; rows: {settings.rows}\n"
     )
 

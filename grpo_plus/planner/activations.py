@@ -34,6 +34,27 @@ def layer_activations(shape: ModelShape, layer: Layer, run: Run) -> float:
     )
 
 
+def tiled_activations(shape: ModelShape, layer: Layer, run: Run) -> float:
+    """Bytes per token that autograd saves in a layer whose MLP and norms go in tiles, without what attention saves.
+
+    A tiled module keeps its input, in the input's dtype. The first norm's is the layer's, which checkpointing keeps.
+    """
+    output = run.weight_size if run.quantized or not run.autocast else MIXED
+    trained_norms = 0 if run.lora_r else (FULL if shape.float_norms else run.weight_size)
+    norms = 0 if run.gradient_checkpointing else run.weight_size * shape.hidden
+    norms += sum(width * (run.weight_size if width == shape.hidden else output) for width in layer.norms[1:])
+    whole = (FULL + trained_norms) * sum(layer.norms) + feed_forward_activations(layer, run)
+    return layer_activations(shape, layer, run) - whole + norms
+
+
+def feed_forward_activations(layer: Layer, run: Run) -> float:
+    """Bytes per token of what autograd saves inside the MLP, its input aside: two halves, their gate, their product."""
+    output = run.weight_size if run.quantized or not run.autocast else MIXED
+    taken = MIXED if run.autocast else (run.adapter_size if run.lora_r else run.weight_size)
+    dropped = layer.feed_forward if run.lora_dropout else 0
+    return layer.feed_forward * (3 * output + taken) + dropped
+
+
 def _casts_inputs(run: Run) -> bool:
     return run.lora_r is not None and not run.quantized and run.adapter_size == FULL
 
@@ -61,7 +82,7 @@ def attention_activations(shape: ModelShape, layer: Layer, run: Run) -> float:
     and cast.
     """
     size = MIXED if run.autocast else run.weight_size
-    rows, prompt, completion = run.per_device_train_batch_size, run.prompt_length, run.max_completion_length
+    rows, prompt, completion = run.rows_per_pass, run.prompt_length, run.max_completion_length
     total = prompt + completion
     if not layer.query:
         return 0
@@ -76,18 +97,48 @@ def attention_activations(shape: ModelShape, layer: Layer, run: Run) -> float:
     return size * (rows * total * 4 * layer.query + rows * total * total)
 
 
-def forward_activations(shape: ModelShape, layer: Layer, run: Run, size: int, tokens: int) -> float:
-    """Bytes that live at a time in one layer without gradients: attention or MLP, and the residual."""
+def forward_activations(
+    shape: ModelShape, layer: Layer, run: Run, size: int, *, tokens: int, in_mlp: int | None = None
+) -> float:
+    """Bytes that live at a time in one layer without gradients: attention or MLP, and the residual.
+
+    Args:
+        in_mlp: tokens that are in the MLP at a time. None: all.
+    """
     attention = tokens * (4 * layer.query + 2 * layer.keys + 2 * layer.mixer) * size
-    feed_forward = tokens * (3 * layer.feed_forward + layer.routed * shape.hidden) * size
+    in_mlp = tokens if in_mlp is None else in_mlp
+    feed_forward = (in_mlp * 3 * layer.feed_forward + tokens * layer.routed * shape.hidden) * size
     return tokens * 2 * shape.hidden * run.weight_size + max(attention, feed_forward)
 
 
-def backward_activations(shape: ModelShape, layer: Layer, run: Run, tokens: int) -> float:
-    """Bytes of derivatives that live at a time in a layer's backward: those of the MLP's two halves."""
+def mlp_derivatives(layer: Layer, run: Run) -> float:
+    """Bytes per token of derivatives in the backward of the MLP: of its two halves."""
     output = run.weight_size if run.quantized or not run.autocast else MIXED
-    widened = FULL * layer.feed_forward if _casts_inputs(run) else 0
-    return tokens * (2 * output * max(layer.feed_forward, layer.query, layer.mixer) + widened)
+    return (2 * output + (FULL if _casts_inputs(run) else 0)) * layer.feed_forward
+
+
+def norm_derivatives(shape: ModelShape, layer: Layer, run: Run) -> tuple[float, float]:
+    """Bytes per token at the backward of the norm before the MLP, and at the backward of the widest norm in attention.
+
+    A norm's backward has five float32 tensors of the norm's width at a time. The first figure comes on top of what the
+    layer saves without its MLP. The second is all that lives then: the layer's normed input, and the norm's own input.
+    """
+    size = MIXED if run.autocast else run.weight_size
+    widest = max(layer.norms, default=0)
+    before_mlp = (5 * FULL + run.weight_size) * shape.hidden
+    in_attention = (FULL + 2 * run.weight_size) * shape.hidden + (6 * FULL + size) * widest
+    return before_mlp, in_attention
+
+
+def attention_derivatives(shape: ModelShape, layer: Layer, run: Run) -> float:
+    """Bytes per token of derivatives in the backward of attention: of its output, queries, keys, values, and input."""
+    output = run.weight_size if run.quantized or not run.autocast else MIXED
+    return output * 2 * (max(layer.query, layer.mixer) + layer.keys) + 2 * run.weight_size * shape.hidden
+
+
+def tiled_tokens(layer: Layer, run: Run, tokens: int) -> int:
+    """Tokens that are in the layer's MLP at a time. Routed experts take all."""
+    return tokens if layer.routed or run.tile_tokens is None else min(run.tile_tokens, tokens)
 
 
 def weight_copies(shape: ModelShape, layer: Layer, run: Run) -> float:
@@ -106,7 +157,7 @@ def row_masks(shape: ModelShape, run: Run, size: int) -> float:
     """Bytes of the masks that all layers share, one mask per kind of attention. Only TRL's padded rows have masks."""
     if run.rows != "none":
         return 0
-    return mask_bytes(shape, run.per_device_train_batch_size, run.prompt_length + run.max_completion_length, size)
+    return mask_bytes(shape, run.rows_per_pass, run.prompt_length + run.max_completion_length, size)
 
 
 def mask_bytes(shape: ModelShape, rows: int, length: int, size: int) -> float:
@@ -117,11 +168,9 @@ def mask_bytes(shape: ModelShape, rows: int, length: int, size: int) -> float:
 
 def distinct_prompts(run: Run) -> int:
     """Distinct prompts in a pass."""
-    return -(-run.per_device_train_batch_size // run.num_generations)
+    return -(-run.rows_per_pass // run.num_generations)
 
 
 def forwarded_tokens(run: Run) -> int:
     """Tokens that go through the layers together."""
-    rows = run.per_device_train_batch_size
-    prompts = distinct_prompts(run) if run.rows == "shared_prompt" else rows
-    return prompts * run.prompt_length + rows * run.max_completion_length
+    return run.tokens_of(run.rows_per_pass)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from grpo_plus.planner.run import Run
+from grpo_plus.planner.run import AUTO, Run
 
 Settings = dict[str, Any]
 
@@ -41,7 +41,7 @@ def _checkpoints(run: Run) -> Settings | None:
 
 def _halves_micro_batch(run: Run) -> Settings | None:
     rows = run.per_device_train_batch_size
-    if rows % 2:
+    if rows % 2 or run.rows_per_pass == 1:
         return None
     settings = {
         "per_device_train_batch_size": rows // 2,
@@ -72,6 +72,18 @@ def _quantizes(run: Run) -> Settings | None:
     return {"load_in_4bit": True, "use_bnb_nested_quant": True, "lora_r": run.lora_r or 16, "adapter_dtype": "float32"}
 
 
+def _tiles(run: Run) -> Settings | None:
+    return None if run.tile_tokens or not run.gradient_checkpointing else {"mlp_tile_tokens": AUTO}
+
+
+def _offloads(run: Run) -> Settings | None:
+    return None if run.offload_activations or not run.gradient_checkpointing else {"offload_activations": True}
+
+
+def _splits(run: Run) -> Settings | None:
+    return {"max_tokens_per_pass": AUTO} if run.rows_per_pass > 1 else None
+
+
 def _pages_state(run: Run) -> Settings | None:
     return {"optim": "paged_adamw_8bit"} if run.optim in ("adamw_8bit", "adamw_bnb_8bit") else None
 
@@ -81,7 +93,10 @@ EXACT = (
     Change("same gradients, faster", _packs),
     Change("same update, more calls of generate", _chunks),
     Change("same gradients, about a third more time in the update", _checkpoints),
-    Change("same update in more and smaller passes", _halves_micro_batch),
+    Change("same gradients, MLPs and norms in tiles", _tiles),
+    Change("same update in more and smaller micro-batches", _halves_micro_batch),
+    Change("same gradients, a further forward of all passes but the last", _splits),
+    Change("same gradients, layer inputs wait in the host's memory", _offloads),
 )
 CHANGES = (
     EXACT[0],

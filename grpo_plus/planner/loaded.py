@@ -68,8 +68,7 @@ def _run(model: Any, args: Any, prompt_length: int) -> Run:
     settings = theirs | {
         "prompt_length": prompt_length,
         "packing": getattr(args, "packing", "none"),
-        # "auto" generates for fewer rows where they do not fit, down to one.
-        "generation_chunk_size": 1 if isinstance(size := theirs.get("generation_chunk_size"), str) else size,
+        "max_tokens_per_pass": getattr(args, "max_tokens_per_pass", None),
         "optim": str(getattr(args.optim, "value", args.optim)),
         "dtype": _name(model.get_input_embeddings().weight.dtype),
         "load_in_4bit": bits_of(model) == 4,

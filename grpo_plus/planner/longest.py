@@ -63,6 +63,7 @@ def _stock(run: Run) -> Run:
         num_iterations=run.num_iterations,
         beta=run.beta,
         packing="none",
+        max_tokens_per_pass=None,
         load_in_4bit=run.load_in_4bit,
         load_in_8bit=run.load_in_8bit,
         lora_r=run.lora_r,

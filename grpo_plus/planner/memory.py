@@ -14,7 +14,7 @@ from grpo_plus.planner.run import FULL, MIXED, Run
 from grpo_plus.planner.saved_quantization import LORA_R
 from grpo_plus.planner.shapes import Layer, ModelShape
 from grpo_plus.planner.trained import largest_tensor, trained_bytes
-from grpo_plus.planner.update import scoring_bytes, update_bytes
+from grpo_plus.planner.update import host_inputs, scoring_bytes, update_bytes
 
 PHASES = ("load", "generate", "score", "update", "optimizer")
 
@@ -97,7 +97,8 @@ def plan(shape: ModelShape, run: Run | None = None, *, constants: Constants | No
         phases["score"] = between | _spread(scoring_bytes(shape, run, constants), constants)
     phases["update"] = training | gradients | _spread(update_bytes(shape, run, constants), constants)
     phases["optimizer"] = training | gradients | _present({"optimizer copies": trained.stepping})
-    return MemoryPlan(shape, run, constants, phases, _present({"optimizer state": trained.paged}))
+    on_host = {"layer inputs": host_inputs(shape, run), "optimizer state": trained.paged}
+    return MemoryPlan(shape, run, constants, phases, _present(on_host))
 
 
 def _present(causes: Bytes) -> Bytes:
@@ -141,7 +142,7 @@ def generation_bytes(shape: ModelShape, run: Run, constants: Constants) -> Bytes
     values = full if run.lora_r or not run.autocast else MIXED
     cache = {length: _cache_elements(shape, length) * rows * (full + values) / 2 for length in (prompt, total)}
     states = sum(layer.state for layer in shape.layers) * rows * FULL
-    prefill = max(forward_activations(shape, layer, run, full, rows * prompt) for layer in shape.layers)
+    prefill = max(forward_activations(shape, layer, run, full, tokens=rows * prompt) for layer in shape.layers)
     prefill += mask_bytes(shape, rows, prompt, full)
     last = (
         max((layer.cached_per_token * _visible(layer, total) for layer in shape.layers), default=0) // 2 * rows * full

@@ -43,7 +43,11 @@ QLORA: dict[str, Any] = {
 
 _POSITIVE = ("prompt_length", "max_completion_length", "per_device_train_batch_size", "gradient_accumulation_steps",
              "num_generations", "num_iterations")  # fmt: skip
-_POSITIVE_OR_NONE = ("steps_per_generation", "generation_chunk_size", "lora_r")
+_POSITIVE_OR_NONE = ("steps_per_generation", "generation_chunk_size", "max_tokens_per_pass", "mlp_tile_tokens",
+                     "lora_r")  # fmt: skip
+_AUTO = ("generation_chunk_size", "max_tokens_per_pass", "mlp_tile_tokens")
+AUTO = "auto"
+TILE = 4096  # tokens of a tile where mlp_tile_tokens is "auto"
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,10 @@ class Run:
     adapter_dtype: dtype of the adapters. None means float32. TRL alone casts adapters of a quantized base to
         "bfloat16".
     packing: as in GRPOPlusConfig. "none" plans trl.GRPOTrainer. "auto" is taken to find shared_prompt exact.
+    generation_chunk_size, max_tokens_per_pass: as in GRPOPlusConfig. "auto" is planned as one row at a time, the least
+        that the run needs.
+    mlp_tile_tokens: as in GRPOPlusConfig. "auto" is 4096 tokens under checkpointing.
+        An "auto" has no effect under packing="none", because trl.GRPOTrainer has neither passes nor tiles.
     """
 
     prompt_length: int = 512
@@ -66,7 +74,10 @@ class Run:
     steps_per_generation: int | None = None
     num_generations: int = 8
     num_iterations: int = 1
-    generation_chunk_size: int | None = None
+    generation_chunk_size: int | str | None = None
+    max_tokens_per_pass: int | str | None = AUTO
+    offload_activations: bool = False
+    mlp_tile_tokens: int | str | None = AUTO
     beta: float = 0.0
     gradient_checkpointing: bool = True
     packing: str = "auto"
@@ -85,10 +96,11 @@ class Run:
         """Refuse settings that no run can have. Each message names the field, its value and what to write."""
         for name in _POSITIVE + _POSITIVE_OR_NONE:
             value = getattr(self, name)
-            if value is None and name in _POSITIVE_OR_NONE:
+            if (value is None and name in _POSITIVE_OR_NONE) or (value == AUTO and name in _AUTO):
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-                raise ValueError(f"{name}={value!r} is not a positive whole number. Write 1 or more.")
+                other = ", or auto" if name in _AUTO else ""
+                raise ValueError(f"{name}={value!r} is not a positive whole number. Write 1 or more{other}.")
         for name, known in (("dtype", DTYPES), ("adapter_dtype", DTYPES), ("packing", PACKING), ("optim", OPTIMIZERS)):
             value = getattr(self, name)
             if value not in known and not (name == "adapter_dtype" and value is None):
@@ -131,7 +143,30 @@ class Run:
     @property
     def generated_at_once(self) -> int:
         """Completions that are generated together."""
-        return min(self.generation_rows, self.generation_chunk_size or self.generation_rows)
+        size = 1 if isinstance(self.generation_chunk_size, str) else self.generation_chunk_size
+        return min(self.generation_rows, size or self.generation_rows)
+
+    @property
+    def rows_per_pass(self) -> int:
+        """Rows that go through the layers together in scoring and update: as many as the bound allows, at least one."""
+        rows, bound = self.per_device_train_batch_size, self.max_tokens_per_pass
+        if bound is None or (bound == AUTO and self.packing == "none"):
+            return rows
+        if isinstance(bound, str):
+            return 1
+        return max((some for some in range(1, rows + 1) if self.tokens_of(some) <= bound), default=1)
+
+    @property
+    def tile_tokens(self) -> int | None:
+        """Most tokens that an MLP or a norm sees at a time in scoring and update. None: all."""
+        if self.mlp_tile_tokens == AUTO:
+            return TILE if self.gradient_checkpointing and self.packing != "none" else None
+        return None if self.mlp_tile_tokens is None else int(self.mlp_tile_tokens)
+
+    def tokens_of(self, rows: int) -> int:
+        """Tokens of so many rows of full length, as they go through the layers."""
+        prompts = -(-rows // self.num_generations) if self.rows == "shared_prompt" else rows
+        return prompts * self.prompt_length + rows * self.max_completion_length
 
     @property
     def rows(self) -> str:

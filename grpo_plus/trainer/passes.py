@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from grpo_plus.planner import plan
-from grpo_plus.planner.activations import forwarded_tokens
 from grpo_plus.planner.loaded import shape_and_run
 
 logger = logging.getLogger("grpo_plus")
@@ -75,13 +74,10 @@ def tokens_that_fit(model: Any, args: Any, prompt_length: int) -> int | None:
     available = free + torch.cuda.memory_reserved(model.device)
 
     def fits(rows: int) -> bool:
-        # One generation batch of whole groups, whatever the rows of a pass.
-        part = replace(run, per_device_train_batch_size=rows, steps_per_generation=run.num_generations)
-        planned = plan(shape, part)
+        planned = plan(shape, replace(run, max_tokens_per_pass=run.tokens_of(rows)))
         return planned.phase("update") - planned.constants.context_bytes <= available
 
     rows = run.per_device_train_batch_size
     if fits(rows):
         return None
-    most = next((fewer for fewer in range(rows - 1, 1, -1) if fits(fewer)), 1)
-    return forwarded_tokens(replace(run, per_device_train_batch_size=most, steps_per_generation=run.num_generations))
+    return run.tokens_of(next((fewer for fewer in range(rows - 1, 1, -1) if fits(fewer)), 1))

@@ -9,6 +9,7 @@ from grpo_plus.planner.constants import GIB
 from tests.planner.configs import LLAMA_3_1_8B, QWEN3_1_7B, QWEN3_4B
 
 QWEN = shape_of(QWEN3_4B)
+WHOLE = QLORA | {"max_tokens_per_pass": None, "mlp_tile_tokens": None}
 SIZES = ("max_completion_length", "num_generations", "per_device_train_batch_size")
 
 
@@ -77,12 +78,23 @@ def test_no_suggestion_is_superfluous():
     ("settings", "gpu", "first"),
     [
         # What costs least comes first: each run is too large in one respect.
-        ({**QLORA, "packing": "none", "prompt_length": 2048, "max_completion_length": 256}, 9, ("packing",)),
-        ({**QLORA, "dtype": "float32", "max_completion_length": 512}, 8, ("dtype",)),
-        ({**QLORA, "lora_dropout": 0.05, "max_completion_length": 1200}, 10, ("lora_dropout",)),
-        ({**QLORA, "gradient_accumulation_steps": 8, "max_completion_length": 512}, 12, ("generation_chunk_size",)),
-        ({**QLORA, "gradient_checkpointing": False}, 12, ("gradient_checkpointing",)),
-        ({**QLORA, "max_completion_length": 2048}, 9, ("per_device_train_batch_size", "gradient_accumulation_steps")),
+        ({**WHOLE, "packing": "none", "prompt_length": 2048, "max_completion_length": 256}, 9, ("packing",)),
+        ({**WHOLE, "dtype": "float32", "max_completion_length": 512}, 8, ("dtype",)),
+        ({**WHOLE, "lora_dropout": 0.05, "max_completion_length": 1200}, 10, ("lora_dropout",)),
+        ({**WHOLE, "gradient_accumulation_steps": 8, "max_completion_length": 512}, 12, ("generation_chunk_size",)),
+        ({**WHOLE, "gradient_checkpointing": False}, 12, ("gradient_checkpointing",)),
+        ({**WHOLE, "max_completion_length": 2048}, 9, ("per_device_train_batch_size", "gradient_accumulation_steps")),
+        (
+            {**QLORA, "mlp_tile_tokens": None, "max_completion_length": 11_000, "generation_chunk_size": 1},
+            8,
+            ("mlp_tile_tokens",),
+        ),
+        (
+            {**WHOLE, "mlp_tile_tokens": "auto", "max_completion_length": 4096, "generation_chunk_size": 1},
+            9,
+            ("per_device_train_batch_size", "gradient_accumulation_steps"),
+        ),
+        ({**QLORA, "max_completion_length": 20_000, "generation_chunk_size": 1}, 9, ("offload_activations",)),
         (
             {"dtype": "bfloat16", "beta": 0.04, "optim": "sgd", "per_device_train_batch_size": 1, "num_generations": 1},
             24,
@@ -157,7 +169,7 @@ def test_an_unknown_size_is_refused():
 
 
 def test_constants_reach_the_advice():
-    run, wide = Run(**QLORA, max_completion_length=800), Constants(fragmentation=2)
+    run, wide = Run(**WHOLE, max_completion_length=800), Constants(fragmentation=2)
     assert advise(QWEN, 8 * GIB, run).fits
     assert len(advise(QWEN, 8 * GIB, run, constants=wide).suggestions) > len(advise(QWEN, 8 * GIB, run).suggestions)
 

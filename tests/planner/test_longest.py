@@ -49,7 +49,7 @@ def test_every_setting_has_the_runs_prompts_and_completions_per_step():
 def test_the_leanest_run_has_no_exact_change_left():
     lean = leanest(Run(**QLORA, packing="none", gradient_checkpointing=False))
     assert [change for change in EXACT if change.settings(lean) is not None] == []
-    assert lean.per_device_train_batch_size == lean.generated_at_once == 1
+    assert lean.rows_per_pass == lean.generated_at_once == 1
 
 
 def test_a_card_without_room_for_the_weights_has_no_completion():

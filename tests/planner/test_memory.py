@@ -11,7 +11,7 @@ from grpo_plus.planner.update import update_bytes
 from tests.planner.configs import LLAMA_3_1_8B, QWEN3_1_7B, QWEN3_4B, QWEN3_8B
 from tests.planner.tracking import count
 
-TRL: dict[str, Any] = {"packing": "none", "lora_r": 16, "adapter_dtype": "bfloat16"}
+TRL: dict[str, Any] = {"packing": "none", "max_tokens_per_pass": None, "lora_r": 16, "adapter_dtype": "bfloat16"}
 TRL_NF4 = TRL | {"load_in_4bit": True}
 TUNED = TRL_NF4 | {"use_bnb_nested_quant": True, "dtype": "bfloat16", "optim": "adamw_8bit"}
 ROWS = {"prompt_length": 192, "max_completion_length": 64, "per_device_train_batch_size": 2, "num_generations": 2}
@@ -102,10 +102,11 @@ def test_a_layer_of_qwen3_4b_saves_what_was_measured(settings, measured):
 
 def test_cards_without_bfloat16_need_as_much_in_float16():
     shape = shape_of(QWEN3_4B)
-    older = Run(**QLORA | {"dtype": "float16"}, bf16=False, fp16=True, beta=0.04)
-    assert plan(shape, older).phases == plan(shape, Run(**QLORA, beta=0.04)).phases
+    whole = QLORA | {"max_tokens_per_pass": None, "beta": 0.04}
+    older = Run(**whole | {"dtype": "float16"}, bf16=False, fp16=True)
+    assert plan(shape, older).phases == plan(shape, Run(**whole)).phases
     # Without autocast, adapters in float32 take their inputs in float32.
-    wide = plan(shape, Run(**QLORA | {"dtype": "float16"}, bf16=False, beta=0.04))
+    wide = plan(shape, Run(**whole | {"dtype": "float16"}, bf16=False))
     assert wide.phase("update") > plan(shape, older).phase("update")
 
 
@@ -285,7 +286,7 @@ def test_every_constant_is_used(field):
     small = {"hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
     shape = shape_of(QWEN3_4B | small | {"num_hidden_layers": 2})
     constants = dataclasses.replace(Constants(), **{field: 2 * getattr(Constants(), field)})
-    run = Run(prompt_length=8, max_completion_length=1024, lora_r=16)
+    run = Run(prompt_length=8, max_completion_length=1024, max_tokens_per_pass=None, lora_r=16)
     assert plan(shape, run, constants=constants).phases != plan(shape, run).phases
 
 

@@ -12,7 +12,7 @@ from grpo_plus import GRPOPlusConfig
 from grpo_plus.planner import QLORA, Constants, Run, load_constants, parse_bytes
 
 # Settings that are the data's, or that grpo_plus.qlora brings.
-OWN = {"prompt_length", "adapter_dtype", "generation_chunk_size"}
+OWN = {"prompt_length", "adapter_dtype"}
 # Depend on the machine; TRL's flags alone ask for dropout.
 OTHER_DEFAULT = {"optim", "bf16", "lora_dropout"}
 
@@ -35,6 +35,11 @@ def test_the_names_and_defaults_are_those_of_training():
         ({"num_generations": True}, "num_generations=True"),
         ({"lora_r": -1}, "lora_r=-1"),
         ({"generation_chunk_size": 0}, "generation_chunk_size=0"),
+        (
+            {"max_tokens_per_pass": "all"},
+            "max_tokens_per_pass='all' is not a positive whole number. Write 1 or more, or a",
+        ),
+        ({"mlp_tile_tokens": 0.5}, "mlp_tile_tokens=0.5 is not a positive whole number"),
         ({"steps_per_generation": -2}, "steps_per_generation=-2"),
         ({"beta": -0.1}, "beta=-0.1 is out of range"),
         ({"lora_dropout": 1.0, "lora_r": 8}, "lora_dropout=1.0 is out of range"),

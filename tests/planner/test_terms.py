@@ -14,7 +14,13 @@ from grpo_plus.qlora.lora_layers import fused_lora
 from tests.planner.configs import QWEN3_4B
 
 EXACT = Constants(context_bytes=0, fragmentation=1)
-LORA: dict[str, Any] = {"lora_r": 16, "adapter_dtype": "bfloat16", "dtype": "bfloat16", "packing": "none"}
+LORA: dict[str, Any] = {
+    "lora_r": 16,
+    "adapter_dtype": "bfloat16",
+    "dtype": "bfloat16",
+    "packing": "none",
+    "max_tokens_per_pass": None,
+}
 ONE_ROW: dict[str, Any] = {"per_device_train_batch_size": 1, "num_generations": 1}
 QWEN = shape_of(QWEN3_4B)
 HIDDEN, LAYERS, QUERY, KEYS, WIDTH, VOCAB = 2560, 36, 4096, 1024, 9728, 151_936
@@ -128,7 +134,7 @@ def test_autocast_keeps_a_half_precision_copy_of_every_trained_weight():
 
 
 def test_attention_of_a_shared_prompt_saves_it_once_and_a_copy_for_each_completion():
-    run = Run(**QLORA, prompt_length=100, max_completion_length=20, per_device_train_batch_size=8, num_generations=4)
+    run = Run(**QLORA, prompt_length=100, max_completion_length=20, max_tokens_per_pass=None, num_generations=4)
     # Two prompts attend to themselves: queries and output, keys and values. Eight completions of 20 attend to 120 places,
     # keys and values repeated for every query head; one mask serves them all.
     expected = 2 * (2 * 100 * 2 * (QUERY + KEYS) + 8 * QUERY * (2 * 20 + 2 * 120) + 20 * 120)
@@ -142,6 +148,65 @@ def test_attention_of_a_completion_alone_with_its_prompt_has_neither_mask_nor_re
     hybrid = replace(QWEN, layers=(*QWEN.layers, replace(QWEN.layers[0], query=0, keys=0, state=64)))
     through_the_cache = 2 * (100 * 2 * (QUERY + KEYS) + QUERY * (2 * 20 + 2 * 120) + 20 * 120)
     assert attention_activations(hybrid, hybrid.layers[0], run) == through_the_cache
+
+
+def test_a_pass_holds_as_many_rows_as_its_tokens_allow_and_at_least_one():
+    run = Run(prompt_length=100, max_completion_length=20, per_device_train_batch_size=8, num_generations=4)
+    bounds = {None: 8, "auto": 1, 1: 1, 140: 2, 180: 4, 299: 4, 300: 5, 360: 8, 10_000: 8}  # a prompt once for 4 rows
+    assert {bound: replace(run, max_tokens_per_pass=bound).rows_per_pass for bound in bounds} == bounds
+    # TRL has no passes of its own accord. A bound that is given holds for padded rows, too.
+    padded = replace(run, packing="none")
+    assert [replace(padded, max_tokens_per_pass=bound).rows_per_pass for bound in ("auto", 240)] == [8, 2]
+
+
+def test_the_update_holds_one_pass_and_the_generation_all_rows():
+    whole, parts = (phases(Run(**QLORA, max_tokens_per_pass=bound)) for bound in (None, 512 + 2 * 512))
+    alone = phases(Run(**QLORA | {"per_device_train_batch_size": 2, "num_generations": 2}, max_tokens_per_pass=None))
+    assert parts["update"] == alone["update"] != whole["update"]
+    assert parts["generate"] == whole["generate"]
+
+
+def test_layer_inputs_on_the_host_leave_three_on_the_card():
+    run = Run(**QLORA | ONE_ROW, max_completion_length=10_000, offload_activations=True)
+    one = 10_512 * HIDDEN * 2
+    planned = plan(QWEN, run, constants=EXACT)
+    assert planned.phases["update"]["layer inputs"] == 3 * one
+    assert planned.on_host == {"layer inputs": LAYERS * one}
+    assert planned.host == LAYERS * one
+    assert "on the host: 1.80 GiB of layer inputs" in planned.table()
+    # Without checkpointing there are no layer inputs to keep.
+    kept = plan(QWEN, replace(run, gradient_checkpointing=False), constants=EXACT)
+    assert kept.on_host == {}
+
+
+def test_in_tiles_a_layer_needs_what_attention_needs():
+    run = Run(**QLORA | ONE_ROW, max_completion_length=99_488, mlp_tile_tokens=4096)
+    tokens, (query, keys) = 100_000, (QUERY, KEYS)
+    # Inputs of the projections, of the MLP and of the norm before it; of the norms of queries and keys; attention's.
+    saved = 2 * (3 * HIDDEN + query + keys + 2 * (query + keys))
+    # Derivatives of attention's output, queries, keys, values; two of the residual, and the one that comes in.
+    derivatives = 2 * 2 * (query + keys) + 3 * 2 * HIDDEN
+    assert phases(run)["update"]["one layer"] == tokens * (saved + derivatives)
+    assert phases(replace(run, mlp_tile_tokens=None))["update"]["one layer"] > 2 * tokens * (saved + derivatives)
+    # Experts are not tiled, and neither is what fits into one tile.
+    mixture = QWEN3_4B | {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+    short = replace(run, max_completion_length=4096 - 512)
+    for config, untiled in ((mixture, run), (QWEN3_4B, short)):
+        tiled, whole = (phases(replace(untiled, mlp_tile_tokens=tile), config) for tile in (4096, None))
+        assert tiled == whole
+
+
+def test_tiles_are_on_under_checkpointing_and_never_trls():
+    tiles = {"auto": 4096, None: None, 512: 512}
+    assert {given: Run(mlp_tile_tokens=given).tile_tokens for given in tiles} == tiles
+    assert Run(gradient_checkpointing=False).tile_tokens is None
+    assert Run(packing="none").tile_tokens is None
+
+
+def test_tiles_without_checkpointing_leave_the_inputs_of_norms_and_mlps():
+    run = Run(**QLORA | ONE_ROW, max_completion_length=9488, gradient_checkpointing=False, mlp_tile_tokens=1000)
+    saved = LAYERS * 10_000 * 2 * (4 * HIDDEN + QUERY + KEYS + 2 * (QUERY + KEYS))
+    assert phases(run)["update"]["saved activations"] == saved
 
 
 def test_paged_state_is_on_the_host_but_for_small_tensors_and_the_one_that_steps():

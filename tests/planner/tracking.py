@@ -13,6 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from grpo_plus.packing.attention import Segments, install_segments
+from grpo_plus.packing.layout import Span
 from grpo_plus.planner import Run
 from grpo_plus.planner.run import DTYPES
 
@@ -53,7 +55,10 @@ def count(
     layers: int,
     around: Callable[[nn.Module], AbstractContextManager[Any]] = nullcontext,
 ) -> Counted:
-    """One micro-batch of `run`'s padded rows through the layers of a model; the loss is the sum of the hidden states.
+    """One pass of `run` through the layers of a model; the loss is the sum of the hidden states.
+
+    Padded rows have a mask. Otherwise the pass is one completion alone with its prompt. What a run keeps on the host
+    counts, too, because a CPU's memory is the host's.
 
     The tensors are fake, so sizes are those of a real model. An nf4 layer is stood in for by a frozen one, which saves
     no activation either.
@@ -70,7 +75,7 @@ def count(
         if run.lora_r:
             adapters = LoraConfig(r=run.lora_r, target_modules="all-linear", lora_dropout=run.lora_dropout)
             get_peft_model(model, adapters)
-    rows, total = run.per_device_train_batch_size, run.prompt_length + run.max_completion_length
+    rows, total = run.rows_per_pass, run.prompt_length + run.max_completion_length
     with FakeTensorMode():
         for module in model.modules():
             for name, parameter in module._parameters.items():
@@ -91,6 +96,11 @@ def count(
         mask = torch.ones(rows, 1, total, total, dtype=torch.bool)
         kinds = set(model.config.layer_types or ()) if hasattr(model.config, "layer_types") else set()
         masks = dict.fromkeys(kinds, mask) if len(kinds) > 1 else mask
+        inputs: Any = {"attention_mask": masks}
+        if run.packing != "none":
+            install_segments(model)
+            alone = Span(0, run.prompt_length, (total,), torch.empty(0), torch.empty(0))
+            inputs = {"attention_mask": torch.zeros(1, 1, 1, 1), "segments": Segments((alone,), pairs_per_call=0)}
         # As from the second micro-batch of a step on: the gradients exist.
         for parameter in model.parameters():
             parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
@@ -98,7 +108,7 @@ def count(
         allocations = Allocations([*model.parameters(), *model.buffers(), *gradients])
         with allocations, around(model):
             with torch.autocast("cpu", torch.bfloat16, enabled=run.bf16):
-                hidden = model.base_model(input_ids=ids, attention_mask=masks, use_cache=False).last_hidden_state
+                hidden = model.base_model(input_ids=ids, use_cache=False, **inputs).last_hidden_state
             kept = allocations.live
             hidden.sum().backward()
         return Counted(kept, allocations.peak)

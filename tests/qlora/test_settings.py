@@ -33,7 +33,7 @@ def test_the_screen_names_quantization_dtypes_and_the_trained_share(tmp_path, ba
     assert f"trained        {adapters:,} of " in text
     assert "learning_rate=0.001" in text
     peak = plan(*shape_and_run(trainer.model, trainer.args)).peak / 2**30
-    assert f"expected peak  {peak:.2f} GiB of GPU memory, in update, for prompts of 512 tokens" in text
+    assert f"expected peak  {peak:.2f} GiB of GPU memory, in generate, for prompts of 512 tokens" in text
     assert len(overview) <= 24
 
 

@@ -23,9 +23,9 @@ def trainer(tmp_path_factory):
 def test_auto_is_the_tokens_of_the_rows_whose_update_fits(trainer, monkeypatch):
     assert tokens_that_fit(trainer.model, trainer.args, 10) is None  # the memory of a CPU is not asked for
     shape, run = shape_and_run(trainer.model, trainer.args, 10)
-    three, four, eight = (
-        plan(shape, replace(run, per_device_train_batch_size=rows, steps_per_generation=4)) for rows in (3, 4, 8)
-    )
+    assert run.max_tokens_per_pass == "auto"
+    parts = (replace(run, per_device_train_batch_size=rows, steps_per_generation=4) for rows in (3, 4, 8))
+    three, four, eight = (plan(shape, replace(part, max_tokens_per_pass=None)) for part in parts)
     context = three.constants.context_bytes
     monkeypatch.setattr(PreTrainedModel, "device", property(lambda self: torch.device("cuda")))
     # A part of what the planner counts is allocated already, and reserved by torch.
