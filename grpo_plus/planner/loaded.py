@@ -69,6 +69,7 @@ def _run(model: Any, args: Any, prompt_length: int) -> Run:
         "prompt_length": prompt_length,
         "packing": getattr(args, "packing", "none"),
         "max_tokens_per_pass": getattr(args, "max_tokens_per_pass", None),
+        "cache_bits": _cache_bits(getattr(args, "generation_kwargs", None)),
         "optim": str(getattr(args.optim, "value", args.optim)),
         "dtype": _name(model.get_input_embeddings().weight.dtype),
         "load_in_4bit": bits_of(model) == 4,
@@ -87,6 +88,13 @@ def _run(model: Any, args: Any, prompt_length: int) -> Run:
             "adapter_dtype": _name(dtypes[0]) if dtypes else None,
         }
     return Run(**settings)
+
+
+def _cache_bits(generation_kwargs: Any) -> int | None:
+    if not isinstance(generation_kwargs, dict) or generation_kwargs.get("cache_implementation") != "quantized":
+        return None
+    settings = generation_kwargs.get("cache_config") or {}
+    return 8 if settings.get("backend") == "fp8" else settings.get("nbits", 4)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -8,11 +8,11 @@ peft 0.21, bitsandbytes 0.50 and trl 1.16, on CPUs. `constants` holds what is as
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 
-from grpo_plus.planner.activations import forward_activations, mask_bytes
 from grpo_plus.planner.constants import GIB, Bytes, Constants
-from grpo_plus.planner.run import FULL, MIXED, Run
+from grpo_plus.planner.generation import generation_bytes
+from grpo_plus.planner.run import FULL, Run
 from grpo_plus.planner.saved_quantization import LORA_R
-from grpo_plus.planner.shapes import Layer, ModelShape
+from grpo_plus.planner.shapes import ModelShape
 from grpo_plus.planner.trained import largest_tensor, trained_bytes
 from grpo_plus.planner.update import host_inputs, scoring_bytes, update_bytes
 
@@ -128,43 +128,3 @@ def weight_bytes(shape: ModelShape, run: Run) -> float:
     if run.load_in_8bit:
         codes = shape.linear + FULL * shape.quantized_rows
     return codes + run.weight_size * (shape.parameters - shape.linear)
-
-
-def generation_bytes(shape: ModelShape, run: Run, constants: Constants) -> Bytes:
-    """Bytes of generation by transformers, with rows of full length, at the larger of two moments.
-
-    The prefill holds one layer's activations of all prompts. The last step holds the whole cache, the logits, and one
-    layer's keys once more, because the cache grows by concatenation.
-    """
-    rows, prompt, total = run.generated_at_once, run.prompt_length, run.prompt_length + run.max_completion_length
-    full = run.weight_size
-    # PEFT generates outside autocast. Inside, rotary embeddings in float32 still widen the keys, not the values.
-    values = full if run.lora_r or not run.autocast else MIXED
-    cache = {length: _cache_elements(shape, length) * rows * (full + values) / 2 for length in (prompt, total)}
-    states = sum(layer.state for layer in shape.layers) * rows * FULL
-    prefill = max(forward_activations(shape, layer, run, full, tokens=rows * prompt) for layer in shape.layers)
-    prefill += mask_bytes(shape, rows, prompt, full)
-    last = (
-        max((layer.cached_per_token * _visible(layer, total) for layer in shape.layers), default=0) // 2 * rows * full
-    )
-    logits = rows * shape.vocab * (full + constants.sampling_copies * FULL)
-    if cache[prompt] + prefill > cache[total] + last + logits:
-        return {"KV cache": cache[prompt] + states, "activations": prefill}
-    return {"KV cache": cache[total] + states, "activations": last, "logits": logits}
-
-
-def row_bytes(shape: ModelShape, run: Run) -> float:
-    """Bytes of each row that is generated at the same time."""
-    constants = Constants()
-    one = generation_bytes(shape, replace(run, generation_chunk_size=1), constants)
-    return sum(_spread(one, constants).values())
-
-
-def _visible(layer: Layer, length: int) -> int:
-    # transformers' cache keeps window - 1 positions.
-    return length if layer.window is None else min(length, layer.window - 1)
-
-
-def _cache_elements(shape: ModelShape, length: int) -> int:
-    """Keys and values of one row."""
-    return sum(layer.cached_per_token * _visible(layer, length) for layer in shape.layers)

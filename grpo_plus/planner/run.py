@@ -1,6 +1,7 @@
 """Settings of a run that decide its memory, under TRL's names, and sizes such as 24GB as bytes."""
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -10,6 +11,7 @@ DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
 MIXED = 2  # bytes of an element under autocast, in either half precision
 FULL = 4  # float32
 PACKING = ("auto", "shared_prompt", "padding_free", "none")
+GENERATION_LOOPS = ("auto", "grouped", "trl")
 
 # By optimizer: states per parameter, and bytes of an element of a state. None means as many bytes as the parameter has.
 # bitsandbytes keeps 8-bit states in blocks of 256 elements with one float32 maximum each, other states in float32.
@@ -44,10 +46,17 @@ QLORA: dict[str, Any] = {
 _POSITIVE = ("prompt_length", "max_completion_length", "per_device_train_batch_size", "gradient_accumulation_steps",
              "num_generations", "num_iterations")  # fmt: skip
 _POSITIVE_OR_NONE = ("steps_per_generation", "generation_chunk_size", "max_tokens_per_pass", "mlp_tile_tokens",
-                     "lora_r")  # fmt: skip
+                     "cache_bits", "lora_r")  # fmt: skip
 _AUTO = ("generation_chunk_size", "max_tokens_per_pass", "mlp_tile_tokens")
 AUTO = "auto"
 TILE = 4096  # tokens of a tile where mlp_tile_tokens is "auto"
+CHOICES: dict[str, Collection[str]] = {
+    "dtype": DTYPES,
+    "adapter_dtype": DTYPES,
+    "packing": PACKING,
+    "generation_loop": GENERATION_LOOPS,
+    "optim": OPTIMIZERS,
+}
 
 
 @dataclass(frozen=True)
@@ -61,6 +70,8 @@ class Run:
     adapter_dtype: dtype of the adapters. None means float32. TRL alone casts adapters of a quantized base to
         "bfloat16".
     packing: as in GRPOPlusConfig. "none" plans trl.GRPOTrainer. "auto" is taken to find shared_prompt exact.
+    generation_loop: as in GRPOPlusConfig. "auto" is taken to find the grouped loop exact.
+    cache_bits: of an element of a quantized cache, 8 or 4, as `generation_kwargs` asks for it. None: not quantized.
     generation_chunk_size, max_tokens_per_pass: as in GRPOPlusConfig. "auto" is planned as one row at a time, the least
         that the run needs.
     mlp_tile_tokens: as in GRPOPlusConfig. "auto" is 4096 tokens under checkpointing.
@@ -74,7 +85,9 @@ class Run:
     steps_per_generation: int | None = None
     num_generations: int = 8
     num_iterations: int = 1
+    generation_loop: str = "auto"
     generation_chunk_size: int | str | None = None
+    cache_bits: int | None = None
     max_tokens_per_pass: int | str | None = AUTO
     offload_activations: bool = False
     mlp_tile_tokens: int | str | None = AUTO
@@ -101,7 +114,7 @@ class Run:
             if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
                 other = ", or auto" if name in _AUTO else ""
                 raise ValueError(f"{name}={value!r} is not a positive whole number. Write 1 or more{other}.")
-        for name, known in (("dtype", DTYPES), ("adapter_dtype", DTYPES), ("packing", PACKING), ("optim", OPTIMIZERS)):
+        for name, known in CHOICES.items():
             value = getattr(self, name)
             if value not in known and not (name == "adapter_dtype" and value is None):
                 raise ValueError(f"Unknown {name} {value!r}.{suggestion(str(value), known)}")
@@ -167,6 +180,17 @@ class Run:
         """Tokens of so many rows of full length, as they go through the layers."""
         prompts = -(-rows // self.num_generations) if self.rows == "shared_prompt" else rows
         return prompts * self.prompt_length + rows * self.max_completion_length
+
+    @property
+    def decodes_in_groups(self) -> bool:
+        """Whether each prompt goes through the model once for all of its completions."""
+        return self.generation_loop != "trl" and self.packing != "none" and self.cache_bits is None
+
+    @property
+    def prompts_at_once(self) -> int:
+        """Distinct prompts of the completions that are generated together, at most: the first and last may be cut."""
+        whole, rest = divmod(self.generated_at_once, self.num_generations)
+        return whole + min(rest, 2)
 
     @property
     def rows(self) -> str:

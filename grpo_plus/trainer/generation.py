@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from math import ceil
 from typing import Any
@@ -15,8 +15,8 @@ from trl import GRPOTrainer
 from grpo_plus.models.adapters import adapter_parameters, adapter_values, bits_of
 from grpo_plus.models.dropout import without_dropout
 from grpo_plus.models.memory import is_out_of_memory
+from grpo_plus.planner.generation import rows_in
 from grpo_plus.planner.loaded import shape_and_run
-from grpo_plus.planner.memory import row_bytes
 
 logger = logging.getLogger("grpo_plus")
 
@@ -57,17 +57,16 @@ class Chunks:
     Attributes:
         size: a number of rows. None: as many as `fitting` says, and half as many from then on where torch runs out of
             memory all the same.
-        fitting: gives the rows that the free memory holds for prompts of a length in tokens, None where that is not
-            known.
+        fitting: gives the rows that the free memory holds for some prompts, None where that is not known.
     """
 
     size: int | None
-    fitting: Callable[[int], int | None] = lambda prompt_length: None
+    fitting: Callable[[Rows], int | None] = lambda prompt_ids: None
 
     def generate(self, complete: Callable[[Rows], Rows], prompt_ids: Rows) -> Rows:
         """The completions of all prompts, in order. `complete` makes the completions of a part of the prompts."""
         adapts = self.size is None
-        fitting = self.fitting(max(map(len, prompt_ids), default=0)) if adapts else None
+        fitting = self.fitting(prompt_ids) if adapts and prompt_ids else None
         size = min(size for size in (self.size, fitting, len(prompt_ids)) if size is not None)
         completion_ids: Rows = []
         while len(completion_ids) < len(prompt_ids):
@@ -91,7 +90,7 @@ class Chunks:
             f"generation_chunk_size={half}."
         )
         before = self.fitting
-        self.fitting = lambda prompt_length: min(half, before(prompt_length) or half)
+        self.fitting = lambda prompt_ids: min(half, before(prompt_ids) or half)
         return half
 
 
@@ -113,7 +112,7 @@ def _whole_groups(prompt_ids: Rows, size: int) -> list[int]:
     return parts
 
 
-def rows_that_fit(model: Any, args: Any, prompt_length: int) -> int | None:
+def rows_that_fit(model: Any, args: Any, prompt_ids: Rows) -> int | None:
     """Rows whose cache and logits fit into the free memory of a CUDA device by the planner's count: 1 or more.
 
     None on other devices, and for an architecture that the planner does not know.
@@ -122,9 +121,11 @@ def rows_that_fit(model: Any, args: Any, prompt_length: int) -> int | None:
     if device.type != "cuda":
         return None
     try:
-        shape, run = shape_and_run(model, args, max(prompt_length, 1))
+        shape, run = shape_and_run(model, args, max(map(len, prompt_ids)))
     except ValueError:
         return None
+    if len(prompt_ids) < run.num_generations * len(list(groupby(prompt_ids))):  # as after a tool
+        run = replace(run, num_generations=1)
     free, _ = torch.cuda.mem_get_info(device)
     reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return max(1, int((free + reusable) // row_bytes(shape, run)))
+    return rows_in(free + reusable, shape, run)

@@ -294,7 +294,7 @@ def _chunks(trainer: GRPOTrainer, config: GRPOPlusConfig) -> Chunks | None:
             "generation_chunk_size='auto' lets every process generate in parts of its own, but FSDP or DeepSpeed "
             "spreads the weights, so that all must generate together. Set a number of rows."
         )
-    return Chunks(None, lambda prompt_length: rows_that_fit(trainer.model, config, prompt_length))
+    return Chunks(None, lambda prompt_ids: rows_that_fit(trainer.model, config, prompt_ids))
 
 
 def _passes(trainer: GRPOTrainer, config: GRPOPlusConfig) -> Passes:

@@ -81,7 +81,7 @@ def test_no_suggestion_is_superfluous():
         ({**WHOLE, "packing": "none", "prompt_length": 2048, "max_completion_length": 256}, 9, ("packing",)),
         ({**WHOLE, "dtype": "float32", "max_completion_length": 512}, 8, ("dtype",)),
         ({**WHOLE, "lora_dropout": 0.05, "max_completion_length": 1200}, 10, ("lora_dropout",)),
-        ({**WHOLE, "gradient_accumulation_steps": 8, "max_completion_length": 512}, 12, ("generation_chunk_size",)),
+        ({**WHOLE, "gradient_accumulation_steps": 16, "max_completion_length": 512}, 12, ("generation_chunk_size",)),
         ({**WHOLE, "gradient_checkpointing": False}, 12, ("gradient_checkpointing",)),
         ({**WHOLE, "max_completion_length": 2048}, 9, ("per_device_train_batch_size", "gradient_accumulation_steps")),
         (

@@ -12,7 +12,7 @@ from grpo_plus import GRPOPlusConfig
 from grpo_plus.planner import QLORA, Constants, Run, load_constants, parse_bytes
 
 # Settings that are the data's, or that grpo_plus.qlora brings.
-OWN = {"prompt_length", "adapter_dtype"}
+OWN = {"prompt_length", "adapter_dtype", "cache_bits"}
 # Depend on the machine; TRL's flags alone ask for dropout.
 OTHER_DEFAULT = {"optim", "bf16", "lora_dropout"}
 

@@ -11,7 +11,8 @@ from trl import GRPOConfig, GRPOTrainer
 
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
 from grpo_plus.demo.tiny import tiny_model, tiny_tokenizer
-from grpo_plus.planner import plan
+from grpo_plus.planner import Constants, generation
+from grpo_plus.planner.generation import generation_bytes
 from grpo_plus.planner.loaded import shape_and_run
 from grpo_plus.trainer.generation import Chunks, rows_that_fit
 from grpo_plus.trainer.speed import speed_of
@@ -155,12 +156,12 @@ def test_half_of_an_odd_number_of_rows_is_rounded_up(caplog, failure):
         return part
 
     room = {1: 7, 2: 3, 3: None}  # rows by length of the prompts
-    chunks = Chunks(None, room.__getitem__)
+    chunks = Chunks(None, lambda prompt_ids: room[len(prompt_ids[0])])
     with caplog.at_level(logging.WARNING, logger="grpo_plus"):
         assert chunks.generate(complete, [[row] for row in range(7)]) == [[row] for row in range(7)]
     assert called == [7, 4, 3]
     assert "generation_chunk_size=4" in caplog.text
-    assert [chunks.fitting(length) for length in room] == [4, 3, 4]
+    assert [chunks.fitting([[0] * length]) for length in room] == [4, 3, 4]
 
 
 @pytest.mark.parametrize(
@@ -187,7 +188,7 @@ def test_parts_are_whole_groups_where_that_takes_no_further_part(groups, size, p
         called.append(len(part))
         return [[*prompt, 1] for prompt in part]
 
-    chunks = Chunks(None, lambda prompt_length: size) if adapts else Chunks(size)
+    chunks = Chunks(None, lambda prompt_ids: size) if adapts else Chunks(size)
     assert chunks.generate(complete, prompt_ids) == [[*prompt, 1] for prompt in prompt_ids]
     assert called == parts
 
@@ -227,19 +228,28 @@ def test_another_failure_of_generation_is_no_lack_of_memory():
 
 
 def test_auto_takes_the_rows_that_the_planner_finds_room_for(tmp_path, base, monkeypatch):
+    monkeypatch.setattr(generation, "LEAST_SAVED", 0)  # each prompt is kept once
     trainer = make_qlora_trainer(tmp_path, base, generation_chunk_size="auto")
-    assert rows_that_fit(trainer.model, trainer.args, 10) is None  # the memory of a CPU is not asked for
+    prompt_ids = [[group] * (10 - group) for group in range(2) for _ in range(4)]
+    assert rows_that_fit(trainer.model, trainer.args, prompt_ids) is None  # the memory of a CPU is not asked for
     shape, run = shape_and_run(trainer.model, trainer.args, 10)
-    eight, seven = (plan(shape, replace(run, generation_chunk_size=rows)).phase("generate") for rows in (8, 7))
-    per_row = eight - seven
-    free = {"mem_get_info": (3 * per_row, 0), "memory_reserved": 2.5 * per_row, "memory_allocated": per_row}
+    needed = {rows: _needed(shape, run, rows) for rows in (4, 5)}
+    # 1.5 of the bytes are reserved and not allocated.
+    free = {"mem_get_info": (needed[4] / 2 + 1, 0), "memory_reserved": needed[4], "memory_allocated": needed[4] / 2}
     for name, value in free.items():
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
     monkeypatch.setattr(PreTrainedModel, "device", property(lambda self: torch.device("cuda")))
-    assert rows_that_fit(trainer.model, trainer.args, 10) == 4
+    assert rows_that_fit(trainer.model, trainer.args, prompt_ids) == 4
+    alone = [[row, 1] * 5 for row in range(8)]
+    assert rows_that_fit(trainer.model, trainer.args, alone) == 3  # four prompts in place of one
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: per_row)
-    assert rows_that_fit(trainer.model, trainer.args, 10) == 1
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+    assert rows_that_fit(trainer.model, trainer.args, prompt_ids) == 1
+
+
+def _needed(shape, run, rows):
+    causes = generation_bytes(shape, replace(run, generation_chunk_size=rows), Constants())
+    return sum(causes.values()) * Constants().fragmentation
 
 
 def test_auto_is_refused_where_the_processes_must_generate_together(tmp_path, base):
