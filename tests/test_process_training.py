@@ -13,7 +13,7 @@ from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer, RewardHealthCallback, Rew
 from grpo_plus.advantages import process_advantages
 from grpo_plus.losses import LOSSES, register
 from tests.close import assert_close, differing
-from tests.training import logs_of, make_trainer, stepwise, weights_of
+from tests.training import OF_THE_SAMPLER, logs_of, make_trainer, stepwise, weights_of
 
 LONGEST = 12
 # Plain SGD: Adam divides near-zero gradients by their own size, and rounding would look like a difference.
@@ -88,7 +88,8 @@ def test_trls_losses_have_the_gradient_that_trl_gives_them(tmp_path, loss, level
     for mine, theirs in zip(ours.gradients, stock.gradients, strict=True):
         assert sum(gradient.abs().sum() for gradient in theirs.values()) > 1e-3
         assert differing(theirs, mine) == []
-    without_ours = [{k: v for k, v in entry.items() if not k.startswith("advantages/")} for entry in logs_of(ours)]
+    own = ("advantages/", *OF_THE_SAMPLER)
+    without_ours = [{k: v for k, v in entry.items() if not k.startswith(own)} for entry in logs_of(ours)]
     assert without_ours == logs_of(stock)
 
 

@@ -16,7 +16,7 @@ A keeper may also replace the call of the model in a step (`Keeper.forward`).
 
 from grpo_plus.rollout.keeper import Keeper
 from grpo_plus.rollout.live import Moves
-from grpo_plus.rollout.loop import decode
+from grpo_plus.rollout.loop import Watch, decode
 from grpo_plus.rollout.prompts import Prompts
 from grpo_plus.rollout.reasons import why_not_config, why_not_model
 from grpo_plus.rollout.rollouts import Rollouts
@@ -28,6 +28,7 @@ __all__ = [
     "Prompts",
     "Rollouts",
     "Statistics",
+    "Watch",
     "decode",
     "why_not_config",
     "why_not_model",

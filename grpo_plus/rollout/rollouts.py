@@ -14,7 +14,7 @@ from grpo_plus.rollout.cache import Expanded
 from grpo_plus.rollout.check import why_not_exact
 from grpo_plus.rollout.graphs import Graphed
 from grpo_plus.rollout.keeper import Keeper
-from grpo_plus.rollout.loop import decode
+from grpo_plus.rollout.loop import Watch, decode, nobody
 from grpo_plus.rollout.prefix import SharedPrompts
 from grpo_plus.rollout.prompts import Prompts
 from grpo_plus.rollout.reasons import LOST, why_not_batch, why_not_config, why_not_worth
@@ -53,17 +53,20 @@ class Rollouts:
     def __init__(self, *, insists: bool = False) -> None:
         self.insists = insists
         self.statistics: list[Statistics] = []
+        self._watch: Watch = nobody
         self._told: set[str] = set()
         self._verdicts: dict[tuple[type[Keeper], bool], str | None] = {}  # also by whether the model trains
 
     @contextmanager
-    def decoding(self, model: Any) -> Iterator[None]:
+    def decoding(self, model: Any, watch: Watch = nobody) -> Iterator[None]:
         """Inside, `model.generate` decodes with the grouped loop.
 
         Args:
             model: what the caller calls `generate` of, with wrappers like PEFT's.
+            watch: is called after each token, with what the batch at hand has done so far.
         """
         self.statistics.clear()
+        self._watch = watch
         own = vars(model).get("generate")
         model.generate = self._grouped(model.generate)
         try:
@@ -121,6 +124,7 @@ class Rollouts:
             generation_config,
             prompts=prompts,
             keeper=keeper,
+            watch=self._watch,
             **model_kwargs,
         )
         self.statistics.append(statistics)

@@ -1,11 +1,13 @@
 """What a rollout has done, in numbers."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import astuple, dataclass
+from time import perf_counter
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Counts of one batch.
+    """Counts of one batch, or of several batches together.
 
     Attributes:
         rows: of the batch.
@@ -17,10 +19,51 @@ class Statistics:
         seconds: from the prefill to the last token.
     """
 
-    rows: int
-    prompts: int
-    steps: int
-    row_steps: int
-    new_tokens: int
-    finished: int
-    seconds: float
+    rows: int = 0
+    prompts: int = 0
+    steps: int = 0
+    row_steps: int = 0
+    new_tokens: int = 0
+    finished: int = 0
+    seconds: float = 0.0
+
+    @classmethod
+    def joined(cls, batches: Iterable["Statistics"]) -> "Statistics":
+        """Sums over batches that were generated one after the other."""
+        return cls(*map(sum, zip(*map(astuple, batches), strict=True)))
+
+
+class Tally:
+    """Counts a batch while it is generated. The clock starts with the tally.
+
+    Attributes:
+        unfinished: rows that go on, as far as the host knows.
+    """
+
+    def __init__(self, rows: int, prompts: int) -> None:
+        self.unfinished = rows
+        self._rows = rows
+        self._prompts = prompts
+        self._steps = self._row_steps = self._new_tokens = 0
+        self._started = perf_counter()
+
+    def drew(self) -> None:
+        """A token was drawn for each row that goes on."""
+        self._new_tokens += self.unfinished
+
+    def stepped(self, rows: int) -> None:
+        """The model was called for a number of rows."""
+        self._steps += 1
+        self._row_steps += rows
+
+    def statistics(self) -> Statistics:
+        """What has been done so far."""
+        return Statistics(
+            rows=self._rows,
+            prompts=self._prompts,
+            steps=self._steps,
+            row_steps=self._row_steps,
+            new_tokens=self._new_tokens,
+            finished=self._rows - self.unfinished,
+            seconds=perf_counter() - self._started,
+        )

@@ -45,6 +45,7 @@ from grpo_plus.trainer.position import RandomStates
 from grpo_plus.trainer.refills import Refills
 from grpo_plus.trainer.regrouping import regrouped
 from grpo_plus.trainer.reward_calls import RewardCalls
+from grpo_plus.trainer.rollout_log import RolloutLog
 from grpo_plus.trainer.sampler_ratio import SamplerRatio
 from grpo_plus.trainer.scoring import ScoringSeam
 from grpo_plus.trainer.speed import speed_of
@@ -85,6 +86,7 @@ class TRLSeam(ScoringSeam):
         self._kept = KeptSets(self, self.plus.truncated_sampling, tells=self.has_own_fields)
         self._sampler = SamplerRatio(self, in_update=self.speed.drops_old_policy_pass)
         self._step_figures = step_figures_of(self)
+        self._rollout_log = RolloutLog(self)
 
     def _begins_training(self) -> None:
         for part in (self._kept, self._refills, self._sampler, self._step_figures):
@@ -138,7 +140,7 @@ class TRLSeam(ScoringSeam):
     ) -> tuple[list[list[int]], list | None]:
         generate = super()._generate_single_turn
         exact = generating(self) if self.has_own_fields else nullcontext()
-        with exact, self.speed.adapters.held(), self.speed.decoding(self):
+        with exact, self.speed.adapters.held(), self._rollout_log.followed(len(prompt_ids)):
             if self.speed.chunks is None or images or multimodal_fields:  # images are not laid out by row
                 return generate(prompt_ids, images, multimodal_fields, num_generations, has_tool_images)
             parts = self.speed.chunks.generate(lambda part: generate(part, None, {}, num_generations)[0], prompt_ids)

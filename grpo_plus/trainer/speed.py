@@ -9,7 +9,7 @@ model at once.
 
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,12 +83,6 @@ class Speed:
             advantages: (B,) or (B, T).
         """
         return advantages.reshape(len(advantages), -1).ne(0).any(1) if self.skips else None
-
-    def decoding(self, trainer: GRPOTrainer) -> AbstractContextManager[None]:
-        """Inside, the `generate` that TRL calls decodes with the loop of the run."""
-        if self.rollouts is None:
-            return nullcontext()
-        return self.rollouts.decoding(trainer.accelerator.unwrap_model(trainer.model_wrapped))
 
     @contextmanager
     def around_training(self, model: Any) -> Iterator[None]:

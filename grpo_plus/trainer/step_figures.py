@@ -12,6 +12,7 @@ from torch import Tensor
 
 from grpo_plus.packing import Packed, PaddedRows
 from grpo_plus.packing.transfer import on_device
+from grpo_plus.rollout import Statistics
 from grpo_plus.trainer.names import metrics_of, trained_tokens
 
 if TYPE_CHECKING:
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 KL, ENTROPY = "kl", "entropy"
 FOR_BETA = "kl, which TRL logs itself"
 TOKEN_RATIO, LIVE_FRACTION = "packing/token_ratio", "packing/live_fraction"
+TOKENS_PER_SECOND, LIVE_ROWS, PROMPT_SHARING = (
+    f"rollout/{name}" for name in ("tokens_per_second", "live_rows", "prompt_sharing")
+)
 # TRL's means over tokens. The second kind are means over rows where a row has one importance ratio.
 OVER_TOKENS = (KL, ENTROPY)
 OVER_RATIOS = ("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", "cispo_clip_ratio")
@@ -65,6 +69,12 @@ class StepFigures:
     def go_back_to(self, parts: list[Part]) -> None:
         """Forget what has been added since the copy."""
         self._parts = list(parts)
+
+    def rolled_out(self, done: Statistics) -> None:
+        """Take note of what was generated. Every process does, also where it has generated nothing itself."""
+        self._add(TOKENS_PER_SECOND, done.new_tokens, done.seconds)
+        self._add(LIVE_ROWS, done.row_steps, done.steps)
+        self._add(PROMPT_SHARING, done.rows, done.prompts)
 
     def begin(self) -> None:
         """Before the loss of a micro-batch."""
