@@ -40,9 +40,13 @@ MOVES: dict[str, tuple[Any, ...]] = {
 }
 
 
-def truncates(config: Any) -> list[str]:
-    """The settings that rule tokens out, as `name=value`."""
-    return _active(config, RULES_OUT)
+def truncates(config: Any, of_model: Any = None) -> list[str]:
+    """The settings that rule tokens out, as `name=value`.
+
+    Args:
+        of_model: the model's own generation config, which holds for what the run leaves unset.
+    """
+    return _active(config, RULES_OUT, of_model)
 
 
 def check_truncated_sampling(config: "GRPOPlusConfig") -> None:
@@ -52,13 +56,14 @@ def check_truncated_sampling(config: "GRPOPlusConfig") -> None:
         return
     if value not in TRUNCATED_SAMPLING:
         raise ValueError(f"Unknown truncated_sampling {value!r}.{suggestion(str(value), TRUNCATED_SAMPLING)}")
-    if reason := _why_not_correct(config):
+    if reason := why_not_correct(config):
         raise ValueError(
             f"truncated_sampling={value!r} is not possible: {reason}. Change that, or leave truncated_sampling unset."
         )
 
 
-def _why_not_correct(config: "GRPOPlusConfig") -> str | None:
+def why_not_correct(config: Any) -> str | None:
+    """Reason why log-probabilities cannot be corrected for the sampler's settings. None where they can."""
     if config.use_vllm:
         return "use_vllm=True, and vLLM does not say which tokens it could draw"
     if config.use_transformers_continuous_batching or config.use_transformers_paged:
@@ -70,7 +75,8 @@ def _why_not_correct(config: "GRPOPlusConfig") -> str | None:
     return "torch_compile=True compiles the forward that it replaces" if config.torch_compile else None
 
 
-def _active(config: Any, neutral: Mapping[str, tuple[Any, ...]]) -> list[str]:
+def _active(config: Any, neutral: Mapping[str, tuple[Any, ...]], of_model: Any = None) -> list[str]:
     extra = config.generation_kwargs if isinstance(config.generation_kwargs, dict) else {}
     given = {name: extra.get(name, getattr(config, name, None)) for name in neutral}
+    given |= {name: getattr(of_model, name, None) for name, value in given.items() if value is None}
     return [f"{name}={value!r}" for name, value in given.items() if value is not None and value not in neutral[name]]

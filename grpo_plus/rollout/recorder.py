@@ -6,9 +6,12 @@ only what `generate(custom_generate=...)` calls with the list that transformers 
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+
+from grpo_plus.rollout.reasons import LOST, MODES
 
 Decode = Callable[..., Any]  # as transformers calls a `custom_generate`
 
@@ -20,6 +23,10 @@ class Recorder(LogitsProcessor):
         """Learn which processors come before, when the rollout begins."""
 
 
+class NotSampledError(Exception):
+    """A decoding that is no loop of one draw after the other. Raised before anything is drawn."""
+
+
 Kind = TypeVar("Kind", bound=Recorder)
 
 
@@ -27,20 +34,27 @@ Kind = TypeVar("Kind", bound=Recorder)
 def recording(model: Any, make: Callable[[], Kind]) -> Iterator[list[Kind]]:
     """Let a new recorder see the scores of every `model.generate`, whichever loop decodes.
 
-    A loop of ours is installed inside, so that its calls come here.
+    A loop of ours is installed inside, so that its calls come here. Nothing sees a search with beams, nor a call with
+    arguments that transformers hands to no loop but its own.
 
     Args:
         model: on which `generate` is called, with wrappers like PEFT's.
 
     Returns:
-        The recorders, one for each call that has come to its end.
+        The recorders, one for each call that was seen and has come to its end.
     """
     before, generate = vars(model).get("generate"), model.generate
     recorders: list[Kind] = []
 
-    def recorded(*args: Any, custom_generate: Decode | None = None, **kwargs: Any) -> Any:
+    def recorded(*args: Any, custom_generate: Decode | str | None = None, **kwargs: Any) -> Any:
+        call = partial(generate, *args, **kwargs)
+        if isinstance(custom_generate, str) or LOST & kwargs.keys():
+            return call(custom_generate=custom_generate)
         recorder = make()
-        generated = generate(*args, custom_generate=_followed_by(recorder, custom_generate), **kwargs)
+        try:
+            generated = call(custom_generate=_followed_by(recorder, custom_generate))
+        except NotSampledError:
+            return call(custom_generate=custom_generate)
         recorders.append(recorder)
         return generated
 
@@ -56,9 +70,18 @@ def recording(model: Any, make: Callable[[], Kind]) -> Iterator[list[Kind]]:
 def _followed_by(recorder: Recorder, decode: Decode | None) -> Decode:
     """The loop `decode`, transformers' own for None, with the recorder behind its processors."""
 
-    def recorded(model: PreTrainedModel, input_ids: Any, logits_processor: LogitsProcessorList, **kwargs: Any) -> Any:
+    def recorded(
+        model: PreTrainedModel,
+        input_ids: Any,
+        logits_processor: LogitsProcessorList,
+        generation_config: GenerationConfig,
+        **kwargs: Any,
+    ) -> Any:
+        if decode is None and generation_config.get_generation_mode() not in MODES:
+            raise NotSampledError
         recorder.begin(logits_processor)
         processors = LogitsProcessorList([*logits_processor, recorder])
-        return (decode or type(model)._sample)(model, input_ids, logits_processor=processors, **kwargs)
+        loop = decode or type(model)._sample
+        return loop(model, input_ids, logits_processor=processors, generation_config=generation_config, **kwargs)
 
     return recorded

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from trl import GRPOTrainer
 
-from grpo_plus.config.sampling import truncates
+from grpo_plus.config.sampling import truncates, why_not_correct
 from grpo_plus.kernels.linear_logprob.kept import KeptRows
 from grpo_plus.packing import PaddedRows, Truncated, why_not_packed, why_not_truncated
 from grpo_plus.packing.check import PaddedLogps
@@ -34,13 +34,15 @@ class KeptSets:
         self._acts = truncated_sampling is not None
         self._checked: WeakSet[PreTrainedModel] = WeakSet()
         self.reset()
-        reason = _why_not(trainer)
+        reason = why_not_correct(trainer.args) or _why_not(trainer)
         if self._acts and reason:
             raise ValueError(
                 f"truncated_sampling={truncated_sampling!r} is not possible: {reason}. Change that, or leave "
                 "truncated_sampling unset."
             )
-        if tells and not self._acts and reason is None and (active := truncates(trainer.args)):
+        if not tells or self._acts or reason is not None:
+            return
+        if active := truncates(trainer.args, trainer.accelerator.unwrap_model(trainer.model).generation_config):
             logger.info(
                 f"{', '.join(active)}: the sampler draws from a part of the vocabulary, and log-probabilities are over "
                 "all of it, as in TRL. truncated_sampling='correct' takes them over the part that was drawn from."

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from grpo_plus.demo.tiny import tiny_tokenizer
 from grpo_plus.rollout import kept
 from grpo_plus.rollout.kept import KeptRecorder
 from grpo_plus.rollout.recorder import recording
@@ -78,3 +79,13 @@ def test_a_processor_that_moves_odds_is_refused_by_name(model):
         recording(model, KeptRecorder),
     ):
         generate(model, repetition_penalty=1.1)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"num_beams": 2}, {"stop_strings": ["b"], "tokenizer": tiny_tokenizer()}], ids=["beams", "stop"]
+)
+def test_what_is_no_loop_of_draws_or_needs_transformers_own_is_left_alone(model, settings):
+    with recording(model, KeptRecorder) as recorders:
+        found = generate(model, **settings)
+    assert torch.equal(found, generate(model, **settings))
+    assert recorders == []

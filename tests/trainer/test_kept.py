@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from torch import Tensor
-from transformers import AutoModelForCausalLM, MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import AutoModelForCausalLM, MinPLogitsWarper, PreTrainedModel, TopKLogitsWarper, TopPLogitsWarper
 
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
 from grpo_plus.demo.tiny import tiny_tokenizer
@@ -80,6 +80,13 @@ class Watched(GRPOPlusTrainer):
 def watched(folder: Any, **config: Any) -> Watched:
     defaults = {"trainer_class": Watched, "config_class": GRPOPlusConfig, "truncated_sampling": "correct"}
     return make_trainer(folder, **(defaults | config))
+
+
+def restrained() -> PreTrainedModel:
+    """A model whose own settings rule tokens out: top_p, which TRL sets itself, and typical_p, which it leaves alone."""
+    model = tiny("llama")
+    model.generation_config.update(top_p=0.5, typical_p=0.5)
+    return model
 
 
 def sampled_by_the_policy(trainer: Watched) -> None:
@@ -179,7 +186,14 @@ def test_evaluation_is_over_the_same_tokens(tmp_path):
 
 @pytest.mark.parametrize(
     ("config", "names"),
-    [(TOP_P, "top_p=0.7"), (TOP_K | MIN_P, "top_k=5, min_p=0.9, suppress_tokens="), ({"top_p": 1.0, "top_k": 0}, None)],
+    [
+        (TOP_P, "top_p=0.7"),
+        (TOP_K | MIN_P, "top_k=5, min_p=0.9, suppress_tokens="),
+        ({"top_p": 1.0, "top_k": 0}, None),
+        (TOP_P | {"repetition_penalty": 1.1}, None),  # for which it would be refused
+        ({"trainer_arguments": {"peft_config": LORA}, "model": restrained()}, "typical_p=0.5: "),
+    ],
+    ids=["top_p", "many", "none", "refused", "model"],
 )
 def test_a_run_without_the_field_says_once_what_it_would_do(tmp_path, caplog, config, names):
     with caplog.at_level(logging.INFO, "grpo_plus"):
