@@ -1,14 +1,17 @@
 """Find the largest size of a run that fits on a card."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from math import isqrt
 
 from grpo_plus.planner.constants import Constants
+from grpo_plus.planner.generation import keeps_prompts_once
 from grpo_plus.planner.memory import plan
 from grpo_plus.planner.run import Run
 from grpo_plus.planner.shapes import ModelShape
 
 LONGEST = 2**20  # the most tokens or rows to look at
+LARGEST_GROUP = 2**10  # the most generations at which prompts may begin to be kept once
 
 
 def largest(shape: ModelShape, run: Run, gpu_bytes: float, field: str, *, constants: Constants | None = None) -> int:
@@ -24,9 +27,21 @@ def largest(shape: ModelShape, run: Run, gpu_bytes: float, field: str, *, consta
 
     if field == "per_device_train_batch_size":
         return max(filter(fits, _divisors(run.generation_rows)), default=0)
-    low, high = 0, 1
-    while high <= LONGEST and fits(high):
-        low, high = high, 2 * high
+    size = _largest_from(0, fits)
+    if field != "num_generations":
+        return size
+    # A prompt that is kept once for its group takes less than its copies. From there on, larger groups may fit again.
+    larger = range(size + 1, LARGEST_GROUP)
+    once = next((value for value in larger if keeps_prompts_once(shape, resized(run, field, value))), None)
+    return _largest_from(once, fits) if once is not None and fits(once) else size
+
+
+def _largest_from(low: int, fits: Callable[[int], bool]) -> int:
+    """Largest value that fits, where all between `low` and it do."""
+    step = 1
+    while low + step <= LONGEST and fits(low + step):
+        low, step = low + step, 2 * step
+    high = low + step
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)

@@ -102,11 +102,12 @@ def longest_table(found: Sequence[Longest], cards: Sequence[int]) -> str:
     lines = [_line("longest completion, in tokens", width, [f"{card / GIB:g} GB" for card in cards])]
     lines += [_line(one.name, width, [f"{tokens:,}" for tokens in one.tokens]) for one in found]
     last = found[-1]
-    lines.append(_line("  there binds", width, [one.binding if one else "load" for one in last.plans]))
+    lines.append(_line("  fullest phase", width, [one.binding if one else "load" for one in last.plans]))
     lines.append(
         _line("  in the host's memory", width, [f"{one.host / GIB:.1f} GiB" if one else "" for one in last.plans])
     )
-    lines.append(f"  {flags(last.run.changed_from(found[-2].run))}")
+    if changed := flags(last.run.changed_from(found[-2].run)):
+        lines.append(f"  with {changed}")
     return "\n".join(line.rstrip() for line in lines)
 
 

@@ -148,7 +148,9 @@ class Rollouts:
                     reason = why_not_exact(model, kind, arguments, (ends[-1], ends[0]), config)
                 self._judge(kind, model, reason)
                 if reason is None:
-                    line = f"generation: prompts once ({prompts.factor:.3g}x), rows leave, {kind.words}"
+                    line = (
+                        f"generation: each prompt once ({prompts.factor:.3g}x fewer), finished rows leave, {kind.words}"
+                    )
                     self._say(line, about=kind.words)
             if (reason := self._verdicts[kind, model.training]) is None:
                 return kind(model, cache)

@@ -163,6 +163,14 @@ def test_nothing_fits_on_a_card_without_room_for_the_weights():
     assert [largest(QWEN, Run(), 2 * GIB, field) for field in SIZES] == [0, 0, 0]
 
 
+def test_the_largest_group_may_lie_behind_a_group_that_does_not_fit():
+    """From five completions on, the prompts of this run are kept once and not copied."""
+    run = Run(**QLORA | {"max_completion_length": 1024, "gradient_accumulation_steps": 8})
+    sizes = [plan(QWEN, resized(run, "num_generations", size)).fits(12 * GIB) for size in range(3, 8)]
+    assert sizes == [True, False, True, False, False]
+    assert largest(QWEN, run, 12 * GIB, "num_generations") == 5
+
+
 def test_an_unknown_size_is_refused():
     with pytest.raises(ValueError, match="field='beta' has no largest value"):
         largest(QWEN, Run(), GIB, "beta")

@@ -26,12 +26,14 @@ def told(model, caplog, batches=2):
 
 
 def test_short_prompts_are_copied_for_their_rows(model, caplog):
-    assert told(model, caplog) == ["generation: prompts once (4x), rows leave, cache in place"]
+    assert told(model, caplog) == ["generation: each prompt once (4x fewer), finished rows leave, cache in place"]
 
 
 def test_long_prompts_are_kept_once(model, caplog, monkeypatch):
     monkeypatch.setitem(prefix.LEAST_SAVED, "cpu", 0)
-    assert told(model, caplog) == ["generation: prompts once (4x), rows leave, one cache of each prompt"]
+    assert told(model, caplog) == [
+        "generation: each prompt once (4x fewer), finished rows leave, one cache of each prompt"
+    ]
 
 
 def test_prompts_are_copied_where_attention_to_shared_prompts_is_not_exact(model, caplog, monkeypatch):
@@ -42,14 +44,14 @@ def test_prompts_are_copied_where_attention_to_shared_prompts_is_not_exact(model
     assert first.startswith(
         "generation: not with one cache of each prompt. one cache of each prompt is not exact on Qwen3"
     )
-    assert second == "generation: prompts once (4x), rows leave, cache in place"
+    assert second == "generation: each prompt once (4x fewer), finished rows leave, cache in place"
 
 
 def test_prompts_are_copied_where_layers_hold_more_than_keys_and_values(caplog, monkeypatch):
     monkeypatch.setitem(prefix.LEAST_SAVED, "cpu", 0)
     first, second = told(tiny("lfm2"), caplog)
     assert "not with one cache of each prompt. a cache with LinearAttentionLayer" in first
-    assert second == "generation: prompts once (4x), rows leave, cache in place"
+    assert second == "generation: each prompt once (4x fewer), finished rows leave, cache in place"
 
 
 def test_a_graph_that_fails_is_told_once_and_later_batches_do_without(model, caplog, monkeypatch):
@@ -62,8 +64,8 @@ def test_a_graph_that_fails_is_told_once_and_later_batches_do_without(model, cap
     monkeypatch.setattr(Graphed, "pays", classmethod(lambda cls, model, prompts, length: True))
     monkeypatch.setattr(Graphed.__init__, "__defaults__", (fails,))
     assert told(model, caplog, batches=3) == [
-        "generation: prompts once (4x), rows leave, CUDA graphs",
+        "generation: each prompt once (4x fewer), finished rows leave, CUDA graphs",
         "generation: not with CUDA graphs. a CUDA graph failed: RuntimeError: out of streams.",
-        "generation: prompts once (4x), rows leave, cache in place",
+        "generation: each prompt once (4x fewer), finished rows leave, cache in place",
     ]
     assert len(tried) == 1

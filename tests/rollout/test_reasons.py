@@ -190,7 +190,7 @@ def test_the_choice_is_told_once(model, caplog):
     for _ in range(2):
         generated(model, batch(padded=True), ours, generation_config=config(**SAMPLED))
     assert [record.message for record in caplog.records] == [
-        "generation: prompts once (4x), rows leave, cache in place"
+        "generation: each prompt once (4x fewer), finished rows leave, cache in place"
     ]
 
 
