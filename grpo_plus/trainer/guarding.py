@@ -6,11 +6,14 @@ from typing import Any
 from torch import Tensor
 
 from grpo_plus.trainer.guard import Guard
-from grpo_plus.trainer.saving import SavingSeam
+from grpo_plus.trainer.retrying import RetryingSeam
 
 
-class GuardedSeam(SavingSeam):
-    """A trainer that skips what is not finite, never saves what is not finite, and leaves in good order on a signal."""
+class GuardedSeam(RetryingSeam):
+    """A trainer that skips what is not finite, never saves what is not finite, and leaves in good order on a signal.
+
+    It looks at gradients after all tries of a micro-batch, when those of earlier micro-batches are back.
+    """
 
     _guard: Guard
 

@@ -6,6 +6,7 @@ order of its sums.
 """
 
 import gc
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -19,12 +20,14 @@ from grpo_plus.models.adapters import has_adapters
 from grpo_plus.models.memory import is_out_of_memory
 from grpo_plus.packing.cached import forget_prompts
 from grpo_plus.trainer.guard import STEPS_WITHIN_BACKWARD
-from grpo_plus.trainer.guarding import GuardedSeam
 from grpo_plus.trainer.names import MOVED_BY_A_LOSS, MULTIMODAL, metrics_of
 from grpo_plus.trainer.position import RandomStates
 from grpo_plus.trainer.sampler_ratio import SamplerRatio
+from grpo_plus.trainer.saving import SavingSeam
 from grpo_plus.trainer.speed import Speed
 from grpo_plus.trainer.step_figures import Part, StepFigures
+
+logger = logging.getLogger("grpo_plus")
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,20 @@ class Attempt:
         tokens = min(limit for limit in (bound, int(self.row_tokens.sum())) if limit is not None)
         return None if tokens <= int(self.row_tokens.max()) else tokens // 2
 
+    def advice(self, bound: int | None) -> str:
+        """What to change, where no smaller passes can be tried after those of `bound` tokens."""
+        tokens = self.smaller_pass(bound)
+        if tokens is None:
+            return (
+                f"An update ran out of memory with one row at a time, the longest of {int(self.row_tokens.max())} "
+                "tokens. `grpo-plus plan` proposes what saves memory, cheapest first: for example "
+                "offload_activations=True, or a shorter max_completion_length."
+            )
+        return (
+            "An update ran out of memory when its backward had already changed the gradients of earlier micro-batches, "
+            f"so it cannot be computed again. Set max_tokens_per_pass={tokens} and resume."
+        )
+
     def undo(self, trainer: GRPOTrainer) -> None:
         """Bring back what the failed update has moved, but for the figures of ours."""
         self.gradients.put_back()
@@ -125,7 +142,7 @@ class Attempt:
                 del metrics[name]
 
 
-class RetryingSeam(GuardedSeam):
+class RetryingSeam(SavingSeam):
     """A trainer that halves the passes of a micro-batch, and computes it again, where its update runs out of memory."""
 
     speed: Speed
@@ -149,7 +166,11 @@ class RetryingSeam(GuardedSeam):
             with self.speed.around_update():
                 loss: Tensor = super().training_step(*args, **kwargs)
         except RuntimeError as failure:
-            if not is_out_of_memory(failure) or self._smaller_pass() is None:
+            if not is_out_of_memory(failure):
+                raise
+            if self._smaller_pass() is None:
+                if self._attempt is not None:
+                    logger.warning(self._attempt.advice(self.speed.passes.tokens))
                 raise
             return None  # what the failed attempt holds goes with its traceback
         if self._attempt is not None:

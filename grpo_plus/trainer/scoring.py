@@ -7,12 +7,12 @@ from typing import Any
 from torch import Tensor
 
 from grpo_plus.packing import Logps, Packed, PaddedRows, base_model, forward_live, forward_padded, score_padded
+from grpo_plus.trainer.guarding import GuardedSeam
 from grpo_plus.trainer.kept import KeptSets
 from grpo_plus.trainer.micro_batches import MicroBatches
-from grpo_plus.trainer.retrying import RetryingSeam
 
 
-class ScoringSeam(RetryingSeam):
+class ScoringSeam(GuardedSeam):
     """A trainer whose log-probabilities come from the speed-ups wherever these are exact, and else from TRL."""
 
     _micro_batch: dict[str, Any] | None = None

@@ -6,6 +6,7 @@ from peft import LoraConfig
 from trl import GRPOConfig
 
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
+from grpo_plus.config.plain import OFF
 from tests.close import differing
 from tests.training import logs_of, make_trainer, weights_of
 
@@ -16,17 +17,15 @@ ACCUMULATED = {
     "loss_type": "grpo",
     "gradient_accumulation_steps": 2,
 }
+CHECKPOINTED = {"gradient_checkpointing": True, "gradient_accumulation_steps": 2}
 SETTINGS = [
     pytest.param({"scale_rewards": "group"}, None, GRPOPlusConfig, id="group"),
-    pytest.param({"scale_rewards": "group", "num_iterations": 2}, LORA, GRPOPlusConfig, id="group-lora-2iterations"),
+    pytest.param(CHECKPOINTED | {"num_iterations": 2}, LORA, GRPOPlusConfig, id="lora-2iterations-checkpoints"),
     pytest.param({"scale_rewards": "none", "num_iterations": 2}, None, GRPOConfig, id="none-2iterations-plain"),
     pytest.param({"scale_rewards": "none", "beta": 0.1}, LORA, GRPOPlusConfig, id="none-lora-beta"),
     pytest.param(ACCUMULATED, None, GRPOPlusConfig, id="gdpo-accumulation"),
     pytest.param(ACCUMULATED, None, GRPOConfig, id="gdpo-accumulation-plain"),
 ]
-
-
-OFF = {"packing": "none", "skip_zero_advantage": False, "lora_backend": "peft", "generation_loop": "trl"}
 
 
 @pytest.mark.parametrize(("config", "peft_config", "config_class"), SETTINGS)

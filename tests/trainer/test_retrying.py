@@ -85,7 +85,7 @@ def test_the_second_try_begins_where_the_first_began(tmp_path, caplog, where):
     assert f"max_tokens_per_pass={small.speed.passes.tokens}" in warned[0]
 
 
-def test_a_whole_model_tries_again_as_long_as_no_gradient_of_before_has_changed(tmp_path):
+def test_a_whole_model_tries_again_as_long_as_no_gradient_of_before_has_changed(tmp_path, caplog):
     whole = {"trainer_arguments": None, "max_steps": 2, "beta": 0.0, "kl_target": None}
     small = trained(tmp_path / "small", SmallCard, **whole)
     small.where = "forward"
@@ -98,6 +98,7 @@ def test_a_whole_model_tries_again_as_long_as_no_gradient_of_before_has_changed(
     # The backward has come to the embeddings: the gradients of the first micro-batch are lost.
     with pytest.raises(torch.OutOfMemoryError, match="simulated"):
         trained(tmp_path / "late", SmallCard, **whole).train()
+    assert f"Set max_tokens_per_pass={small.speed.passes.tokens} and resume." in caplog.text
 
 
 @pytest.mark.parametrize("size", [None, 64])
@@ -106,10 +107,11 @@ def test_a_given_size_stays_and_the_error_is_torchs(tmp_path, size):
         trained(tmp_path, SmallCard, max_tokens_per_pass=size).train()
 
 
-def test_passes_of_one_row_are_not_halved(tmp_path):
+def test_passes_of_one_row_are_not_halved(tmp_path, caplog):
     small = trained(tmp_path, SmallCard)
     small.where = "forward"
     small.speed.passes.fitting = lambda prompt_length: 1
     with pytest.raises(torch.OutOfMemoryError, match="simulated"):
         small.train()
     assert small.tries == 1
+    assert "An update ran out of memory with one row at a time" in caplog.text
