@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from grpo_plus.planner.largest import resized
 from grpo_plus.planner.run import AUTO, Run
 
 Settings = dict[str, Any]
@@ -77,7 +78,11 @@ def _tiles(run: Run) -> Settings | None:
 
 
 def _offloads(run: Run) -> Settings | None:
-    return None if run.offload_activations or not run.gradient_checkpointing else {"offload_activations": True}
+    if run.offload_activations or not run.gradient_checkpointing:
+        return None
+    # The host holds the inputs of a whole micro-batch, in however many passes it goes through the model.
+    single = resized(run, "per_device_train_batch_size", 1) if run.rows_per_pass == 1 else run
+    return {"offload_activations": True} | single.changed_from(run)
 
 
 def _splits(run: Run) -> Settings | None:

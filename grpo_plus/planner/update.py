@@ -64,10 +64,12 @@ def update_bytes(shape: ModelShape, run: Run, constants: Constants) -> Bytes:
 
 
 def host_inputs(shape: ModelShape, run: Run) -> float:
-    """Bytes of layer inputs that wait in the host's memory for their backward."""
+    """Bytes of layer inputs that wait in the host's memory for their backward: of all passes of a micro-batch."""
     if not (run.offload_activations and run.gradient_checkpointing):
         return 0
-    return len(shape.layers) * forwarded_tokens(run) * shape.hidden * run.weight_size
+    passes, rest = divmod(run.per_device_train_batch_size, run.rows_per_pass)
+    tokens = passes * forwarded_tokens(run) + run.tokens_of(rest)
+    return len(shape.layers) * tokens * shape.hidden * run.weight_size
 
 
 def _layer_backward(shape: ModelShape, layer: Layer, run: Run, constants: Constants) -> float:

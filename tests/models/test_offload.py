@@ -2,6 +2,7 @@
 
 import weakref
 from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +16,7 @@ from grpo_plus.models import offload
 from grpo_plus.models.offload import Offload
 from grpo_plus.packing.layout import group_rows
 from grpo_plus.packing.passes import CACHED
+from grpo_plus.packing.recomputed import one_by_one
 from grpo_plus.packing.rows import SEGMENTS
 from tests.packing.models import tiny
 from tests.packing.rows import COMPLETION, padded_batch
@@ -196,3 +198,22 @@ def test_a_copy_waits_for_the_computation_and_the_computation_for_the_copy(monke
     side = offload._Side(torch.device("cpu"))
     side.wait(side.copy([torch.zeros(3)], [torch.ones(3)]))
     assert order == ["side waits for main", "event on side", "main waits for event"]
+
+
+def test_the_inputs_of_all_passes_wait_on_the_host(model, monkeypatch):
+    made: weakref.WeakSet[Any] = weakref.WeakSet()
+    make = offload._Input.__init__
+    monkeypatch.setattr(offload._Input, "__init__", lambda self, *args: (make(self, *args), made.add(self))[0])
+    ids = torch.arange(2 * 20).view(2, 20)
+
+    def scored(row: Tensor) -> tuple[Tensor, Tensor]:
+        logps = model(input_ids=row.unsqueeze(0), use_cache=False).logits.log_softmax(-1).flatten()
+        return logps, logps.detach()
+
+    with Offload(least_bytes=1).of(model):
+        logps, _ = one_by_one((partial(scored, row) for row in ids), len(ids), model.device)
+        waiting = sum(piece.nbytes for packed in made for piece in packed._on_host)
+        assert waiting == LAYERS * ids.numel() * model.config.hidden_size * 4
+        logps.sum().backward()
+    model.zero_grad()
+    assert not made

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from grpo_plus.models import tiles
 from grpo_plus.models.offload import Offload
 from grpo_plus.models.tiles import Tiles
 from grpo_plus.planner import Constants, Run, shape_of
+from grpo_plus.planner.changes import leanest
 from grpo_plus.planner.update import host_inputs, update_bytes
 from tests.planner.configs import LLAMA_3_1_8B, QWEN3_4B
 from tests.planner.tracking import count
@@ -53,3 +55,12 @@ def test_a_long_row_without_them_peaks_where_allocations_do():
     predicted = sum(update_bytes(shape, run, Constants()).values())
     copied = 2 * TOKENS * shape.layers[0].query
     assert predicted + copied == pytest.approx(count(QWEN3_4B, run, layers=LAYERS).peak, rel=0.1)
+
+
+def test_the_host_holds_the_inputs_of_all_passes_and_advice_asks_for_one_row_at_a_time():
+    shape = shape_of(QWEN3_4B)
+    run = Run(**ROW | {"per_device_train_batch_size": 8, "num_generations": 8}, offload_activations=True)
+    one = replace(run, per_device_train_batch_size=1, gradient_accumulation_steps=8)
+    assert host_inputs(shape, one) == 36 * TOKENS * 2560 * 2
+    assert host_inputs(shape, run) == 8 * host_inputs(shape, one)
+    assert leanest(replace(run, offload_activations=False)).per_device_train_batch_size == 1
