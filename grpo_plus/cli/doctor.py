@@ -60,6 +60,8 @@ def _active() -> list[str]:
         f"losses: TRL's {len(TRL_LOSSES)}, and {len(LOSSES) - len(TRL_LOSSES)} that it lacks (grpo-plus ls losses)",
         "forward: packed where a check on the first rows finds it exact (packing), without zero-advantage rows",
         "generation by transformers: each prompt once, and finished rows leave (generation_loop)",
+        "memory: on a GPU, an update that does not fit takes several passes (max_tokens_per_pass); under gradient",
+        "  checkpointing, long rows go through MLPs in tiles (mlp_tile_tokens)",
         "on a GPU, forms, heads and LoRA layers that are 'auto' are timed in the first update; the fastest is taken",
         "log-probabilities (logprob_backend='auto'):",
         *(f"  {line}" for line in _heads()),

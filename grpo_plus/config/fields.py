@@ -47,10 +47,10 @@ class GRPOPlusConfig(GRPOConfig):
             signals (SIGALRM) do not work. Reward models are not timed. None: no bound, and no thread.
         health_warnings: whether a `RewardHealthCallback` with its default thresholds reads the log, and warns once per
             cause where the run cannot learn or learns something else. It changes nothing in the training.
-        truncated_sampling: what the log-probabilities are taken over where the sampler draws from a part of the
-            vocabulary, as with top_p, top_k, min_p or suppressed tokens. None: over all of it, as TRL, which is the
-            policy before anything was ruled out. "correct": over what could be drawn, for the policy, the old policy
-            and the reference, so that ratio, gradient, KL and entropy are those of the policy that sampled. It needs
+        truncated_sampling: over which tokens log-probabilities are taken where the sampler draws from a part of the
+            vocabulary, as with top_p, top_k, min_p or suppressed tokens. None: over all tokens, as in TRL, although
+            that policy did not sample. "correct": over the tokens that could be drawn, for the policy, the old policy
+            and the reference. Ratio, gradient, KL and entropy are then those of the policy that sampled. It needs
             transformers' plain generation, and refuses what changes the odds between the tokens that are left, such as
             a repetition penalty.
         loss_kwargs: hyper-parameters of a `loss_type` that TRL lacks. On the command line: JSON. Such a loss does not
@@ -81,9 +81,9 @@ class GRPOPlusConfig(GRPOConfig):
             in 4 bits or not quantized. "auto": "torch" wherever the layers allow; on a GPU the faster one.
         generation_loop: what decodes where transformers generates. "grouped": each distinct prompt goes through the
             model once for all of its completions, a finished row leaves the batch, and the cache grows in place. The
-            same seed gives the same tokens. "trl": transformers' own loop, as TRL. "auto": the first wherever it gives
-            the same tokens, with a warning that names the reason where it cannot. A "grouped" that cannot be is an
-            error. Nothing changes with vLLM, continuous batching or a rollout function.
+            same seed gives the same tokens. "trl": transformers' own loop, as in TRL. "auto": "grouped" wherever it
+            gives the same tokens, and "trl" elsewhere, with a warning that names the reason. "grouped" is an error
+            where it does not. Nothing changes with vLLM, continuous batching or a rollout function.
         generation_chunk_size: rows that a process generates for at a time, for a smaller cache. None: its whole
             generation batch, as TRL. "auto": as many as the free memory of a CUDA device holds by the planner's count,
             and half as many where the memory runs out all the same; on other devices all. A part holds whole groups of
@@ -99,11 +99,11 @@ class GRPOPlusConfig(GRPOConfig):
             tokens as the free memory of a CUDA device holds by the planner's count. Where the memory runs out all the
             same, the passes are halved and the micro-batch is computed again. Other devices take one pass, and so do
             rows with images.
-        mlp_tile_tokens: number of tokens for which the MLPs and norms of long rows are computed at a time, so that a
-            layer's peak in backward is its attention's. "auto": 4096 where gradient checkpointing is on and not
+        mlp_tile_tokens: number of tokens that MLPs and norms see at a time. Longer rows go through them in tiles, so
+            that a layer's peak in backward is its attention's. "auto": 4096 where gradient checkpointing is on and not
             reentrant, which costs no further forward of the MLP in most models. None or 0: all tokens at once. A number
-            counts without checkpointing, too: MLPs and norms are then computed once more, and only their inputs are
-            kept. Generation does not change.
+            acts without checkpointing, too: MLPs and norms are then computed once more, and only their inputs are kept.
+            Generation does not change.
         adapter_dtype: of the adapters and of Adam's state, "float32" or "bfloat16". None: float32 above a base that
             bitsandbytes quantized, else as PEFT made them. TRL takes bfloat16 above such a base, where a step of a
             small learning rate rounds to nothing.
@@ -165,7 +165,7 @@ class GRPOPlusConfig(GRPOConfig):
         default=None,
         metadata={
             "help": "correct: take log-probabilities over the tokens that top_p, top_k, min_p and the like have left; "
-            "unset: over the whole vocabulary, as TRL."
+            "unset: over the whole vocabulary, as in TRL."
         },
     )
     loss_kwargs: dict[str, Any] | str | None = field(
@@ -243,8 +243,8 @@ class GRPOPlusConfig(GRPOConfig):
     mlp_tile_tokens: int | str | None = field(
         default="auto",
         metadata={
-            "help": "Tokens that MLPs and norms of long rows are computed for at a time; auto: 4096 under gradient "
-            "checkpointing that is not reentrant."
+            "help": "Most tokens that MLPs and norms see at a time in an update; auto: 4096 under gradient "
+            "checkpointing that is not reentrant; 0: all."
         },
     )
     adapter_dtype: str | None = field(
