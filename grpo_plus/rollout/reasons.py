@@ -43,6 +43,8 @@ def why_not_config(config: GenerationConfig) -> str | None:
         return "return_dict_in_generate=True asks for more than tokens"
     if config.prefill_chunk_size is not None:
         return f"prefill_chunk_size={config.prefill_chunk_size}"
+    if config.guidance_scale not in (None, 1):
+        return f"guidance_scale={config.guidance_scale} calls the model between the steps"
     return None
 
 

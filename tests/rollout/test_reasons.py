@@ -34,6 +34,7 @@ CASES = {
     "static-cache": (SAMPLED | {"cache_implementation": "static"}, {}, "cache_implementation='static'"),
     "no-cache": (SAMPLED | {"use_cache": False}, {}, "use_cache=False"),
     "prefill-in-chunks": (SAMPLED | {"prefill_chunk_size": 8}, {}, "prefill_chunk_size=8"),
+    "guidance": (SAMPLED | {"guidance_scale": 1.5}, {}, "guidance_scale=1.5 calls the model between the steps"),
     "callers-cache": (SAMPLED, {"past_key_values": DynamicCache}, "the cache is the caller's"),
     "unknown-input": (SAMPLED, {"output_router_logits": lambda: False}, "the model takes output_router_logits"),
     "streamer": (GREEDY, {"streamer": Streamer}, "generate is called with streamer"),
