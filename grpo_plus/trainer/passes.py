@@ -61,13 +61,14 @@ class Passes:
 def tokens_that_fit(model: Any, args: Any, prompt_length: int) -> int | None:
     """Tokens of the most rows of full length whose update fits into a CUDA device by the planner's count.
 
-    None where a whole micro-batch fits, on other devices, and for an architecture that the planner does not know.
+    None where a whole micro-batch fits, on other devices, and for a model or optimizer that the planner does not know.
     """
     if model.device.type != "cuda":
         return None
     try:
         shape, run = shape_and_run(model, args, max(prompt_length, 1))
-    except ValueError:
+    except ValueError as reason:
+        logger.info("max_tokens_per_pass: a whole micro-batch until memory runs out. Nothing is counted: %s", reason)
         return None
     free, _ = torch.cuda.mem_get_info(model.device)
     # The planner counts what is there already, too: weights, gradients and the optimizer's state.

@@ -41,6 +41,14 @@ def test_auto_is_the_tokens_of_the_rows_whose_update_fits(trainer, monkeypatch):
     assert found(context) == 10 + 8
 
 
+def test_a_run_that_the_planner_does_not_know_is_said(trainer, monkeypatch, caplog):
+    monkeypatch.setattr(PreTrainedModel, "device", property(lambda self: torch.device("cuda")))
+    monkeypatch.setattr(trainer.args, "optim", "adafactor")
+    with caplog.at_level(logging.INFO, logger="grpo_plus"):
+        assert tokens_that_fit(trainer.model, trainer.args, 10) is None
+    assert "max_tokens_per_pass: a whole micro-batch until memory runs out. Nothing is counted: Unknown" in caplog.text
+
+
 def test_the_free_memory_is_read_once(caplog):
     asked = []
     passes = Passes(fitting=lambda prompt_length: asked.append(prompt_length) or 100)
