@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+from grpo_plus.kernels.linear_logprob import single_pass
 from grpo_plus.models.offload import Offload
 from grpo_plus.packing import recomputed
 from grpo_plus.packing.forward import Form
+from grpo_plus.packing.head import single_pass_head
 from grpo_plus.packing.layout import unpack
 from grpo_plus.packing.packer import Choice, _run
 from grpo_plus.packing.padded import Layout, forward_padded
@@ -21,10 +23,10 @@ CPU = torch.device("cpu")
 BOUND = 40
 
 
-def logps_of(model, form: Form, bound: int | None, batch=None):
+def logps_of(model, form: Form, bound: int | None, batch=None, head=None):
     ids, mask = padded_batch() if batch is None else batch
     parts = Layout.read(ids, mask, COMPLETION, None).ready(form, CPU, None, bound)
-    logps, _ = _run(Choice(form, None), model, parts)
+    logps, _ = _run(Choice(form, head), model, parts)
     places = torch.cat([part.rows for part in parts]), torch.cat([part.columns for part in parts])
     return unpack(logps, places, torch.zeros(ids.shape[0], COMPLETION))
 
@@ -124,4 +126,19 @@ def test_passes_go_with_layer_inputs_on_the_host(form, reentrant):
     expected = gradients(model, lambda: logps_of(model, form, None))
     with Offload(least_bytes=0).of(model):
         actual = gradients(model, lambda: logps_of(model, form, BOUND))
+    assert_close("gradients", actual[1], expected[1], rtol=1e-6)
+
+
+def test_a_single_pass_head_forms_its_derivatives_once(monkeypatch):
+    model = tiny("qwen3")
+    model.get_output_embeddings().requires_grad_(False)
+    head = single_pass_head("torch", temperature=1.3)
+    expected = gradients(model, lambda: logps_of(model, SEGMENTS, None, head=head))
+    formed, whole = [], single_pass._times_weight
+    monkeypatch.setattr(single_pass, "_times_weight", lambda *inputs: formed.append(1) or whole(*inputs))
+    logps = logps_of(model, SEGMENTS, BOUND, head=head)
+    assert len(formed) == 1  # the last pass, which the backward does not compute again
+    logps.sum().backward()
+    assert len(formed) == len(Layout.read(*padded_batch(), COMPLETION, None).ready(SEGMENTS, CPU, None, BOUND)) > 2
+    actual = gradients(model, lambda: logps_of(model, SEGMENTS, BOUND, head=head))
     assert_close("gradients", actual[1], expected[1], rtol=1e-6)

@@ -9,7 +9,9 @@ The forward can compute this vector while it holds the logits, whatever the loss
 That takes two matrix products of size N x V x H. A head that rebuilds its logits in backward, as TRL's, needs three.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +33,18 @@ class Head(NamedTuple):
 
 # hidden (N, H), targets, head, whether derivatives are wanted -> log-probs (N,), entropies (N,), derivatives (N, H)
 Score = Callable[[Tensor, Tensor, Head, bool], tuple[Tensor, Tensor, Tensor | None]]
+
+_backward_computes_again: ContextVar[bool] = ContextVar("backward_computes_again", default=False)
+
+
+@contextmanager
+def for_values_alone() -> Iterator[None]:
+    """Form no derivatives inside: the forward of a checkpoint, whose backward computes everything again."""
+    token = _backward_computes_again.set(True)
+    try:
+        yield
+    finally:
+        _backward_computes_again.reset(token)
 
 
 def frozen_logprob(score: Score, hidden: Tensor, targets: Tensor, head: Head) -> tuple[Tensor, Tensor]:
@@ -82,7 +96,10 @@ class _SinglePass(torch.autograd.Function):
         ctx: Any, score: Score, hidden: Tensor, targets: Tensor, head: Head, with_gradient: bool
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        logps, entropy, vectors = score(hidden, targets, head, with_gradient)
+        again = _backward_computes_again.get()
+        logps, entropy, vectors = score(hidden, targets, head, with_gradient and not again)
+        if with_gradient and again:  # a checkpoint asks for as many saved tensors of the same shapes as later
+            vectors = hidden.new_empty(()).expand_as(hidden)
         ctx.save_for_backward(vectors)
         ctx.mark_non_differentiable(entropy)
         return logps, entropy
