@@ -94,11 +94,11 @@ class GRPOPlusConfig(GRPOConfig):
             The numbers are the same. One input is B * L * H numbers, and there is one per layer.
         max_tokens_per_pass: most tokens that an update sends through the model at once. A micro-batch of more tokens
             takes several passes. The backward holds one pass at a time, and computes every pass but the last again. The
-            completions of a prompt stay in one pass where they fit, and a completion is never cut. The loss is that of
-            all rows together, and the gradients differ by rounding alone. None: one pass, as TRL. "auto": as many
-            tokens as the free memory of a CUDA device holds by the planner's count. Where the memory runs out all the
-            same, the passes are halved and the micro-batch is computed again. Other devices take one pass, and so do
-            rows with images.
+            completions of a prompt stay in one pass where they fit. A longer prompt goes through in parts where the
+            model's cache carries them exactly, and a completion is never cut. The loss is that of all rows together,
+            and the gradients differ by rounding alone. None: one pass, as TRL. "auto": as many tokens as the free
+            memory of a CUDA device holds by the planner's count. Where the memory runs out all the same, the passes are
+            halved and the micro-batch is computed again. Other devices take one pass, and so do rows with images.
         mlp_tile_tokens: number of tokens that MLPs and norms see at a time. Longer rows go through them in tiles, so
             that a layer's peak in backward is its attention's. "auto": 4096 where gradient checkpointing is on and not
             reentrant, which costs no further forward of the MLP in most models. None or 0: all tokens at once. A number

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from grpo_plus.models.rounding import precision_of_products
-from grpo_plus.packing.cached import forget_prompts
 from grpo_plus.packing.forward import Form, Head, install_packed_forward
 from grpo_plus.packing.layout import Group
 
@@ -171,7 +170,6 @@ def _with_gradient(
             weights = torch.arange(len(logps), device=logps.device, dtype=logps.dtype).cos()  # no two rows alike
             gradients = torch.autograd.grad((logps * weights).sum(), [leaf for _, leaf in calls])
     finally:
-        forget_prompts()
         # In older versions of torch, autocast gives a later forward the casts that were made here without a graph, and
         # the weights no gradient.
         torch.clear_autocast_cache()

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from grpo_plus.models.memory import is_out_of_memory
-from grpo_plus.packing.cached import forget_prompts
 from grpo_plus.packing.forward import Form, Head
 
 logger = logging.getLogger("grpo_plus")
@@ -109,7 +108,7 @@ class Stopwatch:
 
     parameters: Sequence[Tensor]
     clock: Callable[[], float]
-    prepare: Callable[[], None] = forget_prompts
+    prepare: Callable[[], None]
 
     def seconds(self, forward: Callable[[], Tensor]) -> float:
         """The shortest of the warm runs. Infinite where memory is not enough.
@@ -253,7 +252,6 @@ class Measure:
         return way
 
     def _prepare(self) -> None:
-        forget_prompts()
         torch.clear_autocast_cache()  # it holds casts whose graph the last run has freed
         if self.layers is not None:
             self.layers.renew()

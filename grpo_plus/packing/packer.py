@@ -88,6 +88,7 @@ class Packer:
         self.measure = measure
         self.training = False
         self._choices: WeakKeyDictionary[PreTrainedModel, Choice | None] = WeakKeyDictionary()
+        self._cut: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()  # whether `CACHED` is exact, too
 
     def logps(
         self,
@@ -145,6 +146,8 @@ class Packer:
         choice = self._choices[base]
         if choice is None:
             return None
+        if self._cuts_prompts(base, choice, layout.groups, padded_logps, limits[1]):
+            choice = Choice(CACHED, choice.head)
         parts = layout.ready(choice.form, base.device, *limits)
         logps, entropies = _run(choice, model, parts, rows.truncated)
         places = torch.cat([part.rows for part in parts]), torch.cat([part.columns for part in parts])
@@ -208,6 +211,28 @@ class Packer:
         for reason in reasons:
             logger.info("packing: %s", reason)
         return choice
+
+    def _cuts_prompts(
+        self,
+        base: PreTrainedModel,
+        choice: Choice,
+        groups: Sequence[Group],
+        padded_logps: PaddedLogps,
+        bound: int | None,
+    ) -> bool:
+        """Whether prompts longer than a pass go through the model's cache, which alone can cut them."""
+        longest = max(len(group.prompt) for group in groups)
+        if bound is None or longest <= bound or not choice.form.share or choice.form is CACHED:
+            return False
+        if base not in self._cut:
+            reason = why_not_cached(base)
+            if reason is None:
+                verdict = choose([CACHED], base, groups, padded_logps, [choice.head], gradient=self.gradient_check)
+                reason = None if verdict.form else "; ".join(verdict.reasons)
+            self._cut[base] = reason is None
+            place = "go through the model's cache in parts" if reason is None else f"stay whole. {reason}"
+            logger.info("packing: prompts longer than a pass, such as one of %d tokens, %s.", longest, place)
+        return self._cut[base]
 
     def _heads(self, base: PreTrainedModel) -> list[Head | None]:
         return [self.head, None] if self.head is not None and why_not_single_pass(base) is None else [None]

@@ -52,8 +52,7 @@ class Layout:
         most = min((limit for limit in (max_tokens, bound) if limit is not None), default=None)
         groups = form.arrange(self.groups or ())
         for some in runs(groups, lambda some: most is None or form.tokens(some, device) <= most):
-            long = bound is not None and len(some) == 1 < len(some[0].rows) and form.tokens(some, device) > bound
-            if bound is not None and long:
+            if bound is not None and len(some) == 1 and form.tokens(some, device) > bound:
                 yield from form.ready_in_parts(some[0], device, bound)
             else:
                 yield form.ready(some, device)

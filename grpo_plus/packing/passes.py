@@ -1,4 +1,8 @@
-"""Form of two passes through the model's own cache: prompts first, then completions in parts of similar length."""
+"""Form of two passes through the model's own cache: prompts first, then completions in parts of similar length.
+
+Where the tokens of a pass are bounded, a longer prompt goes through in parts. Each part reads what the parts before it
+have recorded, and the backward computes one part again at a time. Their gradients meet in the records.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,11 +14,12 @@ import transformers
 from packaging.version import Version
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
-from grpo_plus.packing.cached import PromptReader, PromptRecord, checkpoints_with_cache
+from grpo_plus.packing.cached import PartReader, PromptReader, PromptRecord, States, checkpoints_with_cache
 from grpo_plus.packing.forward import Form, Head, Logps, Pass, Ready, Tokens, joined, score
 from grpo_plus.packing.layout import IGNORED, Group, passes, runs, scored
+from grpo_plus.packing.recomputed import recomputed
 
 CARRIES_STATE = frozenset({"linear_attention", "conv", "mamba"})
 STATES_SINCE = Version("5.21")
@@ -59,9 +64,13 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Long:
-    """One group whose completions take several passes. The pass of its prompt is kept for all of them."""
+    """One group whose completions take several passes. What its prompt has recorded is kept for all of them.
+
+    prompts: the parts in which the prompt goes through. Empty for a prompt of one token.
+    """
 
     part: _Part
+    prompts: tuple[_Prompts, ...]
 
 
 def pass_tokens(device: torch.device) -> int:
@@ -145,12 +154,22 @@ def _lay_out_long(group: Group, device: torch.device, max_tokens: int) -> Ready:
         for part in runs(same, lambda rows: len(rows) * max(lengths[row] for row in rows) <= max_tokens)
     ]
     completions = [_completions([group], [(0, row) for row in rows], length) for rows in chosen]
-    part = _Part(_prompts([group], length) if length else None, tuple(completions))
+    prompt = _prompts([group], length) if length else None
+    long = _Long(_Part(prompt, tuple(completions)), _in_parts(prompt, max_tokens) if prompt else ())
     apart = group.apart()
     places = scored([apart[row] for rows in chosen for row in rows])
     tokens = length + sum(completion.tokens.input_ids.numel() for completion in completions)
     sizes = tuple(len(completion.tokens.places) for completion in completions)
-    return Ready(_Long(part), *places, tokens, sizes)
+    return Ready(long, *places, tokens, sizes)
+
+
+def _in_parts(prompt: _Prompts, max_tokens: int) -> tuple[_Prompts, ...]:
+    """Cut a prompt into parts of nearly one size."""
+    length = prompt.input_ids.shape[1]
+    # Two tokens at least: a recurrent layer takes a single token for a step of generation.
+    count = max(1, min(-(-length // max_tokens), length // 2))
+    parts = zip(*(ids.tensor_split(count, dim=1) for ids in (prompt.input_ids, prompt.position_ids)), strict=True)
+    return tuple(_Prompts(ids, positions, None) for ids, positions in parts)
 
 
 def _passes(
@@ -159,42 +178,62 @@ def _passes(
     if not isinstance(call, _Long):
         yield partial(_run, call, head, model, forward)
         return
-    with checkpoints_with_cache(model):
-        record = _read(call.part, model)
+    recorded = _read_in_parts(call.prompts, model)
     for rows in call.part.completions:
-        yield partial(_continue, call.part, record, rows, head, model, forward)
+        yield partial(_continue, call.part, recorded, rows, head, model, forward)
+
+
+def _read_in_parts(prompts: Sequence[_Prompts], model: PreTrainedModel) -> States:
+    """Run the parts of a prompt through the model. Returns what the layers have written."""
+    config, recorded, length = model.config.get_text_config(), States(), 0
+    for number, part in enumerate(prompts):
+        record = PromptRecord(config, part=number)
+        cache = PartReader(config, recorded, length, record) if number else record
+        read = partial(_read, part, cache, model)
+        if len(prompts) > 1 and torch.is_grad_enabled():
+            recomputed(read, model.device)
+        else:
+            read()
+        recorded = recorded | record.take()
+        length += part.input_ids.shape[1]
+    return recorded
 
 
 def _run(parts: Sequence[_Part], head: Head | None, model: PreTrainedModel, forward: Callable[..., Any]) -> Logps:
     with checkpoints_with_cache(model):
-        records = ((part, _read(part, model)) for part in parts)
+        pairs = ((part, _recorded(part, model)) for part in parts)
         return joined(
-            _score(part, record, rows, head, model, forward) for part, record in records for rows in part.completions
+            _score(part, recorded, rows, head, model, forward) for part, recorded in pairs for rows in part.completions
         )
 
 
-def _continue(part: _Part, record: PromptRecord, *rest: Any) -> Logps:
+def _continue(part: _Part, recorded: States, *rest: Any) -> Logps:
     with checkpoints_with_cache(rest[2]):
-        return _score(part, record, *rest)
+        return _score(part, recorded, *rest)
 
 
-def _read(part: _Part, model: PreTrainedModel) -> PromptRecord:
-    """Run the prompts of a part through the model, and record what the layers write."""
-    record, prompts = PromptRecord(model.config.get_text_config()), part.prompts
-    if prompts is not None:
+def _recorded(part: _Part, model: PreTrainedModel) -> States:
+    """What the layers write while the prompts of a part go through the model."""
+    record = PromptRecord(model.config.get_text_config())
+    if part.prompts is not None:
+        _read(part.prompts, record, model)
+    return record.take()
+
+
+def _read(prompts: _Prompts, cache: DynamicCache, model: PreTrainedModel) -> None:
+    with checkpoints_with_cache(model):
         model.base_model(
             input_ids=prompts.input_ids,
             attention_mask=prompts.mask,
             position_ids=prompts.position_ids,
-            past_key_values=record,
+            past_key_values=cache,
             use_cache=True,
         )
-    return record
 
 
 def _score(
     part: _Part,
-    record: PromptRecord,
+    recorded: States,
     rows: _Completions,
     head: Head | None,
     model: PreTrainedModel,
@@ -204,7 +243,7 @@ def _score(
     reader = None
     if part.prompts is not None:
         shape = len(rows.tokens.input_ids), part.prompts.input_ids.shape[1]
-        reader = PromptReader(model.config.get_text_config(), record, *shape, prompts=rows.prompts)
+        reader = PromptReader(model.config.get_text_config(), recorded, *shape, prompts=rows.prompts)
     return score(model, forward, head, rows.tokens, attention_mask=rows.mask, past_key_values=reader)
 
 

@@ -18,7 +18,6 @@ from trl import GRPOTrainer
 from grpo_plus.losses.sampler import SamplerGap
 from grpo_plus.models.adapters import has_adapters
 from grpo_plus.models.memory import is_out_of_memory
-from grpo_plus.packing.cached import forget_prompts
 from grpo_plus.trainer.guard import STEPS_WITHIN_BACKWARD
 from grpo_plus.trainer.names import MOVED_BY_A_LOSS, MULTIMODAL, metrics_of
 from grpo_plus.trainer.position import RandomStates
@@ -224,7 +223,6 @@ class RetryingSeam(SavingSeam):
         self._sampler.go_back_to(attempt.gap)
         self._again = attempt.inputs
         self.speed.passes.shrink(tokens)
-        forget_prompts()
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -61,6 +61,10 @@ def test_after_thirty_seconds_only_trls_own_way_is_timed():
     assert fastest(times) == Way(SEGMENTS, None, own_layers=True)
 
 
+def nothing():
+    pass
+
+
 class Clock:
     """Seconds that pass only while a forward says so."""
 
@@ -80,7 +84,7 @@ def test_the_cold_run_does_not_count_and_gradients_stay_as_they_are():
         clock.now += next(passing)
         return weight * 2.0
 
-    assert Stopwatch([weight], clock).seconds(forward) == 2.0
+    assert Stopwatch([weight], clock, prepare=nothing).seconds(forward) == 2.0
     assert next(passing, None) is None
     assert weight.grad.tolist() == [7.0, 7.0]
     assert RUNS == 3
@@ -94,7 +98,7 @@ def test_a_backward_takes_part_in_the_time():
         values.register_hook(lambda gradient: setattr(clock, "now", clock.now + 4.0))
         return values
 
-    assert Stopwatch([weight], clock).seconds(forward) == 4.0
+    assert Stopwatch([weight], clock, prepare=nothing).seconds(forward) == 4.0
 
 
 def test_a_way_without_enough_memory_takes_forever_and_another_failure_is_shown():
@@ -104,7 +108,7 @@ def test_a_way_without_enough_memory_takes_forever_and_another_failure_is_shown(
     def wrong():
         raise RuntimeError("shapes differ")
 
-    stopwatch = Stopwatch([torch.ones(1, requires_grad=True)], Clock())
+    stopwatch = Stopwatch([torch.ones(1, requires_grad=True)], Clock(), prepare=nothing)
     assert stopwatch.seconds(too_large) == math.inf
     with pytest.raises(RuntimeError, match="shapes differ"):
         stopwatch.seconds(wrong)

@@ -16,7 +16,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from grpo_plus.models import rounding
-from grpo_plus.packing import attention, cascade, check, packer, varlen
+from grpo_plus.packing import attention, cascade, check, packer, passes, varlen
 from grpo_plus.packing.head import single_pass_head
 from grpo_plus.packing.layout import group_rows
 from grpo_plus.packing.packer import Packer
@@ -24,7 +24,7 @@ from grpo_plus.packing.padded import PaddedRows, forward_live
 from grpo_plus.packing.rows import SEGMENTS
 from tests.close import assert_close
 from tests.packing.models import HYBRIDS, tiny
-from tests.packing.rows import COMPLETION, padded_batch, padded_output, rows_alone
+from tests.packing.rows import COMPLETION, gradients, padded_batch, padded_output, rows_alone
 
 CHOICES = {
     "llama": "segment attention",
@@ -147,7 +147,7 @@ def test_a_kernels_user_gets_the_shared_prompt(monkeypatch, kernel):
 
 @pytest.mark.parametrize("name", HYBRIDS)
 def test_states_are_not_carried_by_a_transformers_that_gets_them_wrong(monkeypatch, name):
-    monkeypatch.setattr("transformers.__version__", "5.20.3")
+    monkeypatch.setattr(passes.transformers, "__version__", "5.20.3")
     with pytest.warns(UserWarning, match=r"since transformers 5.21, found 5.20.3: pip install -U transformers"):
         assert packed(tiny(name))[1] is None
     assert packed(tiny("bloom"))[1] is not None
@@ -467,3 +467,24 @@ def test_tokens_are_those_that_went_through_the_model():
     # Prompts of 23 (completions 17, 0, 1, 9), 14 (5, 2), 1 (3, 4) and 22 (6) tokens; a prompt's last counts per row.
     assert packed(tiny("llama"))[1].tokens == 22 + 27 + 13 + 7 + 0 + 7 + 21 + 6
     assert packed(tiny("llama"), "padding_free")[1].tokens == 22 * 3 + 27 + 13 * 2 + 7 + 7 + 21 + 6
+
+
+@pytest.mark.parametrize("exact", [True, False], ids=["in parts", "whole"])
+def test_a_prompt_longer_than_a_pass_goes_through_the_cache_where_that_is_exact(monkeypatch, caplog, exact):
+    def detached(self, keys, values, layer_idx, *_):
+        self.states["attention", layer_idx, self.part] = keys.detach(), values.detach()
+        return keys, values
+
+    if not exact:
+        monkeypatch.setattr("grpo_plus.packing.cached.PromptRecord.update", detached)
+    cut, parts = passes._in_parts, []
+    monkeypatch.setattr(passes, "_in_parts", lambda *inputs: parts.append(len(cut(*inputs))) or cut(*inputs))
+    model = tiny("llama")
+    expected = gradients(model, lambda: rows_alone(model, *padded_batch()))
+    with caplog.at_level(logging.INFO, logger="grpo_plus"):
+        actual = gradients(model, lambda: packed(model, "shared_prompt", bound=10)[1].logps)
+    assert_close("gradients", actual[1], expected[1], rtol=2e-6)
+    # Prompts of 22, 13, 0 and 21 tokens before their last one, in passes of 10. The one of 0 fits.
+    assert sorted(parts) == ([2, 3, 3] if exact else [])
+    place = "go through the model's cache in parts." if exact else "stay whole. "
+    assert f"packing: prompts longer than a pass, such as one of 23 tokens, {place}" in caplog.text

@@ -1,11 +1,14 @@
 """Passes of bounded size: the gradients of one pass, while the backward holds a part of the rows at a time."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
 from grpo_plus.kernels.linear_logprob import single_pass
 from grpo_plus.models.offload import Offload
-from grpo_plus.packing import recomputed
+from grpo_plus.packing import passes, recomputed
 from grpo_plus.packing.forward import Form
 from grpo_plus.packing.head import single_pass_head
 from grpo_plus.packing.layout import unpack
@@ -142,3 +145,72 @@ def test_a_single_pass_head_forms_its_derivatives_once(monkeypatch):
     assert len(formed) == len(Layout.read(*padded_batch(), COMPLETION, None).ready(SEGMENTS, CPU, None, BOUND)) > 2
     actual = gradients(model, lambda: logps_of(model, SEGMENTS, BOUND, head=head))
     assert_close("gradients", actual[1], expected[1], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("qwen3", {}),
+        ("gemma3", {}),
+        ("mistral", CHECKPOINTS["checkpoints"]),
+        ("qwen3", CHECKPOINTS["reentrant"]),
+        ("qwen3_5", CHECKPOINTS["checkpoints"]),
+        ("lfm2", {}),
+    ],
+)
+def test_a_prompt_in_parts_gives_the_gradients_of_the_whole_prompt(name, settings):
+    model = tiny(name, **settings)
+    model.enable_input_require_grads()
+    expected = gradients(model, lambda: logps_of(model, CACHED, None))
+    actual = gradients(model, lambda: logps_of(model, CACHED, 8))  # three parts of a prompt of 22 tokens
+    assert_close("log-probabilities", actual[0], expected[0], rtol=1e-6)
+    assert_close("gradients", actual[1], expected[1], rtol=1e-6)
+
+
+def test_every_part_of_a_prompt_has_two_tokens():
+    def sizes(length, bound):
+        ids = torch.arange(length)[None]
+        return [part.input_ids.shape[1] for part in passes._in_parts(passes._Prompts(ids, ids, None), bound)]
+
+    assert sizes(22, 8) == [8, 7, 7]
+    assert sizes(22, 22) == [22]
+    assert sizes(5, 1) == [3, 2]
+    assert sizes(1, 1) == [1]
+
+
+def test_of_a_long_prompt_the_backward_keeps_its_records_and_one_part():
+    model = tiny("qwen3")
+    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+
+    def kept(bound: int | None) -> int:
+        with kept_bytes() as found:
+            logps_of(model, CACHED, bound, padded_batch({23: (2,)}))
+        return sum(size for address, size in found.items() if address not in weights)
+
+    # 22 tokens of the prompt, of two layers two heads with keys and values of 8 numbers.
+    records = 22 * 2 * 2 * 2 * 8 * 4
+    assert kept(8) < 0.4 * kept(None)
+    assert kept(8) - kept(2) < records
+
+
+@pytest.mark.parametrize("bound", [None, 8], ids=["whole", "in parts"])
+@pytest.mark.parametrize("backward", [False, True])
+def test_nothing_of_a_prompt_outlives_its_update(bound, backward, monkeypatch):
+    # Of a sliding window's first keys, no backward walks the graph.
+    model = tiny("mistral", checkpointing=True)
+    keys = []
+    take = passes.PromptRecord.take
+
+    def watched(record):
+        states = take(record)
+        keys.extend(weakref.ref(state) for pair in states.values() for state in pair)
+        return states
+
+    monkeypatch.setattr(passes.PromptRecord, "take", watched)
+    logps = logps_of(model, CACHED, bound)
+    if backward:
+        logps.sum().backward()
+    del logps
+    gc.collect()
+    assert keys
+    assert not any(key() is not None for key in keys)
