@@ -1,0 +1,174 @@
+"""Generation with each prompt once and rows that leave, beside transformers' own loop, token by token the same.
+
+python -m benchmarks.generation [--device cuda|cpu] [--pairs 5]
+
+Qwen3-shaped models with random weights, float32 on a CPU and bfloat16 on a GPU, sampling at temperature 1. Rows end
+with the same probability at every token, 45 % of the longest on average before the cut, unless the case says that all
+are as long. The tokens are compared first, in float32: other tokens end the run. Then both loops take turns; a ratio is
+the median over pairs. On a CPU: seconds of the process, one thread. Bytes are those of tensors alive at once, counted
+one by one (on a GPU: the allocator's), above what was there before. Writes benchmarks/results/generation_<device>.json.
+"""
+
+import argparse
+import json
+import os
+import statistics
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessorList, PreTrainedModel, Qwen3Config
+
+from benchmarks.lengths import FixedLengths, geometric
+from benchmarks.machine import RESULTS, describe, device_name, peak_mb, seconds
+from grpo_plus.rollout import Rollouts
+from tests.planner.tracking import Allocations
+
+VOCABULARY, EOS, PAD = 8000, 2, 0
+SIZES = {
+    "m": {"hidden_size": 384, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 64},
+    "s": {"hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Rows of one batch.
+
+    Attributes:
+        note: what is special. "" for nothing.
+        equal: whether all rows have the greatest length.
+    """
+
+    prompt: int
+    longest: int
+    groups: int
+    generations: int
+    size: str
+    note: str = ""
+    equal: bool = False
+
+    @property
+    def words(self) -> str:
+        """Shape in a few words."""
+        note = f", {self.note}" if self.note else ""
+        return f"{self.prompt}, {self.longest}, {self.groups} x {self.generations}{note}"
+
+
+CASES = (
+    Case(1024, 48, 1, 8, "m"),
+    Case(256, 48, 2, 8, "m"),
+    Case(512, 160, 1, 8, "s"),
+    Case(64, 256, 1, 8, "s"),
+    Case(256, 48, 8, 1, "s", "nothing shared"),
+    Case(32, 48, 4, 2, "s", "equal lengths", equal=True),
+    Case(32, 48, 8, 1, "s", "nothing shared, equal lengths", equal=True),
+)
+
+
+def main() -> None:
+    """Compare the tokens, then time and weigh every case."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--pairs", type=int, default=5)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = []
+    for case in CASES:
+        rows.append(_measured(case, args.device, args.pairs))
+        print(
+            f"{case.words:<48} TRL {rows[-1]['seconds']['trl']:6.2f} s  ours {rows[-1]['seconds']['grouped']:6.2f} s  "
+            f"{rows[-1]['speed_up']:.2f}x ({rows[-1]['slowest']:.2f} to {rows[-1]['fastest']:.2f})  "
+            f"{rows[-1]['peak_mb']['trl']:.0f} and {rows[-1]['peak_mb']['grouped']:.0f} MB",
+            flush=True,
+        )
+    machine = describe() | {"device": device_name(args.device), "threads": 1, "load": round(os.getloadavg()[0], 1)}
+    command = f"python -m benchmarks.generation --device {args.device} --pairs {args.pairs}"
+    path = RESULTS / f"generation_{args.device}.json"
+    path.write_text(json.dumps({"command": command, "machine": machine, "rows": rows}, indent=1) + "\n")
+    print(f"written to {path.name}")
+
+
+def _measured(case: Case, device: str, pairs: int) -> dict[str, Any]:
+    model = _model(case.size).to(device)
+    loops = {"trl": Batch(case, model, None), "grouped": Batch(case, model, Rollouts(insists=True))}
+    drawn = {name: batch.generate(seed=0) for name, batch in loops.items()}  # in float32, also on a GPU
+    if not torch.equal(*drawn.values()):
+        raise SystemExit(f"{case.words}: other tokens than transformers' own loop")
+    if device == "cuda":
+        model.to(torch.bfloat16)
+    times: dict[str, list[float]] = {name: [] for name in loops}
+    for pair in range(pairs):
+        for name, batch in loops.items():
+            times[name].append(seconds(lambda batch=batch, pair=pair: batch.generate(seed=pair), device))
+    peaks = {name: _peak_mb(batch, device) for name, batch in loops.items()}
+    ratios = [trl / ours for trl, ours in zip(times["trl"], times["grouped"], strict=True)]
+    return {
+        "case": case.words,
+        "model": case.size,
+        "speed_up": statistics.median(ratios),
+        "slowest": min(ratios),
+        "fastest": max(ratios),
+        "seconds": {name: statistics.median(values) for name, values in times.items()},
+        "peak_mb": peaks,
+    }
+
+
+def _peak_mb(batch: "Batch", device: str) -> float:
+    if device == "cuda":
+        return peak_mb(lambda: batch.generate(seed=0), device)
+    counted = Allocations([*batch.model.parameters(), *batch.model.buffers()])
+    with counted:
+        batch.generate(seed=0)
+    return counted.peak / 2**20
+
+
+class Batch:
+    """One batch of prompts, generated by one of the loops."""
+
+    def __init__(self, case: Case, model: PreTrainedModel, rollouts: Rollouts | None) -> None:
+        self.case, self.model, self.rollouts = case, model, rollouts
+        prompts = torch.randint(5, VOCABULARY, (case.groups, case.prompt), generator=torch.Generator().manual_seed(0))
+        self.ids = prompts.repeat_interleave(case.generations, 0).to(model.device)
+
+    def generate(self, *, seed: int) -> Tensor:
+        """Ids of prompts and completions. The same seed gives the same lengths."""
+        case, generator = self.case, torch.Generator().manual_seed(seed)
+        rows = len(self.ids)
+        lengths = torch.full((rows,), case.longest) if case.equal else geometric(rows, case.longest, generator)
+        config = GenerationConfig(
+            max_new_tokens=case.longest,
+            min_new_tokens=case.longest if case.equal else None,
+            do_sample=True,
+            top_k=0,
+            pad_token_id=PAD,
+            eos_token_id=EOS,
+            disable_compile=True,
+        )
+        processors = LogitsProcessorList([] if case.equal else [FixedLengths([lengths], EOS)])
+        torch.manual_seed(seed)
+        with torch.no_grad(), self.rollouts.decoding(self.model) if self.rollouts else nullcontext():
+            return self.model.generate(
+                input_ids=self.ids,
+                attention_mask=torch.ones_like(self.ids),
+                generation_config=config,
+                logits_processor=processors,
+            )
+
+
+def _model(size: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=VOCABULARY,
+        num_hidden_layers=6,
+        intermediate_size=3 * SIZES[size]["hidden_size"],
+        max_position_embeddings=4096,
+        **SIZES[size],
+    )
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+if __name__ == "__main__":
+    main()
