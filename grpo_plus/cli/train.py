@@ -2,6 +2,8 @@
 
 import argparse
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from grpo_plus.cli.arguments import load, loading, parse, reward_functions, split
@@ -50,9 +52,8 @@ def train(
         eval_dataset=split(dataset, script.dataset_test_split, "--dataset_test_split") if evaluates else None,
     )
     trainer.accelerator.print(config.describe())
-    if trainer.accelerator.is_main_process:
-        _show_information()
-    trainer.train(resume_from_checkpoint=_checkpoint(config.resume_from_checkpoint))
+    with _information() if trainer.accelerator.is_main_process else nullcontext():
+        trainer.train(resume_from_checkpoint=_checkpoint(config.resume_from_checkpoint))
     trainer.save_model(config.output_dir)
     trainer.accelerator.print(f"Saved the model to {config.output_dir}")
     if config.push_to_hub:
@@ -64,9 +65,16 @@ def _checkpoint(given: Any) -> Any:
     return {"true": True, "false": None}.get(str(given).lower(), given)
 
 
-def _show_information() -> None:
+@contextmanager
+def _information() -> Iterator[None]:
     """Print what grpo_plus logs about its choices, such as the form that rows take through the model."""
     logger = logging.getLogger("grpo_plus")
+    level, handler = logger.level, logging.StreamHandler()
     logger.setLevel(logging.INFO)
     if not logger.handlers:
-        logger.addHandler(logging.StreamHandler())
+        logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(handler)
