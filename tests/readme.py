@@ -1,4 +1,4 @@
-"""Tables of README.md and docs/memory.md, made from registries and results: `python -m tests.readme` writes them."""
+"""Tables of README.md and of pages in docs, made from registries and results: `python -m tests.readme` writes them."""
 
 import json
 import re
@@ -7,8 +7,40 @@ from pathlib import Path
 from grpo_plus.cli.ls import advantage_rows, loss_rows
 
 README = Path(__file__).parents[1] / "README.md"
-PAGES = (README, README.parent / "docs" / "memory.md")
+DOCS = README.parent / "docs"
+PAGES = (README, DOCS / "memory.md", DOCS / "speed.md")
 RESULTS = README.parent / "benchmarks" / "results"
+
+
+def step_rows() -> list[tuple[str, ...]]:
+    """Seconds of a whole step on both sides, and how much of ours is generation."""
+    cases = json.loads((RESULTS / "step.json").read_text())["cases"]
+    header = ("prompt, longest completion, G", "TRL", "grpo_plus", "faster", "generation, TRL's and ours")
+    rows = []
+    for name, case in cases.items():
+        step, generate = case["step_s"], {side: phases["generate_s"] for side, phases in case["seconds"].items()}
+        seconds = [f"{step[side]:.2f} s" for side in ("trl", "plus")]
+        parts = f"{generate['trl']:.2f} s, {generate['plus']:.2f} s"
+        rows.append((STEP_CASES.get(name, name.replace(",", ", ")), *seconds, f"{case['speed_up']:.1f}x", parts))
+    return [header, *rows]
+
+
+STEP_CASES = {
+    "256,64,8 dead": "256, 64, 8; two of five groups dead",
+    "saved model": "SmolLM2-135M with LoRA; 8 prompts x 8 completions of at most 16 tokens",
+}
+
+
+def generation_rows() -> list[tuple[str, ...]]:
+    """Seconds and memory of generation beside transformers' own loop."""
+    rows = json.loads((RESULTS / "generation_cpu.json").read_text())["rows"]
+    table = [("prompt, longest completion, groups x G", "transformers", "grouped loop", "faster", "memory at the peak")]
+    for row in rows:
+        seconds = [f"{row['seconds'][side]:.2f} s" for side in ("trl", "grouped")]
+        pace = f"{row['speed_up']:.2f}x ({row['slowest']:.2f} to {row['fastest']:.2f})"
+        memory = f"{row['peak_mb']['trl']:.0f} MB, {row['peak_mb']['grouped']:.0f} MB"
+        table.append((row["case"], *seconds, pace, memory))
+    return table
 
 
 def update_rows() -> list[tuple[str, ...]]:
@@ -95,6 +127,8 @@ def recipe_rows() -> list[tuple[str, ...]]:
 TABLES = {
     "advantages": advantage_rows,
     "losses": loss_rows,
+    "step": step_rows,
+    "generation": generation_rows,
     "update": update_rows,
     "gpu": gpu_rows,
     "multitask": multitask_rows,
