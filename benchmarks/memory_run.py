@@ -5,7 +5,9 @@ import os
 import subprocess
 import sys
 import tempfile
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,13 +84,18 @@ OURS = ("packing", "generation_chunk_size", "max_tokens_per_pass", "mlp_tile_tok
 
 @dataclass(frozen=True)
 class Case:
-    """A run on a model. stock: by TRL's own trainer and configuration."""
+    """A run on a model.
+
+    stock: by TRL's own trainer and configuration.
+    last_step: completions are random ids, and of their generation only the last step runs, on a cache of full length.
+    """
 
     config: dict[str, Any]
     run: Run
     device: str
     cap: int | None = None
     stock: bool = False
+    last_step: bool = False
 
     def to_json(self) -> str:
         """For the command line."""
@@ -139,7 +146,8 @@ def measure(case: Case) -> dict[str, Any]:
     peaks = {name: round(last[f"profile/{name}_peak_gb"] * 1e9) - offset for name in phases}
     if case.cap is not None and device == "cpu" and max(peaks.values()) > case.cap:
         raise MemoryError(f"{max(peaks.values())} bytes are more than cap={case.cap}")
-    return {"peaks": {"load": static} | peaks, "static_bytes": static} | _outside(device)
+    took = {"static_bytes": static, "update_s": last["profile/update_s"]}
+    return {"peaks": {"load": static} | peaks} | took | _outside(device)
 
 
 def _outside(device: str) -> dict[str, int]:
@@ -247,9 +255,40 @@ def make_trainer(folder: str, model: Any, case: Case) -> Any:
         processing_class=tiny_tokenizer(),
         peft_config=adapters if run.lora_r else None,
     )
-    generate = trainer._generate_single_turn
+    generate = partial(_last_step, trainer, case) if case.last_step else trainer._generate_single_turn
     trainer._generate_single_turn = lambda *args, **kwargs: _one_shorter(generate(*args, **kwargs))
     return trainer
+
+
+def _last_step(trainer: Any, case: Case, prompt_ids: list[list[int]], *_: Any) -> tuple[list[list[int]], None]:
+    """Random completions of full length, after the last decoding step of as many rows as generate together."""
+    run, model = case.run, trainer.accelerator.unwrap_model(trainer.model)
+    rows = min(run.generation_chunk_size or len(prompt_ids), len(prompt_ids))
+    before = model.training
+    model.eval()  # checkpointed layers take no cache in training
+    with torch.no_grad(), nullcontext() if case.stock else trainer.accelerator.autocast():
+        cache = _full_cache(model, rows, run.prompt_length + run.max_completion_length - 1, in_place=not case.stock)
+        token = torch.ones((rows, 1), dtype=torch.long, device=model.device)
+        model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    model.train(before)
+    return torch.randint(5, 90, (len(prompt_ids), run.max_completion_length)).tolist(), None
+
+
+def _full_cache(model: Any, rows: int, length: int, *, in_place: bool) -> Any:
+    """Random keys and values of a model of attention layers. In place: in buffers with room, as our loop has them."""
+    from transformers import DynamicCache
+
+    from grpo_plus.rollout.cache import GrowingLayer
+
+    config, cache = model.config, DynamicCache()
+    shape = rows, config.num_key_value_heads, length, config.head_dim
+    for index in range(config.num_hidden_layers):
+        keys, values = (torch.randn(shape, dtype=model.dtype, device=model.device) for _ in range(2))
+        cache.update(keys, values, index)
+        if in_place:
+            cache.layers[index] = GrowingLayer(keys, values)
+        del keys, values
+    return cache
 
 
 def _one_shorter(generated: tuple[Any, ...]) -> tuple[Any, ...]:
