@@ -1,8 +1,10 @@
 """Short GRPO trainings on the demo's tiny model, for comparing trainers and configurations."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from datasets import Dataset
 from transformers import PreTrainedModel
@@ -11,6 +13,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from grpo_plus.demo.tiny import tiny_model, tiny_tokenizer
 
+newest = partial(pytest.param, marks=pytest.mark.newest_trl)
 NOT_REPRODUCIBLE = {"step_time", "rollout/tokens_per_second", "eval_rollout/tokens_per_second"} | {
     f"{mode}_{figure}" for mode in ("train", "eval") for figure in ("runtime", "samples_per_second", "steps_per_second")
 }

@@ -1,7 +1,6 @@
 """Aligned vLLM runs without TRL's forward of the old policy: its loss, its gradients, its log, one forward less."""
 
 import warnings
-from functools import partial
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from grpo_plus.losses import LOSSES
 from tests.close import assert_close
 from tests.engine import install_engine
 from tests.refilling import MIXED, Judge
-from tests.training import PROMPTS, logs_of, make_trainer, weights_of
+from tests.training import PROMPTS, logs_of, make_trainer, newest, weights_of
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
 OFF = {"packing": "none", "skip_zero_advantage": False, "skip_old_policy_pass": False}
@@ -36,7 +35,6 @@ def settings(mode: str, low: float | None, high: float | None) -> dict:
     }
 
 
-newest = partial(pytest.param, marks=pytest.mark.newest_trl)
 CASES = [
     ("dapo", settings("token_truncate", 0.8, 1.2), {"packing": "shared_prompt"}, LORA),
     newest("bnpo", settings("token_mask", 0.8, None), {"packing": "padding_free"}, None),

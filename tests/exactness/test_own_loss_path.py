@@ -1,7 +1,6 @@
 """The path of losses that TRL lacks, held to TRL's: its own formulas, registered under other names, train alike."""
 
 import math
-from functools import partial
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from trl import GRPOTrainer
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
 from grpo_plus.losses import LOSSES, register
 from tests.close import differing
-from tests.training import PROMPTS, logs_of, make_trainer, weights_of
+from tests.training import PROMPTS, logs_of, make_trainer, newest, weights_of
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
 
@@ -28,8 +27,6 @@ def twin():
     with LOSSES.temporarily():
         yield make
 
-
-newest = partial(pytest.param, marks=pytest.mark.newest_trl)
 
 CASES = [
     newest("grpo", {"gradient_accumulation_steps": 2}, None, id="grpo-accumulation"),

@@ -11,7 +11,7 @@ from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
 from grpo_plus.advantages import estimate
 from tests.advantages.cases import rewards_of
 from tests.refilling import MIXED, Judge, expected_batches, is_dead
-from tests.training import PROMPTS, logs_of, make_trainer, weights_of
+from tests.training import PROMPTS, logs_of, make_trainer, newest, weights_of
 
 
 class Recorder(GRPOPlusTrainer):
@@ -65,7 +65,7 @@ def sampling(trainer, name: str) -> list:
     return [entry[f"sampling/{name}"] for entry in trainer.state.log_history if f"sampling/{name}" in entry]
 
 
-@pytest.mark.parametrize("estimator", ["dr_grpo", "batch_std", "gdpo", None])
+@pytest.mark.parametrize("estimator", ["dr_grpo", *map(newest, ("batch_std", "gdpo", None))])
 def test_dead_slots_are_filled_and_the_final_batch_is_trained_and_shown(tmp_path, estimator, capsys):
     judge = Judge()
     trainer = refilling(tmp_path, judge, advantage_estimator=estimator)
@@ -150,6 +150,7 @@ def test_joined_rows_keep_what_belongs_to_them(tmp_path, capsys):
     assert (last["old_per_token_logps"] - last["ref_per_token_logps"]).abs().max() > 1e-4
 
 
+@pytest.mark.newest_trl
 def test_refills_leave_the_order_of_the_data_alone(tmp_path, capsys):
     without, with_refills = Judge(), Judge()
     refilling(tmp_path / "without", without, max_refills=0).train()
@@ -208,6 +209,7 @@ def test_a_modifier_decides_what_is_dead(tmp_path, capsys):
     assert [list(table["completion"]) for table in tables(tmp_path)] == [[c for _, c in rows] for rows in batches]
 
 
+@pytest.mark.newest_trl
 def test_a_group_of_equal_steps_is_dead_and_steps_move_with_their_completions(tmp_path, capsys):
     judge = Judge()
 
