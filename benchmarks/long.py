@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 from functools import partial
 from typing import Any
@@ -20,7 +19,7 @@ from unittest.mock import patch
 
 import torch
 
-from benchmarks.machine import RESULTS, describe, device_name, peak_mb, seconds
+from benchmarks.machine import RESULTS, describe, device_name, in_a_process, peak_mb, seconds
 from benchmarks.update import CHOICES, TOLERANCE, rows_of, run, trainer_of
 
 SHAPE = (512, 2048, 8)
@@ -85,15 +84,9 @@ def _row(variant: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _spawn(variant: str, way: str, args: argparse.Namespace) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.long", "--device", args.device, "--repeats", str(args.repeats)]
-    command += ["--shape", ",".join(map(str, args.shape)), "--rows", str(args.rows), "--threads", str(args.threads)]
-    environment = os.environ | {"OMP_NUM_THREADS": str(args.threads), "MALLOC_ARENA_MAX": "1"}
-    done = subprocess.run(
-        [*command, "--case", variant, way], capture_output=True, text=True, env=environment, check=False
-    )
-    if done.returncode:
-        raise SystemExit(f"{variant} {way} failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+    arguments = ["--device", args.device, "--repeats", str(args.repeats), "--threads", str(args.threads)]
+    arguments += ["--shape", ",".join(map(str, args.shape)), "--rows", str(args.rows), "--case", variant, way]
+    return in_a_process("benchmarks.long", arguments, args.threads)
 
 
 def measure(

@@ -1,7 +1,10 @@
 """The machine and versions that every result file names, and what a call takes on it."""
 
+import json
 import os
 import platform
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
@@ -42,6 +45,16 @@ def _processor() -> str:
 def device_name(device: str) -> str:
     """Name of the card, or "cpu"."""
     return torch.cuda.get_device_name() if device == "cuda" else "cpu"
+
+
+def in_a_process(module: str, arguments: list[str], threads: int) -> dict[str, Any]:
+    """What a module prints last, read as JSON. It runs in a process of its own, whose memory no other adds to."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MALLOC_ARENA_MAX": "1"}
+    command = [sys.executable, "-m", module, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode:
+        raise SystemExit(f"{module} {' '.join(arguments)} failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
 
 
 def seconds(call: Callable[[], object], device: str) -> float:

@@ -16,7 +16,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from contextlib import ExitStack, nullcontext
@@ -26,7 +25,7 @@ from unittest.mock import patch
 
 import torch
 
-from benchmarks.machine import RESULTS, describe, device_name, peak_mb, seconds
+from benchmarks.machine import RESULTS, describe, device_name, in_a_process, peak_mb, seconds
 from benchmarks.memory_run import MODELS, random_model
 from grpo_plus.planner import QLORA, Run
 
@@ -113,13 +112,10 @@ def _row(shape: tuple[int, int, int], variant: str, args: argparse.Namespace) ->
 
 
 def _spawn(shape: tuple[int, int, int], variant: str, side: str, args: argparse.Namespace) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.update", "--device", args.device, "--repeats", str(args.repeats)]
-    command += ["--threads", str(args.threads), "--case", ",".join(map(str, shape)), variant, side]
-    environment = os.environ | {"OMP_NUM_THREADS": str(args.threads), "MALLOC_ARENA_MAX": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    if done.returncode:
-        raise SystemExit(f"{shape} {variant} {side} failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+    arguments = ["--device", args.device, "--repeats", str(args.repeats), "--threads", str(args.threads)]
+    return in_a_process(
+        "benchmarks.update", [*arguments, "--case", ",".join(map(str, shape)), variant, side], args.threads
+    )
 
 
 def measure(shape: tuple[int, int, int], variant: str, side: str, device: str, repeats: int) -> dict[str, Any]:

@@ -4,13 +4,15 @@
 only what `generate(custom_generate=...)` calls with the list that transformers has prepared.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import accumulate
 from typing import Any, TypeVar
 
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
+from grpo_plus.rollout.installed import installed
 from grpo_plus.rollout.reasons import LOST, MODES
 
 Decode = Callable[..., Any]  # as transformers calls a `custom_generate`
@@ -18,6 +20,11 @@ Decode = Callable[..., Any]  # as transformers calls a `custom_generate`
 
 class Recorder(LogitsProcessor):
     """Last of a rollout's processors, which changes nothing."""
+
+    @property
+    def size(self) -> int:
+        """B, the rows that were generated."""
+        raise NotImplementedError
 
     def begin(self, processors: LogitsProcessorList) -> None:
         """Learn which processors come before, when the rollout begins."""
@@ -28,6 +35,7 @@ class NotSampledError(Exception):
 
 
 Kind = TypeVar("Kind", bound=Recorder)
+Made = TypeVar("Made")  # a completion, or what is known of it
 
 
 @contextmanager
@@ -43,7 +51,7 @@ def recording(model: Any, make: Callable[[], Kind]) -> Iterator[list[Kind]]:
     Returns:
         The recorders, one for each call that was seen and has come to its end.
     """
-    before, generate = vars(model).get("generate"), model.generate
+    generate = model.generate
     recorders: list[Kind] = []
 
     def recorded(*args: Any, custom_generate: Decode | str | None = None, **kwargs: Any) -> Any:
@@ -58,13 +66,16 @@ def recording(model: Any, make: Callable[[], Kind]) -> Iterator[list[Kind]]:
         recorders.append(recorder)
         return generated
 
-    model.generate = recorded
-    try:
+    with installed(model, recorded):
         yield recorders
-    finally:
-        del model.generate
-        if before is not None:
-            model.generate = before
+
+
+def shares(recorders: Sequence[Kind], completions: Sequence[Made]) -> list[tuple[Kind, Sequence[Made]]] | None:
+    """Each recorder with the completions of its rows, in order. None where somebody else has made some of them."""
+    if sum(recorder.size for recorder in recorders) != len(completions):
+        return None
+    ends = list(accumulate(recorder.size for recorder in recorders))
+    return [(recorder, completions[end - recorder.size : end]) for recorder, end in zip(recorders, ends, strict=True)]
 
 
 def _followed_by(recorder: Recorder, decode: Decode | None) -> Decode:

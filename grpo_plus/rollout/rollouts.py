@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from grpo_plus.rollout.cache import Expanded
 from grpo_plus.rollout.check import why_not_exact
 from grpo_plus.rollout.graphs import Graphed
+from grpo_plus.rollout.installed import installed
 from grpo_plus.rollout.keeper import Keeper
 from grpo_plus.rollout.loop import Watch, decode, nobody
 from grpo_plus.rollout.prefix import SharedPrompts
@@ -67,14 +68,8 @@ class Rollouts:
         """
         self.statistics.clear()
         self._watch = watch
-        own = vars(model).get("generate")
-        model.generate = self._grouped(model.generate)
-        try:
+        with installed(model, self._grouped(model.generate)):
             yield
-        finally:
-            del model.generate
-            if own is not None:
-                model.generate = own
 
     def _grouped(self, generate: Callable[..., Any]) -> Callable[..., Any]:
         def grouped(*args: Any, **kwargs: Any) -> Any:

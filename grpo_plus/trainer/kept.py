@@ -20,7 +20,7 @@ from grpo_plus.kernels.linear_logprob.kept import KeptRows
 from grpo_plus.packing import PaddedRows, Truncated, why_not_packed, why_not_truncated
 from grpo_plus.packing.check import PaddedLogps
 from grpo_plus.rollout.kept import KeptRecorder
-from grpo_plus.rollout.recorder import recording
+from grpo_plus.rollout.recorder import recording, shares
 from grpo_plus.trainer.names import KEPT_COUNTS, KEPT_LISTS, ONLY_LISTS
 
 logger = logging.getLogger("grpo_plus")
@@ -70,17 +70,14 @@ class KeptSets:
             raise ValueError(
                 "truncated_sampling='correct' is for rows of text, and the dataset has images. Leave it unset."
             )
-        if (generated := sum(recorder.size for recorder in recorders)) != len(completion_ids):
+        parts = shares(recorders, [len(ids) for ids in completion_ids])
+        if parts is None:
             raise ValueError(
-                f"truncated_sampling='correct' has seen model.generate make {generated} rows, and TRL has "
+                "truncated_sampling='correct' has seen model.generate make "
+                f"{sum(recorder.size for recorder in recorders)} rows, and TRL has "
                 f"{len(completion_ids)} completions. It needs both to be the same. Leave truncated_sampling unset."
             )
-        lengths = [len(ids) for ids in completion_ids]
-        parts = []
-        for recorder in recorders:
-            parts.append(recorder.table(lengths[: recorder.size]))
-            lengths = lengths[recorder.size :]
-        self._rows = KeptRows.joined(parts)
+        self._rows = KeptRows.joined([recorder.table(lengths) for recorder, lengths in parts])
 
     def added_to(self, output: dict[str, Any]) -> dict[str, Any]:
         """TRL's dictionary with the kept sets of its rows, which follow the rows from there."""

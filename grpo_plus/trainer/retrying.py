@@ -69,13 +69,11 @@ class Gradients:
         if not self.are_aside:
             return
         found = [parameter.grad for parameter in self.parameters]
-        kept = [before for before, new in zip(self.before, found, strict=True) if not (before is None or new is None)]
-        added = [new for before, new in zip(self.before, found, strict=True) if not (before is None or new is None)]
-        if kept:
-            torch._foreach_add_(kept, added)
-        _give(
-            self.parameters, [new if before is None else before for before, new in zip(self.before, found, strict=True)]
-        )
+        pairs = list(zip(self.before, found, strict=True))
+        both = [(before, new) for before, new in pairs if before is not None and new is not None]
+        if both:
+            torch._foreach_add_(*map(list, zip(*both, strict=True)))
+        _give(self.parameters, [new if before is None else before for before, new in pairs])
 
 
 def _versions(gradients: Sequence[Tensor | None]) -> list[int]:

@@ -18,7 +18,7 @@ from grpo_plus.config.speed import generates_in_batches
 from grpo_plus.packing import base_model, why_not_packed
 from grpo_plus.packing.transfer import on_device
 from grpo_plus.rollout import why_not_model
-from grpo_plus.rollout.recorder import recording
+from grpo_plus.rollout.recorder import recording, shares
 from grpo_plus.rollout.sampled import SampledRecorder
 from grpo_plus.trainer.gap_log import GapLog
 from grpo_plus.trainer.names import SAMPLED_LOGPS, trained_tokens
@@ -107,12 +107,10 @@ def _follows(trainer: Any) -> bool:
 
 def _joined(recorders: list[SampledRecorder], completion_ids: list[list[int]]) -> Tensor | None:
     """What has been recorded of the completions (B, T). None where somebody else has made some of them."""
-    if sum(recorder.size for recorder in recorders) != len(completion_ids):
+    parts = shares(recorders, completion_ids)
+    if parts is None:
         return None
-    tables, rest = [], completion_ids
-    for recorder in recorders:
-        tables.append(recorder.table(rest[: recorder.size]))
-        rest = rest[recorder.size :]
+    tables = [recorder.table(ids) for recorder, ids in parts]
     longest = max(table.shape[1] for table in tables)
     return torch.cat([_widened(table, longest) for table in tables])
 
