@@ -5,7 +5,7 @@ PREVIOUS_TRL := 1.15.0
 # Two neighboring halves of the tests: a fixture of a module is built by one worker.
 WORKERS := -n 2 --dist worksteal
 
-.PHONY: demo test style test-kernels test-kills test-previous-trl clean
+.PHONY: demo test docs style test-kernels test-kills test-previous-trl clean
 
 demo: .venv/demo
 	$(BIN)/grpo-plus demo
@@ -14,6 +14,10 @@ test: style .venv/dev
 	$(BIN)/python -m pytest $(WORKERS)
 	$(MAKE) test-kernels
 	$(MAKE) test-previous-trl
+
+# The pages as a site, into site/: open site/index.html. A broken link ends the build. `make test` builds it once, too.
+docs: .venv/dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 style: .venv/dev
 	$(BIN)/ruff check .
@@ -56,4 +60,4 @@ test-previous-trl: .venv/trl-$(PREVIOUS_TRL) .venv/kernels
 	touch $@
 
 clean:
-	rm -rf .venv build dist
+	rm -rf .venv build dist site

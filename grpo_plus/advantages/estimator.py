@@ -12,6 +12,7 @@ from grpo_plus.registry import Described, Registry, suggestion
 
 Scope = Literal["group", "batch"]
 State = dict[str, Any]
+"""What a stateful estimator remembers from batch to batch. A checkpoint holds it."""
 Domain = Literal["real", "unit", "binary"]
 
 
@@ -67,7 +68,9 @@ class Estimator(Described):
 
 
 ESTIMATORS = Registry("advantage estimator", Estimator)
+"""Every estimator by its name, `ESTIMATORS["rloo"]`. A dotted path to a function is a name, too."""
 register = ESTIMATORS.register
+"""Make a function an estimator: `@register("mine", scope="group")`. `Estimator` says what may be promised."""
 
 
 def check_choice(keyword: str, value: object, choices: tuple[str, ...]) -> None:

@@ -26,6 +26,7 @@ from grpo_plus.advantages.selection import pods
 from grpo_plus.registry import suggestion
 
 Modifiers = Mapping[str, Mapping[str, Any]]
+"""Names of `MODIFIERS` with their keywords, in order: `{"clip": {"max": 5.0}}`."""
 
 
 def gate(rewards: Rewards, *, by: str, at_least: float = 1.0, gated: Sequence[str] | None = None) -> Rewards:
@@ -121,6 +122,7 @@ ADVANTAGE_MODIFIERS: dict[str, Callable[..., Tensor]] = {
     "clip": clip,
 }
 MODIFIERS: dict[str, Callable[..., Any]] = {**REWARD_MODIFIERS, **ADVANTAGE_MODIFIERS}
+"""Every modifier by its name. They go with any estimator."""
 
 
 def apply_to_rewards(rewards: Rewards, modifiers: Modifiers) -> Rewards:

@@ -55,6 +55,7 @@ __all__ = [
 ]
 
 TRL_LOSSES = tuple(name for name in LOSSES if LOSSES[name].origin == "trl")
+"""Names of the losses that TRL computes itself."""
 
 
 class PolicyLoss(NamedTuple):

@@ -45,6 +45,7 @@ def k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
 
 
 KL_ESTIMATORS: dict[KLEstimator, Callable[[Tensor, Tensor], Tensor]] = {"k1": k1, "k2": k2, "k3": k3}
+"""Estimators of a token's KL to the reference, by the name that `kl_estimator` takes."""
 
 
 def kl_divergence(logps: Tensor, ref_logps: Tensor, estimator: KLEstimator = "k3") -> Tensor:

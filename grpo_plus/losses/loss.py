@@ -58,4 +58,6 @@ class Loss(Described):
 
 
 LOSSES = Registry("loss_type", Loss)
+"""Every loss by its name, `LOSSES["dual_clip"]`. A dotted path to a function is a name, too."""
 register = LOSSES.register
+"""Make a function a loss: `@register("mine", reduction="token-mean")`. `Loss` says what may be promised."""

@@ -16,6 +16,7 @@ Reduction = Literal[
     "token-mean", "global-token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"
 ]
 REDUCTIONS: tuple[Reduction, ...] = get_args(Reduction)
+"""Ways to turn the losses of tokens into one number, by the name that `loss_reduction` takes."""
 
 
 def reduce(

@@ -33,7 +33,6 @@ OPTIMIZERS: dict[str, tuple[int, float | None]] = {
 PAGED = tuple(name for name in OPTIMIZERS if name.startswith("paged_"))
 PAGED_FROM = 1e5
 
-# What the recipe grpo_plus.qlora() and `grpo-plus train --qlora` set.
 QLORA: dict[str, Any] = {
     "load_in_4bit": True,
     "use_bnb_nested_quant": True,
@@ -42,6 +41,7 @@ QLORA: dict[str, Any] = {
     "adapter_dtype": "float32",
     "optim": "adamw_8bit",
 }
+"""What `grpo_plus.qlora.qlora()` and `grpo-plus train --qlora` set, as fields of `Run`."""
 
 _POSITIVE = ("prompt_length", "max_completion_length", "per_device_train_batch_size", "gradient_accumulation_steps",
              "num_generations", "num_iterations")  # fmt: skip
