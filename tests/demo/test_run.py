@@ -1,6 +1,8 @@
+import copy
 import json
 import random
 from dataclasses import asdict
+from functools import cache
 
 import matplotlib.image
 import pytest
@@ -9,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from grpo_plus.demo import run
 from grpo_plus.demo.run import run_demo
 from grpo_plus.demo.task import complete
+from grpo_plus.demo.tiny import tiny_tokenizer
 from tests.training import NOT_REPRODUCIBLE
 
 SUMMARY_KEYS = {
@@ -33,6 +36,18 @@ def _few_held_out_prompts():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "NUM_HELD_OUT", 100)
         yield
+
+
+@pytest.fixture
+def warm_up_shared(monkeypatch, warmed_up):
+    """The two trainings that learn start from one warm-up, which takes as long as either."""
+    monkeypatch.setattr(run, "warmed_up_model", lambda _, seed, steps: copy.deepcopy(warmed_up(seed, steps)))
+
+
+@pytest.fixture(scope="module")
+def warmed_up():
+    made = run.warmed_up_model
+    return cache(lambda seed, steps: made(tiny_tokenizer(), seed, steps))
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +121,7 @@ def test_a_run_that_fails_leaves_no_summary_of_an_earlier_one(tmp_path):
     assert not (tmp_path / "summary.json").exists()
 
 
-def test_grpo_learns_to_sort_prompts_that_it_never_saw_and_saves_the_model_that_can(tmp_path):
+def test_grpo_learns_to_sort_prompts_that_it_never_saw_and_saves_the_model_that_can(tmp_path, warm_up_shared):
     result = run_demo(tmp_path, seed=0, max_steps=40)
     assert result.accuracy_before < 0.5
     assert result.accuracy_after > 0.6
@@ -117,7 +132,7 @@ def test_grpo_learns_to_sort_prompts_that_it_never_saw_and_saves_the_model_that_
     assert after != [example["before"] for example in result.examples]
 
 
-def test_adapters_on_a_4_bit_base_learn_too_and_the_export_can_what_they_learned(tmp_path, capsys):
+def test_adapters_on_a_4_bit_base_learn_too_and_the_export_can_what_they_learned(tmp_path, capsys, warm_up_shared):
     result = run_demo(tmp_path, seed=0, max_steps=20, qlora=True)
     assert result.accuracy_after > result.accuracy_before + 0.12
     assert result.switches["qlora"] is True

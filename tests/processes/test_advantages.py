@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from grpo_plus.advantages import Steps, estimate, process_advantages
+from grpo_plus.advantages import estimate
 from tests.advantages.cases import rewards_of
 from tests.processes.jobs import job
 from tests.refilling import Judge, expected_batches, groups_of, is_dead
@@ -18,8 +18,6 @@ TABLES = {
     name: job(name, advantage_estimator=name, reward_weights=[1.0, 0.5], max_steps=2, **SPLIT)
     for name in ("rloo", "gdpo")
 }
-# With 512 tokens allowed, the completions end by themselves, and each rank pads to its own longest one.
-WIDTHS = job("widths", advantage_estimator="process", max_steps=1, max_completion_length=512, **SPLIT)
 # A live group moves from any place to any other, the one across the ranks included; each batch is trained on twice.
 REFILLED = job(
     "refilled", half_dead=True, max_refills=2, num_iterations=2, advantage_estimator="rloo", max_steps=6, **SPLIT
@@ -50,30 +48,6 @@ def test_two_ranks_train_the_rows_that_the_whole_table_gives(runs, estimator):
             logged = sorted(zip(table["prompt"][mine], expected[mine].tolist(), strict=True))
             assert [prompt for prompt, _ in trained] == [prompt for prompt, _ in logged]
             assert [advantage for _, advantage in trained] == pytest.approx([a for _, a in logged], abs=1e-5)
-
-
-def test_two_ranks_of_different_widths_train_the_tokens_that_the_whole_table_gives(runs):
-    ranks = read(runs / WIDTHS, "rows")
-    widths = [{len(completion) for _, completion, _ in rows} for rows in ranks]
-    assert len(widths[0]) == len(widths[1]) == 1
-    assert widths[0] != widths[1]
-    (table,) = tables_of(runs / WIDTHS)
-    ends = table["step_ends"].tolist()
-    lengths = torch.tensor([int(row[-1]) + 1 for row in ends]).view(3, 4)  # the last step ends with the completion
-    steps = Steps.from_rows(table["step_rewards"].tolist(), ends, lengths=lengths)
-    expected = process_advantages(
-        steps.rewards.flatten(0, 1), steps.ends.flatten(0, 1), num_generations=4, num_tokens=512
-    )
-    for rank, rows in enumerate(ranks):
-        (width,) = widths[rank]
-        assert {len(advantages) for _, _, advantages in rows} == {width}
-        mine = range(6 * rank, 6 * rank + 6)
-        logged = sorted((table["prompt"][row], expected[row, :width].tolist()) for row in mine)
-        for (prompt, advantages), (known, values) in zip(sorted((p, a) for p, _, a in rows), logged, strict=True):
-            assert prompt == known
-            assert advantages == pytest.approx(values, abs=1e-5)
-    means = expected.sum(-1) / lengths.flatten()
-    torch.testing.assert_close(torch.tensor(table["advantage"].to_numpy()), means, rtol=0, atol=1e-5)
 
 
 def test_a_group_across_two_ranks_is_refilled_on_both(runs):

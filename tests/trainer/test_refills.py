@@ -164,6 +164,7 @@ def test_refills_leave_the_order_of_the_data_alone(tmp_path, capsys):
     assert firsts == [[prompt for prompt, _ in call] for call in without.calls]
 
 
+@pytest.mark.newest_trl
 def test_several_generation_batches_of_one_step_draw_different_prompts(tmp_path, capsys):
     judge = Judge()
     arguments = {"gradient_accumulation_steps": 2, "steps_per_generation": 1, "max_steps": 1, "max_refills": 1}
@@ -173,6 +174,7 @@ def test_several_generation_batches_of_one_step_draw_different_prompts(tmp_path,
     assert drawn != drawn_again
 
 
+@pytest.mark.newest_trl
 def test_a_hopeless_run_stops_at_the_bound_and_warns_once(tmp_path, capsys):
     judge = Judge()
     trainer = refilling(tmp_path, judge, train_dataset=MIXED.select(range(1, 24, 2)))
@@ -186,6 +188,7 @@ def test_a_hopeless_run_stops_at_the_bound_and_warns_once(tmp_path, capsys):
     assert [list(table["prompt"]) for table in tables(tmp_path)] == [[p for p, _ in judge.calls[i]] for i in (0, 3, 6)]
 
 
+@pytest.mark.newest_trl
 def test_rounding_in_trls_advantages_is_no_life(tmp_path, capsys):
     # In float32 eight rewards of 0.7 have a std of 6e-8, and TRL's advantages are not 0.
     arguments = {"num_generations": 8, "max_steps": 1, "train_dataset": MIXED.select(range(1, 24, 2))}

@@ -31,7 +31,7 @@ def completions_table(output_dir) -> pd.DataFrame:
     return pd.concat(map(pd.read_parquet, sorted((output_dir / "completions").glob("*.parquet"))))
 
 
-@pytest.mark.parametrize("estimator", ["grpo_pop", "rloo", "dr_grpo"])
+@pytest.mark.parametrize("estimator", ["grpo_pop", *map(newest, ("rloo", "dr_grpo"))])
 def test_the_completions_table_shows_the_estimators_values(tmp_path, estimator, capsys):
     trainer = plus(tmp_path, advantage_estimator=estimator, log_completions=True, reward_weights=[1.0, 0.5])
     trainer.train()
@@ -217,7 +217,7 @@ CHAT = Dataset.from_list([{"prompt": [{"role": "user", "content": row["prompt"]}
         pytest.param({"reward_funcs": [async_reward, vowels]}, id="async"),
         pytest.param({"reward_funcs": [chat_reward], "train_dataset": CHAT}, id="conversational"),
         pytest.param({"loss_type": "cispo", "epsilon_high": 1.2, "beta": 0.05, "peft": True}, id="lora-cispo-kl"),
-        pytest.param({"advantage_kwargs": '{"ddof": 0}'}, id="keywords"),
+        newest({"advantage_kwargs": '{"ddof": 0}'}, id="keywords"),
     ],
 )
 def test_what_trl_accepts_still_trains(tmp_path, arguments):
@@ -311,7 +311,7 @@ def has_vowel(completions, **_):
 
 
 @pytest.mark.parametrize(
-    ("saved", "found"), [("rloo", "nothing that an estimator remembers"), ("popart", "what 'popart' remembers")]
+    ("saved", "found"), [newest("rloo", "nothing that an estimator remembers"), ("popart", "what 'popart' remembers")]
 )
 def test_a_checkpoint_without_the_estimators_state_is_warned_about(tmp_path, saved, found):
     settings = {"max_steps": 3, "save_strategy": "steps", "save_steps": 2, "reward_funcs": [has_vowel]}
@@ -324,7 +324,7 @@ def test_a_checkpoint_without_the_estimators_state_is_warned_about(tmp_path, sav
     assert fresh.estimator_state == {"": [0.5, 0.5]}
 
 
-@pytest.mark.parametrize("config_class", [GRPOConfig, GRPOPlusConfig])
+@pytest.mark.parametrize("config_class", [newest(GRPOConfig), GRPOPlusConfig])
 def test_what_an_overridden_hook_remembers_survives_a_checkpoint(tmp_path, config_class):
     class Remembering(GRPOPlusTrainer):
         def estimate_advantages(self, rewards):
@@ -415,6 +415,7 @@ def test_a_task_that_is_absent_from_a_batch_has_a_share_of_zero_there(tmp_path):
     assert 0 < shares[0] <= 1 / 5
 
 
+@pytest.mark.newest_trl
 def test_the_completions_table_shows_the_tasks(tmp_path):
     trainer = plus(tmp_path, task_column="task", train_dataset=TASKS, log_completions=True)
     trainer.train()
@@ -482,6 +483,7 @@ def test_an_overridden_loss_needs_no_config_of_ours(tmp_path):
     assert "grad_norm" in trainer.state.log_history[0]
 
 
+@pytest.mark.newest_trl
 def test_what_the_advantages_are_like_is_logged(tmp_path):
     trainer = plus(tmp_path, task_column="task", train_dataset=TASKS, reward_funcs=[vowels, has_vowel])
     trainer.train()
@@ -498,7 +500,7 @@ def with_kl(tmp_path, **settings):
     return plus(tmp_path, num_iterations=2, beta=0.5, trainer_arguments={"peft_config": lora}, **settings)
 
 
-@pytest.mark.parametrize(("loss_type", "accumulation"), [("grpo", 1), ("gmpo", 1), ("dapo", 2)])
+@pytest.mark.parametrize(("loss_type", "accumulation"), [newest("grpo", 1), newest("gmpo", 1), ("dapo", 2)])
 def test_beta_moves_once_a_step_towards_the_kl_that_is_wanted(tmp_path, loss_type, accumulation):
     settings = {"loss_type": loss_type, "gradient_accumulation_steps": accumulation}
     trainer = with_kl(tmp_path, kl_target=1e-9, kl_horizon=100, **settings)
@@ -512,6 +514,7 @@ def test_beta_moves_once_a_step_towards_the_kl_that_is_wanted(tmp_path, loss_typ
     assert trainer.beta == pytest.approx(0.5 * torch.tensor(factors, dtype=torch.float64).prod().item())
 
 
+@pytest.mark.newest_trl
 def test_an_adapted_beta_survives_a_checkpoint(tmp_path):
     settings = {"kl_target": 1e-9, "kl_horizon": 100, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     whole = with_kl(tmp_path / "whole", **settings)
@@ -528,6 +531,7 @@ def test_without_a_target_a_checkpoint_does_not_set_beta(tmp_path):
     assert trainer.beta == 0.5
 
 
+@pytest.mark.newest_trl
 def test_without_a_target_beta_stays(tmp_path):
     trainer = with_kl(tmp_path)
     trainer.train()
@@ -545,6 +549,7 @@ def test_a_plain_config_keeps_trls_advantages(tmp_path):
     assert trainer.estimate_advantages(None) is None
 
 
+@pytest.mark.newest_trl
 def test_modifiers_apply_to_the_estimators_values(tmp_path):
     trainer = plus(
         tmp_path,
