@@ -26,7 +26,7 @@ def test_the_wheel_holds_the_package_and_its_data(dist):
     (wheel,) = dist.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     data = {"grpo_plus/py.typed", "grpo_plus/trainer/trl_fingerprints.json", "grpo_plus/report/page.html.jinja"}
-    assert data | {"grpo_plus/advantages/group.py"} <= names
+    assert data | {"grpo_plus/report/page.css", "grpo_plus/advantages/group.py"} <= names
     assert [name for name in names if name.startswith(("tests/", "examples/"))] == []
 
 

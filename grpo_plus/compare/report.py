@@ -12,11 +12,12 @@ from grpo_plus.compare.comparison import ArmResult, Comparison
 from grpo_plus.compare.intervals import FEWEST_SEEDS, LEVEL, RESAMPLES, Difference, Interval
 from grpo_plus.compare.rows import ArmLogs, curve, logs_of, quantities, rows, window
 from grpo_plus.compare.verdict import ScoreVerdict, arms_of, checked_baseline, in_short, versions_of
-from grpo_plus.report.curves import curves, intervals
+from grpo_plus.report.curves import Estimate, Line, curves, intervals
 from grpo_plus.report.figures import bars, heatmap, histograms
 from grpo_plus.report.files import write_report
 from grpo_plus.report.page import Block, Figure, Quote, Section, Table, Text
 from grpo_plus.report.secrets import masked
+from grpo_plus.report.svg import round_limits
 
 OPEN_DIFFERENCES = 12  # differences that are shown without being asked for
 METHOD = (
@@ -91,30 +92,37 @@ def _scores(verdict: ScoreVerdict) -> list[Block]:
 
 
 def _drawn_scores(verdict: ScoreVerdict) -> list[Block]:
-    drawn: list[Block] = [
-        Figure(
-            f"Held-out `{verdict.score}` after training, the mean over seeds.",
-            intervals(
-                {name: (i.estimate, i.low, i.high) for name, i in verdict.means.items()},
-                label=verdict.score,
-            ),
-        )
-    ]
-    if verdict.differences:
-        kept, which = _drawn_differences(verdict)
-        apart = {_minus(d): d.interval for d in kept}
-        drawn.append(
-            Figure(
-                f"Differences, paired by seed{which}. An interval that crosses the dashed line shows none.",
-                intervals(
-                    {name: (i.estimate, i.low, i.high) for name, i in apart.items()},
-                    label=f"difference in {verdict.score}",
-                    line=0.0,
-                    marked=[name for name, interval in apart.items() if interval.excludes_zero],
-                ),
-            )
-        )
-    return drawn
+    return [_drawn_means(verdict), *([_drawn_apart(verdict)] if verdict.differences else [])]
+
+
+def _drawn_means(verdict: ScoreVerdict) -> Figure:
+    by_seed = {name: values.mean(1).tolist() for name, values in verdict.comparison.scores(verdict.score).items()}
+    seen = [verdict.start, *(value for values in by_seed.values() for value in values)]
+    drawing = intervals(
+        {name: Estimate(i.estimate, i.low, i.high, by_seed[name]) for name, i in verdict.means.items()},
+        label=verdict.score,
+        limits=round_limits(seen),
+        line=Line(verdict.start, "start"),
+    )
+    caption = f"Held-out `{verdict.score}` after training: a disk for the mean over seeds, a ring for each seed."
+    return Figure(caption, drawing)
+
+
+def _drawn_apart(verdict: ScoreVerdict) -> Figure:
+    kept, which = _drawn_differences(verdict)
+    apart = {_minus(difference): difference.interval for difference in kept}
+    ends = [end for i in apart.values() for end in (i.estimate, i.low, i.high)]
+    scale = max((abs(i.estimate) for i in verdict.means.values()), default=0.0)
+    drawing = intervals(
+        {name: Estimate(i.estimate, i.low, i.high) for name, i in apart.items()},
+        label=f"difference in {verdict.score}",
+        # Differences of a few percent of the scores shall not fill the drawing.
+        limits=round_limits(ends, least=scale / 10),
+        line=Line(0.0, "no difference"),
+        marked=[name for name, interval in apart.items() if interval.excludes_zero],
+    )
+    caption = f"Differences, paired by seed{which}. An interval that crosses the dashed line shows none."
+    return Figure(caption, drawing)
 
 
 def _drawn_differences(verdict: ScoreVerdict) -> tuple[list[Difference], str]:

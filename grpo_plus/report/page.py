@@ -1,21 +1,66 @@
 """A report as data, and its two forms: one HTML file that needs nothing else, and Markdown.
 
-A report is a list of sections. A section is a list of blocks: headings, paragraphs, tables, figures, and quotes of what
-a model wrote. The HTML is `page.html.jinja`, filled.
+A report is a list of sections. A section is a list of blocks:
 
-The HTML holds no script, and its policy forbids scripts. Whatever a model wrote is shown as text.
+| block | what the page shows |
+| --- | --- |
+| `Answer` | a card: the answer in a sentence, key numbers, reasons, and the next command, ready to copy |
+| `Text`, `Heading` | a paragraph with a list; a heading inside a section |
+| `Figure` | a drawing on a card; figures that follow each other share a grid |
+| `Table` | numbers to the right; tables that follow each other share a grid |
+| `Quote` | text that a model or a data set wrote |
+| `Beside` | quotes side by side, such as several completions of one prompt |
+| `Command` | a command, ready to copy |
+| `Fold` | a title that opens any blocks on demand |
+
+The HTML is `page.html.jinja`, filled, in the style of `page.css`. It holds no script, and its policy forbids scripts.
+Whatever a model wrote is shown as text.
 """
 
 import functools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import get_args
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from grpo_plus.report.text import printable
+
+NARROW = 4  # columns that fit a narrow screen
+
+
+@dataclass(frozen=True)
+class Number:
+    """A key number of an answer, as text, with what it is: "0.82" of `gdpo`."""
+
+    value: str
+    name: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the reader came for, as a card that belongs on the first screen.
+
+    Attributes:
+        verdict: one or two sentences. Words between backticks are names, as in every text of a page.
+        settled: whether the report has an answer; a card without one has another color and says so in `title`.
+        title: the word above the verdict.
+        numbers: at most five key numbers.
+        reasons: what the verdict rests on, one short sentence each.
+        action: what to do next, in words.
+        command: the command that does it; empty where there is none.
+    """
+
+    verdict: str
+    settled: bool = True
+    title: str = "Answer"
+    numbers: tuple[Number, ...] = ()
+    reasons: tuple[str, ...] = ()
+    action: str = ""
+    command: str = ""
 
 
 @dataclass(frozen=True)
@@ -47,6 +92,11 @@ class Table:
         """Column by column, whether no cell is text."""
         return [not any(isinstance(row[column], str) for row in self.rows) for column in range(len(self.header))]
 
+    @property
+    def wide(self) -> bool:
+        """Whether a narrow screen is too narrow for the columns, so that a row becomes a block there."""
+        return len(self.header) > NARROW
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -70,7 +120,30 @@ class Quote:
         return len(self.text) > 1000 or self.text.count("\n") > 15
 
 
-Block = Heading | Text | Table | Figure | Quote
+@dataclass(frozen=True)
+class Beside:
+    """Quotes side by side, to be read against each other."""
+
+    title: str
+    quotes: Sequence[Quote]
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command. One click selects all of it, to be copied."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Blocks that open on demand, under a title."""
+
+    title: str
+    blocks: Sequence["Block"]
+
+
+Block = Answer | Heading | Text | Table | Figure | Quote | Beside | Command | Fold
 
 
 @dataclass(frozen=True)
@@ -84,6 +157,17 @@ class Section:
     def anchor(self) -> str:
         """The section's name in links."""
         return re.sub(r"\W+", "-", self.title.lower()).strip("-")
+
+
+def in_grids(blocks: Sequence[Block]) -> list[tuple[str, list[Block]]]:
+    """The blocks, in runs: ("figures" or "tables", those that share a grid) and ("", all others)."""
+    return [(grid, list(run)) for grid, run in groupby(blocks, key=_grid)]
+
+
+def _grid(block: Block) -> str:
+    if isinstance(block, Figure):
+        return "figures"
+    return "tables" if isinstance(block, Table) and not block.folded else ""
 
 
 def shown(value: str | float | None) -> str:
@@ -112,6 +196,15 @@ def to_markdown(title: str, lead: str, sections: Sequence[Section]) -> str:
 
 def _markdown(block: Block) -> str:
     match block:
+        case Answer():
+            reasons = "\n".join(f"- {reason}" for reason in block.reasons)
+            parts = (f"**{block.verdict}**", reasons, block.action, _code(block.command))
+            return "\n\n".join(part for part in parts if part)
+        case Command(text):
+            return _code(text)
+        case Fold(title, blocks):
+            texts = [text for inner in blocks if (text := _markdown(inner))]
+            return "\n\n".join([f"### {title}", *texts]) if texts else ""
         case Text(text, items):
             return "\n".join([*([text] if text else []), *([""] if text and items else []), *(f"- {i}" for i in items)])
         case Table(caption, header, rows):
@@ -119,6 +212,11 @@ def _markdown(block: Block) -> str:
             cells = "\n".join(f"| {' | '.join(_in_one_line(cell) for cell in line)} |" for line in lines)
             return f"{caption}\n\n{cells}"
     return ""
+
+
+def _code(command: str) -> str:
+    """A command in a block of its own, indented: no sign inside can end the block."""
+    return "\n".join(f"    {line}" for line in command.splitlines())
 
 
 def _in_one_line(cell: str) -> str:
@@ -138,7 +236,7 @@ def _template() -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"shown": shown, "parts": _parts}
+    environment.filters |= {"shown": shown, "parts": _parts, "in_grids": in_grids}
     environment.tests |= {kind.__name__.lower(): _test_of(kind) for kind in get_args(Block)}
     return environment.get_template("page.html.jinja")
 

@@ -7,8 +7,9 @@ replaces by the page's variables, so that one drawing serves the light and the d
 import hashlib
 import html
 import io
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from grpo_plus.report.text import printable
@@ -40,12 +41,18 @@ SETTINGS: dict[str, Any] = {
     "xtick.labelcolor": INK,
     "ytick.labelcolor": INK,
     "ytick.major.size": 0,
+    "xtick.major.size": 0,
+    "grid.color": LINE,
+    "grid.linewidth": 0.5,
+    "axes.axisbelow": True,
     "figure.facecolor": "none",
     "axes.facecolor": "none",
     "savefig.facecolor": "none",
     "legend.frameon": False,
 }
 LONGEST_NAME = 24
+SMALL = 0.25  # the largest share of a drawing whose axis does not go up to 1
+ROUND = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10)
 
 
 def settings() -> Any:
@@ -61,7 +68,9 @@ def new_figure(height: float) -> "tuple[Figure, Axes]":
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    return figure, figure.add_subplot()
+    axes = figure.add_subplot()
+    axes.locator_params(nbins=6)  # a narrow screen has no place for more
+    return figure, axes
 
 
 def name_rows(axes: "Axes", names: Sequence[str]) -> None:
@@ -69,6 +78,29 @@ def name_rows(axes: "Axes", names: Sequence[str]) -> None:
     axes.set_yticks(range(len(names)), [short(name) for name in names])
     axes.margins(y=0.01)
     axes.invert_yaxis()
+
+
+def round_limits(values: Iterable[float], *, least: float = 0.0) -> tuple[float, float]:
+    """Limits of an axis that holds zero and all values, each a round number.
+
+    An axis that begins beside the values makes noise look like a result. Shares, which lie between 0 and 1, get an
+    axis from 0 to 1, unless all of them are small.
+
+    Args:
+        least: how far the axis goes at least, on both sides of zero.
+    """
+    found = [value for value in values if math.isfinite(value)]
+    top, bottom = max(least, *found, 0.0), max(least, *(-value for value in found), 0.0)
+    if bottom == 0 and SMALL < top <= 1:
+        return 0.0, 1.0
+    low, high = (_rounded_up(end) if end > 0 else 0.0 for end in (bottom, top))
+    return (-low, high) if low or high else (0.0, 1.0)
+
+
+def _rounded_up(size: float) -> float:
+    """The next of 1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8 times a power of ten."""
+    power = 10.0 ** math.floor(math.log10(size))
+    return next(step * power for step in ROUND if size <= step * power * (1 + 1e-9))
 
 
 def short(name: str) -> str:

@@ -1,5 +1,6 @@
 """The reports in a real browser: Playwright drives the system's Chromium."""
 
+import re
 import shutil
 
 import pytest
@@ -103,6 +104,34 @@ def test_dark_is_dark(open_page):
         brightness[scheme] = [sum(map(int, text[4:-1].split(","))) for text in (colour, ink)]
     assert brightness["light"][0] > 700 > 200 > brightness["light"][1]
     assert brightness["dark"][0] < 200 < 600 < brightness["dark"][1]
+
+
+# Of every element with text of its own: the contrast of its ink with what is painted behind it (WCAG 2, 1.4.3).
+CONTRASTS = """() => {
+  const light = ([r, g, b]) => [r, g, b].map(v => v / 255)
+    .map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, v, k) => sum + v * [0.2126, 0.7152, 0.0722][k], 0);
+  const color = text => (text.match(/[\\d.]+/g) || [0, 0, 0, 0]).map(Number);
+  const behind = e => { const c = color(getComputedStyle(e).backgroundColor);
+    return c.length < 4 || c[3] > 0 ? c : behind(e.parentElement); };
+  return [...document.body.querySelectorAll('*')].filter(e => !e.closest('defs')
+      && [...e.childNodes].some(n => n.nodeType == 3 && n.data.trim()))
+    .map(e => { const style = getComputedStyle(e), ink = color(e.closest('svg') ? style.fill : style.color);
+      const [a, b] = [light(ink), light(behind(e.closest('figure') || e))].sort((x, y) => y - x);
+      return [(a + 0.05) / (b + 0.05), e.tagName + ': ' + e.textContent.slice(0, 40)]; });
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_text_stands_out_from_what_is_behind_it(open_page, scheme):
+    page = open_page(1280, scheme)
+    for details in page.locator("details").all():
+        details.evaluate("element => element.open = true")
+    contrasts = page.evaluate(CONTRASTS)
+    assert len(contrasts) > 100
+    # Figures within the cells of a matrix take their ink from the cell.
+    weak = [text for contrast, text in contrasts if contrast < 4.5 and not re.fullmatch(r"text: -?\d\.\d\d", text)]
+    assert weak == []
 
 
 def test_the_keyboard_reaches_everything_that_does_something(open_page):

@@ -1,3 +1,4 @@
+import math
 import re
 from xml.etree import ElementTree
 
@@ -36,8 +37,35 @@ def test_shares_that_are_too_many_are_added_up():
     assert "task 7" not in drawn
 
 
+def drawn_intervals(bounds, **changes):
+    rows = {"a": curves.Estimate(0.5, *bounds, dots=(0.4, 0.6)), "b": curves.Estimate(0.2, 0.1, 0.3)}
+    return curves.intervals(rows, **({"label": "x", "limits": (0.0, 1.0)} | changes))
+
+
 def test_intervals_without_bounds_are_points():
-    nan = float("nan")
-    drawn = curves.intervals({"a": (0.5, nan, nan), "b": (0.2, 0.1, 0.3)}, label="x", line=0.0)
-    with_bounds = curves.intervals({"a": (0.5, 0.4, 0.6), "b": (0.2, 0.1, 0.3)}, label="x", line=0.0)
-    assert with_bounds.count("<path") == drawn.count("<path") + 1
+    without, within = drawn_intervals((math.nan, math.nan)), drawn_intervals((0.4, 0.6))
+    assert within.count("<path") == without.count("<path") + 1
+
+
+def test_an_interval_that_goes_on_beyond_the_axis_says_so():
+    within = drawn_intervals((0.4, 0.6))
+    assert drawn_intervals((0.4, 1.6)).count("<use") == within.count("<use") + 1
+    assert drawn_intervals((-0.4, 1.6)).count("<use") == within.count("<use") + 2
+
+
+def test_a_line_to_compare_with_has_its_name():
+    assert ">start<" in drawn_intervals((0.4, 0.6), line=curves.Line(0.1, "start"))
+
+
+@pytest.mark.parametrize(("values", "least", "limits"), [
+    ([0.71, 0.72], 0, (0.0, 1.0)),  # accuracies that differ by noise
+    ([0.03, 0.04], 0, (0.0, 0.04)),
+    ([7.0, 7.1], 0, (0.0, 8.0)),
+    ([-0.02, 0.3], 0, (-0.02, 0.3)),
+    ([0.001, -0.002], 0.07, (-0.08, 0.08)),
+    ([math.nan, 120.0, math.inf], 0, (0.0, 120.0)),
+    ([0.0], 0, (0.0, 1.0)),
+    ([], 0, (0.0, 1.0)),
+])  # fmt: skip
+def test_an_axis_begins_at_zero_and_ends_at_a_round_number(values, least, limits):
+    assert svg.round_limits(values, least=least) == pytest.approx(limits)

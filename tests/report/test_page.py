@@ -3,7 +3,21 @@ import re
 import pytest
 from jinja2 import UndefinedError
 
-from grpo_plus.report.page import Figure, Heading, Quote, Section, Table, Text, to_html, to_markdown
+from grpo_plus.report.page import (
+    Answer,
+    Beside,
+    Command,
+    Figure,
+    Fold,
+    Heading,
+    Number,
+    Quote,
+    Section,
+    Table,
+    Text,
+    to_html,
+    to_markdown,
+)
 from tests.report.hostile import HOSTILE
 
 
@@ -13,11 +27,18 @@ def page(*blocks):
 
 def test_what_a_model_wrote_stays_text():
     html = page(
-        Quote(HOSTILE, HOSTILE), Text(HOSTILE, (HOSTILE,)), Table(HOSTILE, (HOSTILE,), [(HOSTILE,)]), Heading(HOSTILE)
+        Quote(HOSTILE, HOSTILE),
+        Text(HOSTILE, (HOSTILE,)),
+        Table(HOSTILE, (HOSTILE,), [(HOSTILE,)]),
+        Heading(HOSTILE),
+        Answer(HOSTILE, True, HOSTILE, (Number(HOSTILE, HOSTILE),), (HOSTILE,), HOSTILE, HOSTILE),
+        Beside(HOSTILE, [Quote(HOSTILE, HOSTILE)]),
+        Fold(HOSTILE, [Command(HOSTILE)]),
+        Table("t", ("a", HOSTILE, "c", "d", "e"), [("f", 1, 2, 3, 4)]),
     )
     assert "<script" not in html
     assert "<img" not in html
-    assert html.count("&lt;script&gt;alert(1)&lt;/script&gt;") == 8
+    assert html.count("&lt;script&gt;alert(1)&lt;/script&gt;") == 8 + 7 + 3 + 2 + 2
     assert "\x00" not in html
     assert "\x1b" not in html
 
@@ -53,8 +74,28 @@ def test_figures_that_follow_each_other_share_a_grid():
 def test_what_is_folded_opens_on_demand():
     html = page(Quote("q", "text", folded=True), Table("t", ("name",), [("a",)], folded=True), Quote("open", "text"))
     assert html.count("<details>") == 2
-    assert "<summary>q</summary><pre>text</pre></details>" in html
+    assert '<summary>q</summary><div class="inside"><pre>text</pre></div></details>' in html
     assert "<h4>open</h4><pre>text</pre>" in html
+
+
+def test_an_answer_is_in_both_forms_with_the_command_as_it_is_typed():
+    answer = Answer(
+        "`a` is ahead.", reasons=("One.", "Two."), action="Next:", command="grpo-plus compare --x 'a|b' `c`"
+    )
+    html = page(answer)
+    assert '<p class="verdict"><code>a</code> is ahead.</p>' in html
+    assert "<code>grpo-plus compare --x &#39;a|b&#39; `c`</code>" in html
+    assert 'class="answer settled"' in html
+    assert 'class="answer"' in page(Answer("Nothing is known.", settled=False))
+    text = to_markdown("T", "L", [Section("S", [answer, Fold("More", [Text("inside")])])])
+    assert "**`a` is ahead.**\n\n- One.\n- Two.\n\nNext:\n\n    grpo-plus compare --x 'a|b' `c`\n" in text
+    assert "### More\n\ninside" in text
+
+
+def test_figures_inside_a_fold_share_a_grid_too():
+    html = page(Fold("f", [Figure("a", "<svg/>"), Figure("b", "<svg/>")]))
+    assert html.count('<div class="figures">') == 1
+    assert html.count("<figure>") == 2
 
 
 @pytest.mark.parametrize("row", [("a",), ("a", 1.0, 2.0)], ids=["short", "long"])
