@@ -7,8 +7,10 @@ import difflib
 import importlib
 import inspect
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
 Entry = TypeVar("Entry")
@@ -59,17 +61,30 @@ class Registry(Generic[Entry, Result, Promises]):
     Each name belongs to one place: the function that registered it, which may do so again with other code, as a cell
     of a notebook does when it runs twice.
 
+    An installed package adds names by entry points. They are looked for where a name is not registered, and where all
+    names are listed. A package is imported when one of its names is looked up.
+
     Args:
         kind: what the entries are, for error messages ("advantage estimator").
+        group: the group of entry points through which installed packages add names.
         entry: makes an entry of a name, a function and keywords, the promises that the function keeps. A function that
             is found by its dotted path promises nothing.
     """
 
-    def __init__(self, kind: str, entry: Callable[Concatenate[str, Callable[..., Result], Promises], Entry]) -> None:
+    def __init__(
+        self, kind: str, group: str, entry: Callable[Concatenate[str, Callable[..., Result], Promises], Entry]
+    ) -> None:
         self.kind = kind
+        self.group = group
         self._entry: Callable[..., Entry] = entry
         self._entries: dict[str, Entry] = {}
         self._unregistered: dict[str, Entry] = {}
+        self._settled: set[EntryPoint] = set()  # loaded, or warned of
+
+    @property
+    def registered(self) -> list[str]:
+        """The names that are registered in this process, in the order of the alphabet. No package is looked for."""
+        return sorted(self._entries)
 
     def register(
         self, name: str, *positional: Promises.args, **promises: Promises.kwargs
@@ -155,16 +170,61 @@ class Registry(Generic[Entry, Result, Promises]):
         for known in (self._entries, self._unregistered):
             if name in known:
                 return known[name]
+        if "." not in name and (point := self._offered().get(name)):
+            return self._load(point)
         return self._entry(name, import_function(self.kind, name, self))
 
     def __contains__(self, name: object) -> bool:
-        return name in self._entries
+        return name in self._entries or name in self._offered()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(sorted(self._entries))
+        return iter(sorted({*self._entries, *self._offered()}))
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(list(iter(self)))
+
+    def _offered(self) -> dict[str, EntryPoint]:
+        """What installed packages add, by name. A name that is taken stays where it is, and a warning says so."""
+        offered: dict[str, EntryPoint] = {}
+        for point in entry_points(group=self.group):
+            owner = self._owner(point.name, offered)
+            if owner is None:
+                offered[point.name] = point
+            elif owner != _package(point.value) and point not in self._settled:
+                self._settled.add(point)
+                warnings.warn(
+                    f"The {self.kind} {point.name!r} of {point.value} is left out: {owner} has the name.", stacklevel=3
+                )
+        return offered
+
+    def _owner(self, name: str, offered: dict[str, EntryPoint]) -> str | None:
+        """The package whose function has the name. None where the name is free."""
+        if name in self._entries:
+            return _package(_place(self._entries[name])[0])
+        return _package(offered[name].value) if name in offered else None
+
+    def _load(self, point: EntryPoint) -> Entry:
+        """Import what an entry point names. The import may register the function itself, with its promises.
+
+        Raises:
+            ImportError: the package cannot be imported, or lacks what the entry point names.
+        """
+        try:
+            function = point.load()
+        except (ImportError, AttributeError) as error:
+            raise ImportError(
+                f"The {self.kind} {point.name!r} of an installed package cannot be loaded from {point.value}: {error}. "
+                "Mend or uninstall the package."
+            ) from error
+        self._settled.add(point)
+        if point.name not in self._entries:
+            self.add(point.name, self._entry(point.name, function))
+        return self._entries[point.name]
+
+
+def _package(path: str) -> str:
+    """The first part of a dotted path."""
+    return re.split("[.:]", path)[0]
 
 
 def _path(function: Callable[..., Any]) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from grpo_plus.advantages import ESTIMATORS
+from grpo_plus.losses import LOSSES
 
 DOCS = Path(__file__).parents[1] / "docs"
 README = DOCS.parent / "README.md"
@@ -21,7 +22,8 @@ class Markdown(doctest.DocTestParser):
 
 
 def run(page: Path) -> doctest.TestResults:
-    return doctest.testfile(str(page), module_relative=False, parser=Markdown(), encoding="utf-8")
+    with ESTIMATORS.temporarily(), LOSSES.temporarily():  # a page may register functions
+        return doctest.testfile(str(page), module_relative=False, parser=Markdown(), encoding="utf-8")
 
 
 def estimators_of_the_table(text: str) -> set[str]:

@@ -14,7 +14,7 @@ def registry() -> Registry[Any, Any, Any]:
     def entry(name: str, function: Callable[..., Any], *, scope: str = "batch") -> Any:
         return function if scope == "batch" else (scope, function)
 
-    registry = Registry("advantage estimator", entry)
+    registry = Registry("advantage estimator", "grpo_plus.tests", entry)
     registry.add("dr_grpo", 1)
     registry.add("grpo", 2)
     return registry
@@ -166,3 +166,61 @@ def test_two_functions_without_a_name_are_told_apart(registry):
 def test_a_path_of_files_says_how_a_function_is_written(path):
     with pytest.raises(UnknownNameError, match=r"A function of yours is written package\.module\.function"):
         import_function("reward function", path)
+
+
+def install(folder, name, code, **points):
+    """A package as pip would leave it in a folder of sys.path, with entry points of the group of the tests."""
+    (folder / f"{name}.py").write_text(code)
+    information = folder / f"{name}-1.0.dist-info"
+    information.mkdir()
+    (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    lines = [f"{point} = {value}" for point, value in points.items()]
+    (information / "entry_points.txt").write_text("\n".join(["[grpo_plus.tests]", *lines]))
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path
+
+
+def test_an_installed_package_is_listed_and_imported_on_lookup(registry, site):
+    install(site, "plug_in_of_one", "def mine(rewards):\n    return 1\n", mine="plug_in_of_one:mine")
+    assert list(registry) == ["dr_grpo", "grpo", "mine"]
+    assert "mine" in registry
+    assert len(registry) == 3
+    assert registry.registered == ["dr_grpo", "grpo"]
+    assert "plug_in_of_one" not in sys.modules
+    assert registry["mine"](None) == 1
+    assert registry["mine"] is sys.modules["plug_in_of_one"].mine
+
+
+def test_an_installed_function_may_register_itself_with_its_promises(registry, site, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "shared", registry, raising=False)
+    code = f"from {__name__} import shared\n@shared.register('own', scope='group')\ndef mine(rewards): ...\n"
+    install(site, "plug_in_with_promises", code, own="plug_in_with_promises:mine")
+    assert registry["own"][0] == "group"
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_registered_name_is_not_taken_by_an_installed_package(registry, site):
+    registry.register("mine")(defined(1))
+    install(site, "plug_in_of_a_taken_name", "def mine(rewards): ...\n", mine="plug_in_of_a_taken_name:mine")
+    with pytest.warns(UserWarning, match="'mine' of plug_in_of_a_taken_name:mine is left out: tests has the name"):
+        assert list(registry) == ["dr_grpo", "grpo", "mine"]
+    assert len(registry) == 3  # warned once
+    assert registry["mine"](None) == 1
+
+
+def test_an_installed_package_that_cannot_be_loaded_is_named(registry, site):
+    install(site, "plug_in_that_is_broken", "import nunpy\n", mine="plug_in_that_is_broken:mine")
+    with pytest.raises(
+        ImportError, match="'mine' of an installed package .* plug_in_that_is_broken:mine: No module named 'nunpy'"
+    ):
+        registry["mine"]
+
+
+def test_an_installed_name_is_suggested(registry, site):
+    install(site, "plug_in_to_suggest", "def nearest(rewards): ...\n", nearest="plug_in_to_suggest:nearest")
+    with pytest.raises(UnknownNameError, match="Did you mean 'nearest'"):
+        registry["nearst"]

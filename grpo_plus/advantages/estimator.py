@@ -67,7 +67,7 @@ class Estimator(Described):
         return super().parameters[1:] if self.stateful else super().parameters
 
 
-ESTIMATORS = Registry("advantage estimator", Estimator)
+ESTIMATORS = Registry("advantage estimator", "grpo_plus.advantages", Estimator)
 """Every estimator by its name, `ESTIMATORS["rloo"]`. A dotted path to a function is a name, too."""
 register = ESTIMATORS.register
 """Make a function an estimator: `@register("mine", scope="group")`. `Estimator` says what may be promised."""

@@ -13,6 +13,7 @@ from transformers import TrainerState as State
 from transformers import TrainingArguments as Arguments
 
 from grpo_plus.compare.comparison import ArmResult
+from grpo_plus.compare.loggers import name_run, run_of_its_own
 from grpo_plus.compare.plan import Arm
 from grpo_plus.compare.start import Start
 from grpo_plus.compare.store import LOG, RESULT, as_json, begin, write_json
@@ -33,7 +34,9 @@ def train_arm(task: Task, start: Start, arm: Arm, folder: Path, before: Scores, 
     """
     begin(folder)
     write_json(folder, {"arm.json": as_json(identity(arm))})
-    trainer = quiet_trainer(task, start, configuration(task, arm, folder))
+    config = configuration(task, arm, folder)
+    name_run(config, arm, folder.parents[1])
+    trainer = quiet_trainer(task, start, config)
     if progress:
         trainer.add_callback(ArmBar(arm.name))
     try:
@@ -52,7 +55,8 @@ def _measured(task: Task, trainer: GRPOPlusTrainer, arm: Arm) -> ArmResult:
     peaks.enter(TRAINING)
     began, cpu_began = time.perf_counter(), time.process_time()
     try:
-        trainer.train()
+        with run_of_its_own(trainer):
+            trainer.train()
     except SystemExit:  # SIGTERM has ended the training in good order, but there is no comparison
         raise SystemExit(128 + signal.SIGTERM) from None
     seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began

@@ -162,7 +162,9 @@ class _Trainings:
                 return
             configs = {arm.variant.label: configuration(self.task, arm, folder) for arm in self.arms}
             seed = self.arms[0].seed
-            trainer = quiet_trainer(self.task, self.start, self.task.config(seed=seed, output_dir=str(folder)))
+            # The start is no run of a logger's, and TRL fails where it generates for trackio without one.
+            config = self.task.config(seed=seed, output_dir=str(folder), report_to="none")
+            trainer = quiet_trainer(self.task, self.start, config)
             signal = measure_start(trainer, configs)
             scores = held_out_scores(self.task, trainer, seed)
             release(trainer)

@@ -54,7 +54,7 @@ __all__ = [
     "register",
 ]
 
-TRL_LOSSES = tuple(name for name in LOSSES if LOSSES[name].origin == "trl")
+TRL_LOSSES = tuple(name for name in LOSSES.registered if LOSSES[name].origin == "trl")
 """Names of the losses that TRL computes itself."""
 
 

@@ -57,7 +57,7 @@ class Loss(Described):
         return "\n\n".join(filter(None, (self.variant, super().documentation)))
 
 
-LOSSES = Registry("loss_type", Loss)
+LOSSES = Registry("loss_type", "grpo_plus.losses", Loss)
 """Every loss by its name, `LOSSES["dual_clip"]`. A dotted path to a function is a name, too."""
 register = LOSSES.register
 """Make a function a loss: `@register("mine", reduction="token-mean")`. `Loss` says what may be promised."""
