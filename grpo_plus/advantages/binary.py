@@ -50,8 +50,8 @@ def passk(rewards: Rewards, *, k: int = 2, eps: float = 1e-6) -> Tensor:
     _check_k("passk", k, rewards)
     solved = _solved("passk", rewards)
     judged, correct = count(solved), solved.nansum(-1, keepdim=True)
-    rho = 1 - _all_wrong(judged - correct, judged, k)
-    rho_with = (1 - _all_wrong(judged - correct - 1, judged - 1, k - 1)).where(solved == 0, 1.0)
+    rho = 1 - all_wrong(judged - correct, judged, k)
+    rho_with = (1 - all_wrong(judged - correct - 1, judged - 1, k - 1)).where(solved == 0, 1.0)
     return divide(rho_with - rho, (rho * (1 - rho)).sqrt(), eps=eps)
 
 
@@ -71,7 +71,7 @@ def pkpo(rewards: Rewards, *, k: int = 2) -> Tensor:
     _check_k("pkpo", k, rewards)
     solved = _solved("pkpo", rewards)
     judged, correct = count(solved), solved.nansum(-1, keepdim=True)
-    return center_on_others(solved * _all_wrong(judged - correct, judged - 1, k - 1))
+    return center_on_others(solved * all_wrong(judged - correct, judged - 1, k - 1))
 
 
 @register("bnpo_advantage", domain="unit", sums_to_zero=True)
@@ -106,7 +106,7 @@ def _beta_of(p: Tensor) -> tuple[Tensor, Tensor]:
     return (1 + average * strength / 3).clamp(min=1), (1 + (1 - average) * strength / 3).clamp(min=1)
 
 
-def _all_wrong(wrong: Tensor, judged: Tensor, draws: int) -> Tensor:
+def all_wrong(wrong: Tensor, judged: Tensor, draws: int) -> Tensor:
     """C(wrong, draws)/C(judged, draws), the chance that all completions of a draw without replacement are wrong."""
     chance = torch.ones_like(judged)
     for drawn in range(draws):

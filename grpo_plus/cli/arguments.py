@@ -20,8 +20,8 @@ REWARD_NAMES = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_re
 
 
 @dataclass
-class RecipeArguments:
-    """Sets of flags under one name."""
+class OwnArguments:
+    """Flags of ours beside those of the configuration."""
 
     qlora: bool = field(
         default=False,
@@ -30,10 +30,16 @@ class RecipeArguments:
             "linear layers, 8-bit Adam. Other values of the same flags win."
         },
     )
+    eval_reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Reward functions of the evaluations, in place of reward_funcs: names of TRL's or dotted paths."
+        },
+    )
 
 
 def parse(verb: str, rest: list[str], config_class: type["GRPOPlusConfig"], **defaults: Any) -> tuple[Any, ...]:
-    """The script's, the model's, the mixture's and the training's arguments, read by TRL and checked.
+    """Our own, the script's, the model's, the mixture's and the training's arguments, read by TRL and checked.
 
     Args:
         defaults: of flags, for this verb; what the user gives wins.
@@ -45,7 +51,7 @@ def parse(verb: str, rest: list[str], config_class: type["GRPOPlusConfig"], **de
     from grpo_plus.qlora.recipe import qlora_flags
 
     arguments = _with_config_file(rest)
-    inputs: list[Any] = [RecipeArguments, GRPOScriptArguments, ModelConfig, DatasetMixtureConfig]
+    inputs: list[Any] = [OwnArguments, GRPOScriptArguments, ModelConfig, DatasetMixtureConfig]
     parser = TrlParser([*inputs, config_class], prog=f"grpo-plus {verb}")
     if {"-h", "--help"} & set(arguments):
         print(help_of(parser, inputs, config_class), end="")
@@ -57,7 +63,7 @@ def parse(verb: str, rest: list[str], config_class: type["GRPOPlusConfig"], **de
     _check(verb, *early[:4])
     # As defaults, so that every flag on the command line or in the file still has the last word.
     parser.set_defaults_with_config(**defaults, **(qlora_flags() if early[0].qlora else {}))
-    _, *parsed, unknown = parser.parse_args_and_config(arguments, return_remaining_strings=True)
+    *parsed, unknown = parser.parse_args_and_config(arguments, return_remaining_strings=True)
     _refuse(verb, unknown)
     return tuple(parsed)
 
@@ -99,11 +105,15 @@ def split(dataset: Any, name: str, flag: str) -> Any:
 
 def reward_functions(script: "GRPOScriptArguments") -> list[str | Callable[..., Any]]:
     """The functions that the arguments name, and the path of the reward model in front of them."""
-    names = script.reward_funcs or []
-    functions: list[str | Callable[..., Any]] = [_reward_function(name) for name in names]
+    functions: list[str | Callable[..., Any]] = named_functions(script.reward_funcs)
     if script.reward_model_name_or_path:
         functions.insert(0, script.reward_model_name_or_path)
     return functions
+
+
+def named_functions(names: list[str] | None) -> list[Any]:
+    """Reward functions by their names; [] for None."""
+    return [_reward_function(name) for name in names or []]
 
 
 def _reward_function(name: str) -> Callable[..., Any]:
@@ -150,6 +160,7 @@ class Named:
     """The flags whose values may be dotted paths to functions of the user's."""
 
     reward_funcs: list[str] = field(default_factory=list)
+    eval_reward_funcs: list[str] = field(default_factory=list)
     advantage_estimator: str | None = None
     loss_type: str | None = None
 
@@ -159,7 +170,8 @@ def _typed_names(arguments: list[str]) -> list[str | None]:
     from trl import TrlParser
 
     named = TrlParser([Named], add_help=False).parse_args_and_config(arguments, return_remaining_strings=True)[0]
-    return [*(named.reward_funcs or ()), named.advantage_estimator, named.loss_type]
+    functions = [*(named.reward_funcs or ()), *(named.eval_reward_funcs or ())]
+    return [*functions, named.advantage_estimator, named.loss_type]
 
 
 @dataclass
@@ -184,7 +196,7 @@ def _check_width(arguments: list[str]) -> None:
 
 def _check(
     verb: str,
-    recipe: RecipeArguments,
+    own: OwnArguments,
     script: "GRPOScriptArguments",
     model: "ModelConfig",
     mixture: "DatasetMixtureConfig",
@@ -192,9 +204,9 @@ def _check(
     """Refuse what cannot train before anything is loaded."""
     from grpo_plus.qlora.checks import require_bitsandbytes
 
-    if recipe.qlora or model.load_in_4bit or model.load_in_8bit:
+    if own.qlora or model.load_in_4bit or model.load_in_8bit:
         require_bitsandbytes("A quantized base (--qlora, --load_in_4bit, --load_in_8bit)")
-    if (recipe.qlora or model.load_in_4bit) and model.dtype == "auto":
+    if (own.qlora or model.load_in_4bit) and model.dtype == "auto":
         raise ValueError(
             "--dtype auto with a base in 4 bits: its products need a dtype of their own. Write --dtype bfloat16, or "
             "--dtype float16 --fp16 on cards before Ampere."

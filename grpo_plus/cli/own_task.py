@@ -31,7 +31,11 @@ def own_task(rest: list[str], num_held_out: int) -> Task:
         num_held_out: rows to evaluate on, from the test split, or where there is none from the end of the training
             split, which is then trained without them.
     """
-    script, model, mixture, given = parse("compare", rest, GivenFields, save_strategy="no")
+    own, script, model, mixture, given = parse("compare", rest, GivenFields, save_strategy="no")
+    if own.eval_reward_funcs:
+        raise ValueError(
+            "compare judges the held-out rows by --reward_funcs, which its arms train on. Drop --eval_reward_funcs."
+        )
     values = {entry.name: getattr(given, entry.name) for entry in fields(given) if entry.init}
     rewards = reward_functions(script)
     check_needs(rewards)  # before a download

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from grpo_plus.cli.arguments import load, loading, parse, reward_functions, split
+from grpo_plus.cli.arguments import OwnArguments, load, loading, named_functions, parse, reward_functions, split
 
 if TYPE_CHECKING:
     from trl import DatasetMixtureConfig, ModelConfig
@@ -34,19 +34,25 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
 
 
 def train(
-    script: "GRPOScriptArguments", model: "ModelConfig", mixture: "DatasetMixtureConfig", config: "GRPOPlusConfig"
+    own: OwnArguments,
+    script: "GRPOScriptArguments",
+    model: "ModelConfig",
+    mixture: "DatasetMixtureConfig",
+    config: "GRPOPlusConfig",
 ) -> None:
     """Load what the arguments name, train, save, and push if asked to."""
     from grpo_plus import GRPOPlusTrainer
     from grpo_plus.config.data import check_needs
 
-    rewards = reward_functions(script)
-    check_needs(rewards)  # before a download
+    _check_evaluates(own, config)
+    rewards, eval_rewards = reward_functions(script), named_functions(own.eval_reward_funcs)
+    check_needs([*rewards, *eval_rewards])  # before a download
     dataset = load(script, mixture)
     evaluates = config.eval_strategy != "no"
     trainer = GRPOPlusTrainer(
         **loading(model, config),
         reward_funcs=rewards,
+        eval_reward_funcs=eval_rewards,
         args=config,
         train_dataset=split(dataset, script.dataset_train_split, "--dataset_train_split"),
         eval_dataset=split(dataset, script.dataset_test_split, "--dataset_test_split") if evaluates else None,
@@ -58,6 +64,16 @@ def train(
     trainer.accelerator.print(f"Saved the model to {config.output_dir}")
     if config.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset_name)
+
+
+def _check_evaluates(own: OwnArguments, config: "GRPOPlusConfig") -> None:
+    """Refuse settings of evaluations that never run."""
+    for name, value in (
+        ("eval_reward_funcs", own.eval_reward_funcs),
+        ("eval_pass_at_k", config.eval_pass_at_k),
+    ):
+        if value and config.eval_strategy == "no":
+            raise ValueError(f"--{name} has no effect without evaluations. Add --eval_strategy steps --eval_steps 50.")
 
 
 def _checkpoint(given: Any) -> Any:

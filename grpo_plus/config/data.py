@@ -24,16 +24,21 @@ NEEDS_MATH_VERIFY = ("accuracy_reward", "reasoning_accuracy_reward")
 READS_MESSAGES = (*NEEDS_MATH_VERIFY, "think_format_reward")
 
 
-def check_data(given: Mapping[str, Any]) -> None:
+def check_data(given: Mapping[str, Any], eval_functions: Sequence[Any] = ()) -> None:
     """Refuse data that the run cannot use: a column that is missing, or text where a reward function reads messages.
 
     Args:
         given: the trainer's arguments by name.
+        eval_functions: what judges the evaluations in place of the training's reward functions; none: those.
 
     Raises:
         ImportError: a reward function of TRL's needs a package that is not installed.
         ValueError: a column is missing; names the columns there are, and how to rename one.
     """
+    if eval_functions:
+        check_data({**given, "eval_dataset": None})
+        check_data({**given, "train_dataset": None, "reward_funcs": list(eval_functions)})
+        return
     functions = [function for function in _listed(given.get("reward_funcs")) if _is_function(function)]
     check_needs(functions)
     unused = bool(getattr(given.get("args"), "remove_unused_columns", False))

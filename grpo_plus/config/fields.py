@@ -7,6 +7,7 @@ from trl import GRPOConfig
 
 from grpo_plus.advantages import ESTIMATORS
 from grpo_plus.config.advantages import check_advantages, check_refills
+from grpo_plus.config.evaluation import check_pass_at_k
 from grpo_plus.config.guard import check_guard
 from grpo_plus.config.keywords import as_dictionary
 from grpo_plus.config.losses import check_kl_target, check_loss
@@ -53,6 +54,12 @@ class GRPOPlusConfig(GRPOConfig):
             and the reference. Ratio, gradient, KL and entropy are then those of the policy that sampled. It needs
             transformers' plain generation, and refuses what changes the odds between the tokens that are left, such as
             a repetition penalty.
+        eval_pass_at_k: numbers of tries k, such as [1, 4, 8]. Each evaluation then logs `eval_pass@k`, the chance that
+            one of k completions of a prompt is right. The mean over the prompts is estimated without bias from
+            `num_generations_eval` completions of each, which must be k or more (Chen et al.,
+            https://huggingface.co/papers/2107.03374). `metric_for_best_model="pass@4"` works. None: not logged.
+        eval_pass_reward: the reward function that says which completions are right. None: the only one.
+        eval_pass_threshold: the least reward of a completion that is right.
         loss_kwargs: hyper-parameters of a `loss_type` that TRL lacks. On the command line: JSON. Such a loss does not
             read TRL's fields (`epsilon`, `delta`, ...).
         loss_reduction: how a loss that TRL lacks is summed, in the words of `grpo_plus.losses.reduce`. None: as its
@@ -168,6 +175,18 @@ class GRPOPlusConfig(GRPOConfig):
             "unset: over the whole vocabulary, as in TRL."
         },
     )
+    eval_pass_at_k: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Log eval_pass@k for these k: the chance that one of k completions is right. Each needs as many "
+            "num_generations_eval."
+        },
+    )
+    eval_pass_reward: str | None = field(
+        default=None,
+        metadata={"help": "Reward function that says which completions are right; unset: the only one."},
+    )
+    eval_pass_threshold: float = field(default=1.0, metadata={"help": "Least reward of a completion that is right."})
     loss_kwargs: dict[str, Any] | str | None = field(
         default=None,
         metadata={
@@ -291,6 +310,7 @@ class GRPOPlusConfig(GRPOConfig):
         check_truncated_sampling(self)
         check_adapter_dtype(self)
         check_guard(self)
+        check_pass_at_k(self)
         self.advantage_kwargs = as_dictionary("advantage_kwargs", self.advantage_kwargs)
         self.advantage_modifiers = as_dictionary("advantage_modifiers", self.advantage_modifiers)
         check_refills(self)

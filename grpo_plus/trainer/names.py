@@ -120,6 +120,24 @@ def log_value(trainer: GRPOTrainer, name: str, value: float, *, latest: bool = F
     trainer._metrics["train"][name].append(value)
 
 
+def table_of(trainer: GRPOTrainer) -> dict[str, Any]:
+    """TRL's table of completions."""
+    return trainer._logs
+
+
+def set_table(trainer: GRPOTrainer, table: dict[str, Any]) -> None:
+    """Let TRL write into another table of completions."""
+    trainer._logs = table
+
+
+def empty_table(trainer: GRPOTrainer) -> dict[str, Any]:
+    """Another table like TRL's, without rows."""
+    return {
+        name: deque(maxlen=column.maxlen) if isinstance(column, deque) else type(column)(column.default_factory)
+        for name, column in trainer._logs.items()
+    }
+
+
 def logged_columns(trainer: GRPOTrainer) -> dict[tuple[str, ...], deque]:
     """The columns of TRL's table of completions, each as long as one generation batch."""
     columns: dict[tuple[str, ...], deque] = {}

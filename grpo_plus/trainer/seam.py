@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import gather_object
 from torch import Tensor
+from transformers.trainer_utils import EvalLoopOutput
 from trl import GRPOTrainer
 
 from grpo_plus.advantages import Rewards, check_rewards, check_trls_range, checked
@@ -22,6 +23,7 @@ from grpo_plus.config.speed import check_liger
 from grpo_plus.losses import TRL_LOSSES, LossInputs
 from grpo_plus.models.adapters import adapter_values
 from grpo_plus.qlora.checks import check_run
+from grpo_plus.trainer.eval_rewards import EvalRewards, both, listed, weighing
 from grpo_plus.trainer.figures import Figures
 from grpo_plus.trainer.generation import generating
 from grpo_plus.trainer.guard import Guard
@@ -41,6 +43,7 @@ from grpo_plus.trainer.names import (
     trained_tokens,
     whole_rows,
 )
+from grpo_plus.trainer.pass_at_k import pass_at_k_of
 from grpo_plus.trainer.position import RandomStates
 from grpo_plus.trainer.refills import Refills
 from grpo_plus.trainer.regrouping import regrouped
@@ -66,15 +69,19 @@ class TRLSeam(ScoringSeam):
     _buffered_inputs: list[dict[str, Any]] | None
     beta: float
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, eval_reward_funcs: Any = None, **kwargs: Any) -> None:
         given = inspect.signature(GRPOTrainer).bind(*args, **kwargs).arguments
+        added = listed(eval_reward_funcs)
         check_numbers(given.get("args"))
         check_liger(given.get("args"))
-        check_data(given)
+        check_data(given, added)
         check_run(*(given.get(name) for name in ("model", "args", "quantization_config", "peft_config")))
         exact = adapter_values(given["model"])
-        super().__init__(*args, **kwargs)
+        with weighing(given.get("args"), len(added)):
+            super().__init__(**(both(given, added) if added else given))
+        self._eval_rewards = EvalRewards(self, given=len(listed(given.get("reward_funcs"))), added=len(added))
         self.plus = own_fields(self.args)
+        self._pass_at_k = pass_at_k_of(self.plus, self._eval_rewards.names)
         self._guard = Guard(self, self.plus.max_nonfinite_steps)
         self._adapters_as_trained(exact)
         self._warn_of_what_no_checkpoint_holds()
@@ -158,6 +165,10 @@ class TRLSeam(ScoringSeam):
             else:
                 output, _ = generate(inputs)
         output = self._kept.summed_up(output)
+        if not self.model.training and self._pass_at_k is not None:
+            self._pass_at_k.add(self.rewards)
+        if not self.model.training and self._eval_rewards.are_own:
+            return output  # estimators and modifiers may name the training's rewards
         with self._figures.guarded("The comparison of sampler and policy"):
             self._sampler.compare(output)
         advantages = self.estimate_advantages(self.rewards)
@@ -191,6 +202,27 @@ class TRLSeam(ScoringSeam):
         log_advantages_anew(self, per_completion)
         output["advantages"] = local.to(output["advantages"])
         return per_completion
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Evaluate, judged by `eval_reward_funcs` where there are any."""
+        with self._eval_rewards.judging():
+            return super().evaluate(*args, **kwargs)
+
+    def evaluation_loop(
+        self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> EvalLoopOutput:
+        """Evaluate one dataset; its pass@k are metrics like its loss."""
+        if self._pass_at_k is not None:
+            self._pass_at_k.begin(dataloader.dataset)
+        output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self._pass_at_k is not None:
+            figures = self._pass_at_k.figures()
+            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in figures.items()})
+        return output
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        with self._eval_rewards.left():
+            super()._save_checkpoint(model, trial)
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         before = self._buffered_inputs

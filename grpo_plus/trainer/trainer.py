@@ -43,6 +43,10 @@ from grpo_plus.trainer.seam import TRLSeam
 class GRPOPlusTrainer(TRLSeam):
     """TRL's GRPOTrainer with pluggable advantages and losses. Takes the same arguments, and a GRPOPlusConfig as `args`.
 
+    One argument is ours: `eval_reward_funcs`, by keyword, judge the evaluations in place of `reward_funcs`. Each has
+    weight 1. The log then has `eval_rewards/NAME/mean` of these alone, and `eval_reward` is their sum. Evaluations keep
+    TRL's advantages, and leave the table of completions as the training wrote it.
+
     With a GRPOPlusConfig whose own fields are unset, it trains what GRPOTrainer trains: equal to rounding, and faster.
     With a plain GRPOConfig, or with the switches of docs/speed.md off, it is equal to the last bit. The one exception
     is a quantized base: a GRPOPlusConfig keeps its adapters in float32 (`adapter_dtype`).

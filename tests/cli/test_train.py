@@ -138,3 +138,14 @@ def test_a_missing_column_is_named_before_the_model_is_loaded(workplace, capsys)
     assert "train_dataset has no column 'prompt', which every row needs. Its columns: question, answer." in error
     assert "train_dataset.rename_column('question', 'prompt')" in error
     assert "--dataset_name data" in error
+
+
+def test_evaluations_have_rewards_and_tries_of_their_own(workplace, capsys):
+    (workplace / "data" / "test.jsonl").write_text('{"prompt": "3+4="}')
+    (workplace / "my_judges.py").write_text("def right(completions, **_):\n    return [1.0] * len(completions)\n")
+    own = ["--eval_reward_funcs", "my_judges.right", "--eval_pass_at_k", "1", "4", "--max_completion_length", "8"]
+    flags = [*NAMES, *SHORT, *CPU, *own, "--output_dir", "out"]
+    assert cli.main(["train", *flags]) == 1
+    assert "--eval_reward_funcs has no effect without evaluations. Add --eval_strategy" in capsys.readouterr().err
+    assert cli.main(["train", *flags, "--eval_strategy", "steps", "--eval_steps", "2"]) == 0
+    assert "'eval_pass@4': '1'" in capsys.readouterr().out

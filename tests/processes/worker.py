@@ -18,7 +18,7 @@ from peft import LoraConfig
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer, cli
 from grpo_plus.trainer.names import STEP_COLUMNS
 from tests.refilling import MIXED, Judge
-from tests.training import brevity, make_trainer, stepwise, vowels, weights_of
+from tests.training import PROMPTS, brevity, make_trainer, stepwise, vowels, weights_of
 
 
 class Recorder(GRPOPlusTrainer):
@@ -55,6 +55,11 @@ def short_of_steps(completions: list[str], log_extra: Any, **_: Any) -> list[flo
     for column in STEP_COLUMNS:
         log_extra(column, [[0]] * (len(completions) - PartialState().process_index))
     return [0.0] * len(completions)
+
+
+def even(prompts: list[str], **_: Any) -> list[float]:
+    """Right where the prompt's sum begins with an even number."""
+    return [float(int(prompt[0]) % 2 == 0) for prompt in prompts]
 
 
 FAULTS = {"rewards": forgetful, "steps": short_of_steps}
@@ -123,12 +128,15 @@ def train(output_dir: Path, config: dict[str, Any]) -> None:
     saves_alone = config.pop("saves_alone", False)
     if faults.get("infinite", {}).get("rank") == PartialState().process_index:
         task = {"reward_funcs": [infinite(vowels), brevity]}
+    held_out = {}
+    if prompts := config.pop("held_out", 0):
+        held_out = {"eval_dataset": PROMPTS.select(range(0, 4 * prompts, 4)), "eval_reward_funcs": even}
     adapter = LoraConfig(r=4, target_modules="all-linear") if config.pop("lora", False) else None
     trainer = make_trainer(
         output_dir,
         trainer_class=type("Faulty", (Spoiled,), faults),
         config_class=GRPOPlusConfig,
-        trainer_arguments={"peft_config": adapter},
+        trainer_arguments={"peft_config": adapter, **held_out},
         log_completions=True,
         **task,
         **config,
