@@ -1,4 +1,4 @@
-"""What the README prints, run as it stands there: its commands, its snippets, and the examples beside it.
+"""What the pages print, run as it stands there: their commands, their snippets, and the examples beside them.
 
     python -m tests.printed FOLDER
 
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("quickstart.md", "estimators.md", "losses.md")))
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
 MODELS = ("Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen3-1.7B")
 PLANNED = "Qwen/Qwen3-4B"
@@ -31,6 +31,7 @@ SHORT += ["--per_device_train_batch_size", "4", "--gradient_accumulation_steps",
 EVALUATED = ["--per_device_eval_batch_size", "4"]
 # What is added to a command, by its first words; the first that fit count.
 ADDED = {
+    "train --help": [],
     "train": SHORT,
     "compare --seeds 5": ["--seeds", "1", "--num_held_out", "2", "--output_dir", "own", *SHORT, *EVALUATED],
     "compare": ["--seeds", "1", "--estimators", "grpo,rloo", "--max_steps", "1", "--num_held_out", "4"],
@@ -43,14 +44,17 @@ output_dir: out
 
 
 def blocks(language: str) -> list[str]:
-    """The README's blocks of code in a language."""
-    return re.findall(rf"^```{language}\n(.*?)^```", README.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    """The pages' blocks of code in a language."""
+    texts = [page.read_text(encoding="utf-8") for page in PAGES]
+    return [
+        block for text in texts for block in re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.DOTALL | re.M)
+    ]
 
 
 def commands() -> list[str]:
-    """The README's commands, a line each."""
+    """The pages' commands, a line each; a command that stands on two pages, once."""
     lines = [line for block in blocks("bash") for line in block.replace("\\\n", " ").splitlines()]
-    return [" ".join(shlex.join(shlex.split(line, comments=True)).split()) for line in lines if line.strip()]
+    return list(dict.fromkeys(shlex.join(shlex.split(line, comments=True)) for line in lines if line.strip()))
 
 
 def of_ours(command: str) -> list[str] | None:
@@ -87,13 +91,16 @@ def run_command(command: str) -> None:
 
     words = of_ours(command) or []
     added = next((flags for start, flags in ADDED.items() if shlex.join(words).startswith(start)), [])
-    status = cli.main([*words, *added])
+    try:
+        status = cli.main([*words, *added])
+    except SystemExit as ended:  # so --help ends
+        status = ended.code
     if status and words[0] != "plan":  # where 1 means that the run does not fit
         raise SystemExit(f"exit status {status}")
 
 
 def run_snippets() -> None:
-    """Run the README's Python, block after block, as one script; `grade` is the reader's own."""
+    """Run the pages' Python, block after block, as one script; `grade` is the reader's own."""
     from trl import GRPOConfig
 
     names: dict[str, Any] = {
@@ -113,7 +120,7 @@ def run_snippets() -> None:
     GRPOConfig.__post_init__ = short
     try:
         for block in blocks("python"):
-            exec(compile(block, str(README), "exec"), names)
+            exec(compile(block, "page", "exec"), names)
         logged: dict[str, list] = {}
         assert names["graded"]([[1, 2], [3]], logged.__setitem__) == [2.0, 1.0]
         assert logged["step_ends"] == [[0, 1], [0]]

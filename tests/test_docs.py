@@ -1,6 +1,7 @@
 """The pages under docs/: their examples run, and what they name exists."""
 
 import doctest
+import json
 import re
 from pathlib import Path
 
@@ -56,9 +57,21 @@ def test_the_table_names_estimators_that_exist():
     assert named <= set(ESTIMATORS)
 
 
-@pytest.mark.parametrize("page", [README, DOCS / "choosing.md"], ids=lambda page: page.name)
-def test_the_quoted_intervals_are_those_of_the_multitask_benchmark(page):
-    quoted = set(re.findall(r"[+-]\d\.\d{3} \[[+-]\d\.\d{3}, [+-]\d\.\d{3}\]", page.read_text(encoding="utf-8")))
+def test_the_quoted_intervals_are_those_of_the_multitask_benchmark():
+    text = (DOCS / "choosing.md").read_text(encoding="utf-8")
+    quoted = set(re.findall(r"[+-]\d\.\d{3} \[[+-]\d\.\d{3}, [+-]\d\.\d{3}\]", text))
     summary = (DOCS.parent / "benchmarks" / "results" / "multitask" / "summary.md").read_text(encoding="utf-8")
     assert len(quoted) > 3
     assert [figure for figure in quoted if figure not in summary] == []
+
+
+def test_the_readme_is_short():
+    """A reader has the first ten minutes for it; what is longer has a page."""
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 150
+
+
+def test_the_readmes_figures_of_the_demo_are_the_results():
+    demo = json.loads((README.parent / "benchmarks" / "results" / "demo.json").read_text(encoding="utf-8"))
+    said = f"at most {demo['highest_before'] * 100:.1f} % to at least {demo['lowest_after'] * 100:.1f} %"
+    assert said in " ".join(README.read_text(encoding="utf-8").split())
+    assert len(demo["runs"]) == 5

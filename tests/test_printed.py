@@ -1,4 +1,4 @@
-"""The README's commands and snippets and the examples run as printed, with the base dependencies alone."""
+"""The commands and snippets of the pages, and the examples, run as printed, with the base dependencies alone."""
 
 import json
 import os
@@ -102,7 +102,10 @@ def test_a_command_that_only_sets_up_names_what_exists(command):
     """`make` and `pip` would build this environment again; what they are told has to be there."""
     program, *words = command.split()
     project = tomllib.loads((printed.ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    if program == "make":
+    if program == "python":
+        assert (printed.ROOT / words[0]).exists()
+        assert printed.ROOT.joinpath(words[0]).name in printed.EXAMPLES
+    elif program == "make":
         assert re.search(rf"^{words[0]}:", (printed.ROOT / "Makefile").read_text(), flags=re.MULTILINE)
     else:
         assert (program, words[:2]) == ("pip", ["install", "-e"])
@@ -116,7 +119,7 @@ def test_a_learning_that_is_none_is_seen():
     assert learned([0.1, 0.1, 0.3, 0.5])
 
 
-def test_every_block_of_the_readme_is_run():
+def test_every_block_of_the_pages_is_run():
     assert len(OURS) >= 9
     assert len(OTHERS) >= 4
     assert len(printed.blocks("python")) >= 4

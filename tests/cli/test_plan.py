@@ -5,7 +5,7 @@ import pytest
 from grpo_plus import cli
 from grpo_plus.planner import QLORA, Run, load_shape, longest, longest_table, plan
 from tests.planner.configs import QWEN3_4B
-from tests.readme import README
+from tests.readme import DOCS
 
 
 @pytest.fixture
@@ -133,12 +133,12 @@ def test_a_flag_that_is_neither_true_nor_false_is_refused(model, capsys):
     assert "'yes' is neither true nor false" in capsys.readouterr().err
 
 
-def test_the_readmes_example_is_what_it_prints(tmp_path, monkeypatch, capsys):
+def test_the_example_of_the_page_on_memory_is_what_it_prints(tmp_path, monkeypatch, capsys):
     (tmp_path / "Qwen").mkdir()
     (tmp_path / "Qwen" / "Qwen3-4B").mkdir()
     (tmp_path / "Qwen" / "Qwen3-4B" / "config.json").write_text(json.dumps(QWEN3_4B))
     monkeypatch.chdir(tmp_path)
-    example = README.read_text().partition("$ grpo-plus ")[2].partition("```")[0]
+    example = (DOCS / "memory.md").read_text().partition("$ grpo-plus ")[2].partition("```")[0]
     command, _, output = example.replace("\\\n", " ").partition("\n")
     cli.main(command.split())
     assert capsys.readouterr().out == output
