@@ -30,6 +30,8 @@ COUNTS = 0.1
 # TRL writes float32 statistics: equal rewards can show a std of about 1e-7 of their value.
 ROUNDING = 1e-6
 
+MORE = "docs/troubleshooting.md"
+
 Logs = dict[str, Any]
 Finding = tuple[str, str | None]
 
@@ -103,7 +105,8 @@ class RewardHealthCallback(TrainerCallback):
             if message and self._streak[cause] >= needed and cause not in self._warned:
                 self._warned.add(cause)
                 if state.is_world_process_zero:
-                    warnings.warn(f"Step {state.global_step}, {needed} logs in a row: {message}", stacklevel=2)
+                    row = f"Step {state.global_step}, {needed} logs in a row"
+                    warnings.warn(f"{row}: {message} More: {MORE}.", stacklevel=2)
 
     def _forget(self) -> None:
         self._streak: defaultdict[str, int] = defaultdict(int)
