@@ -16,7 +16,10 @@ from grpo_plus.losses import LOSSES
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-ROOMS = ("grpo_plus", *(f"grpo_plus.{room}" for room in ("advantages", "losses", "planner", "qlora", "replay")))
+ROOMS = (
+    "grpo_plus",
+    *(f"grpo_plus.{room}" for room in ("advantages", "losses", "rewards", "planner", "qlora", "replay")),
+)
 FUNCTIONS = [*(table[name].function for table in (ESTIMATORS, LOSSES) for name in table), *MODIFIERS.values()]
 
 

@@ -31,6 +31,7 @@ API = {
     "modifiers": ("Every modifier", [f"grpo_plus.advantages.{name}" for name in MODIFIERS]),
     "losses": ("Losses", ["grpo_plus.losses"]),
     "every_loss": ("Every loss", [f"grpo_plus.losses.{family}" for family in LOSSES]),
+    "rewards": ("Reward functions", ["grpo_plus.rewards"]),
     "planner": ("Planner", ["grpo_plus.planner"]),
     "qlora": ("QLoRA", ["grpo_plus.qlora"]),
     "replay": ("Replay", ["grpo_plus.replay"]),

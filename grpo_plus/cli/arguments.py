@@ -3,39 +3,22 @@
 `grpo-plus train` and `grpo-plus compare` share this file.
 """
 
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
+from grpo_plus.cli.columns import Columns
+from grpo_plus.cli.own_arguments import OwnArguments
 from grpo_plus.cli.own_modules import search_own_modules
-from grpo_plus.registry import import_function, suggestion
+from grpo_plus.cli.reward_functions import REWARD_NAMES, check_keywords, named_rewards
+from grpo_plus.registry import suggestion
 
 if TYPE_CHECKING:
     from trl import DatasetMixtureConfig, ModelConfig
     from trl.scripts.grpo import GRPOScriptArguments
 
     from grpo_plus.config import GRPOPlusConfig
-
-REWARD_NAMES = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward", "get_soft_overlong_punishment")
-
-
-@dataclass
-class OwnArguments:
-    """Flags of ours beside those of the configuration."""
-
-    qlora: bool = field(
-        default=False,
-        metadata={
-            "help": "QLoRA: a base in nf4 with double quantization, bf16 computation, LoRA without dropout on all "
-            "linear layers, 8-bit Adam. Other values of the same flags win."
-        },
-    )
-    eval_reward_funcs: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Reward functions of the evaluations, in place of reward_funcs: names of TRL's or dotted paths."
-        },
-    )
 
 
 def parse(verb: str, rest: list[str], config_class: type["GRPOPlusConfig"], **defaults: Any) -> tuple[Any, ...]:
@@ -103,28 +86,40 @@ def split(dataset: Any, name: str, flag: str) -> Any:
     return dataset[name]
 
 
-def reward_functions(script: "GRPOScriptArguments") -> list[str | Callable[..., Any]]:
-    """The functions that the arguments name, and the path of the reward model in front of them."""
-    functions: list[str | Callable[..., Any]] = named_functions(script.reward_funcs)
-    if script.reward_model_name_or_path:
-        functions.insert(0, script.reward_model_name_or_path)
-    return functions
+def shaping(own: OwnArguments, model: "ModelConfig", *, trust_remote_code: bool) -> Callable[[Any], Any]:
+    """What gives the rows of a split the columns that TRL and the reward functions read."""
+    columns = Columns(**{entry.name: getattr(own, entry.name) for entry in fields(Columns)})
+    chat = columns.makes_prompts and _has_chat_template(model, trust_remote_code)
+    return functools.partial(columns.shape, chat=chat)
 
 
-def named_functions(names: list[str] | None) -> list[Any]:
-    """Reward functions by their names; [] for None."""
-    return [_reward_function(name) for name in names or []]
+def _has_chat_template(model: "ModelConfig", trust_remote_code: bool) -> bool:
+    """As TRL will find it: beside the processor, of models that read pictures too."""
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(
+        model.model_name_or_path, revision=model.model_revision, trust_remote_code=trust_remote_code
+    )
+    return getattr(processor, "chat_template", None) is not None
 
 
-def _reward_function(name: str) -> Callable[..., Any]:
-    """One of TRL's functions by its name, or the user's by a dotted path."""
-    from trl import rewards
+@dataclass(frozen=True)
+class RewardFunctions:
+    """The functions of the training, behind the path of the reward model, and those of the evaluations."""
 
-    if name == "get_soft_overlong_punishment":
-        return rewards.get_soft_overlong_punishment(max_completion_len=1280, soft_punish_cache=256)
-    if name in REWARD_NAMES:
-        return getattr(rewards, name)
-    return import_function("reward function", name, REWARD_NAMES)
+    train: list[str | Callable[..., Any]]
+    evaluation: list[Callable[..., Any]]
+
+
+def reward_functions(own: OwnArguments, script: "GRPOScriptArguments") -> RewardFunctions:
+    """The functions that the arguments name, with their keywords."""
+    from grpo_plus.config.keywords import as_dictionary
+
+    train, evaluation = script.reward_funcs or [], own.eval_reward_funcs or []
+    keywords = as_dictionary("reward_kwargs", own.reward_kwargs)
+    check_keywords(keywords, [*train, *evaluation])
+    model = [script.reward_model_name_or_path] if script.reward_model_name_or_path else []
+    return RewardFunctions([*model, *named_rewards(train, keywords)], named_rewards(evaluation, keywords))
 
 
 def _with_config_file(arguments: list[str]) -> list[str]:

@@ -12,20 +12,20 @@ ABOUT = (
     "Train a model with GRPO. A --config file holds flags by name, one per line; the command line goes before "
     "it. `grpo-plus ls` lists the names that can be chosen."
 )
+RECIPES = {"qlora"}  # of our flags, what decides more than the data
 
 
 def help_of(parser: argparse.ArgumentParser, inputs: Sequence[type], config: type) -> str:
     """The help of TRL's parser, in groups.
 
     Args:
-        inputs: the dataclasses of model, data and rewards; the first one is ours.
+        inputs: the dataclasses of model, data and rewards, ours among them.
         config: the dataclass of the training's settings.
     """
-    ours, *others = inputs
     trls, transformers = _names(GRPOConfig), _names(TrainingArguments)
     groups = {
-        "grpo_plus: advantages, losses, speed, safety": _names(ours) | (_names(config) - trls),
-        "model, data and rewards (TRL)": set().union(*map(_names, others)),
+        "grpo_plus: advantages, losses, speed, safety": RECIPES | (_names(config) - trls),
+        "model, data and rewards": set().union(*map(_names, inputs)),
         "GRPO (TRL)": trls - transformers,
         "training (transformers)": transformers,
     }

@@ -1,14 +1,15 @@
-"""`grpo-plus ls`: the names that the configuration accepts."""
+"""`grpo-plus ls`: the names that the configuration and the flags accept."""
 
 import argparse
+import inspect
 from typing import Any
 
-HELP = "List the advantage estimators and losses, with their papers."
+HELP = "List the advantage estimators and losses, with their papers, and the reward functions."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the optional kind."""
-    parser.add_argument("kind", nargs="?", choices=("advantages", "losses"), help="default: both")
+    parser.add_argument("kind", nargs="?", choices=("advantages", "losses", "rewards"), help="default: all")
 
 
 def run(args: argparse.Namespace, rest: list[str]) -> int:
@@ -16,7 +17,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    tables = {"advantages": advantage_rows, "losses": loss_rows}
+    tables = {"advantages": advantage_rows, "losses": loss_rows, "rewards": reward_rows}
     for kind, rows in tables.items():
         if args.kind in (None, kind):
             _, *body = rows()
@@ -51,5 +52,20 @@ def loss_rows() -> list[tuple[str, ...]]:
     return rows
 
 
+def reward_rows() -> list[tuple[str, ...]]:
+    """A header, then one row per reward function, TRL's first."""
+    from grpo_plus import rewards
+    from grpo_plus.cli.reward_functions import REWARD_NAMES, named_function, own_keywords
+
+    rows: list[tuple[str, ...]] = [("reward_funcs", "what it does", "reward_kwargs", "from")]
+    for name in REWARD_NAMES:
+        function = named_function(name)
+        summary = " ".join((inspect.getdoc(function) or "").split()).partition(". ")[0]
+        summary = summary.removeprefix("Reward function that ")
+        origin = "grpo_plus.rewards" if name in rewards.__all__ else "trl.rewards"
+        rows.append((name, f"{summary[0].upper()}{summary[1:]}.", _defaults(own_keywords(name, function)), origin))
+    return rows
+
+
 def _defaults(keywords: dict[str, Any]) -> str:
-    return ", ".join(f"{name}={value}" for name, value in keywords.items())
+    return ", ".join(name if value is ... else f"{name}={value}" for name, value in keywords.items())

@@ -7,7 +7,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedModel
 
-from grpo_plus.cli.arguments import load, loading, parse, reward_functions, split
+from grpo_plus.cli.arguments import load, loading, parse, reward_functions, shaping, split
 from grpo_plus.compare.held_out import HeldOutTrainer
 from grpo_plus.compare.task import Scores, Task
 from grpo_plus.config import GRPOPlusConfig
@@ -37,10 +37,12 @@ def own_task(rest: list[str], num_held_out: int) -> Task:
             "compare judges the held-out rows by --reward_funcs, which its arms train on. Drop --eval_reward_funcs."
         )
     values = {entry.name: getattr(given, entry.name) for entry in fields(given) if entry.init}
-    rewards = reward_functions(script)
+    rewards = reward_functions(own, script).train
     check_needs(rewards)  # before a download
     dataset = load(script, mixture)
     train, held_out, described = _rows(dataset, script, num_held_out)
+    shape = shaping(own, model, trust_remote_code=given.trust_remote_code)
+    train, held_out = shape(train), shape(held_out)
     made: dict[str, Any] = {}
 
     def start() -> PreTrainedModel:
@@ -66,7 +68,8 @@ def own_task(rest: list[str], num_held_out: int) -> Task:
         start=start,
         trainer=trainer,
         evaluate=evaluate,
-        facts=_facts(script, model, mixture) | {"loading": values["model_init_kwargs"], "held-out rows": described},
+        facts=_facts(own, script, model, mixture)
+        | {"loading": values["model_init_kwargs"], "held-out rows": described},
     )
 
 
@@ -92,5 +95,5 @@ def _rows(dataset: Any, script: Any, count: int) -> tuple[Any, Any, str]:
     return train.select(range(kept)), train.select(range(kept, len(train))), described
 
 
-def _facts(script: Any, model: Any, mixture: Any) -> dict[str, Any]:
-    return {"script": asdict(script), "model": asdict(model), "mixture": asdict(mixture)}
+def _facts(own: Any, script: Any, model: Any, mixture: Any) -> dict[str, Any]:
+    return {"script": asdict(script) | asdict(own), "model": asdict(model), "mixture": asdict(mixture)}

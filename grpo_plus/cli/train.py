@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-from grpo_plus.cli.arguments import OwnArguments, load, loading, named_functions, parse, reward_functions, split
+from grpo_plus.cli.arguments import load, loading, parse, reward_functions, shaping, split
+from grpo_plus.cli.own_arguments import OwnArguments
 
 if TYPE_CHECKING:
     from trl import DatasetMixtureConfig, ModelConfig
@@ -45,17 +46,18 @@ def train(
     from grpo_plus.config.data import check_needs
 
     _check_evaluates(own, config)
-    rewards, eval_rewards = reward_functions(script), named_functions(own.eval_reward_funcs)
-    check_needs([*rewards, *eval_rewards])  # before a download
+    rewards = reward_functions(own, script)
+    check_needs([*rewards.train, *rewards.evaluation])  # before a download
     dataset = load(script, mixture)
+    shape = shaping(own, model, trust_remote_code=config.trust_remote_code)
     evaluates = config.eval_strategy != "no"
     trainer = GRPOPlusTrainer(
         **loading(model, config),
-        reward_funcs=rewards,
-        eval_reward_funcs=eval_rewards,
+        reward_funcs=rewards.train,
+        eval_reward_funcs=rewards.evaluation,
         args=config,
-        train_dataset=split(dataset, script.dataset_train_split, "--dataset_train_split"),
-        eval_dataset=split(dataset, script.dataset_test_split, "--dataset_test_split") if evaluates else None,
+        train_dataset=shape(split(dataset, script.dataset_train_split, "--dataset_train_split")),
+        eval_dataset=shape(split(dataset, script.dataset_test_split, "--dataset_test_split")) if evaluates else None,
     )
     trainer.accelerator.print(config.describe())
     with _information() if trainer.accelerator.is_main_process else nullcontext():

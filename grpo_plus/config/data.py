@@ -4,6 +4,7 @@ TRL reads `prompt` of every row and passes all other columns to the reward funct
 the dataset lacks shows there after the first generation, as a TypeError.
 """
 
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.util import find_spec
@@ -20,7 +21,8 @@ ALIKE = {
     "solution": ("answer", "final_answer", "ground_truth", "gold", "target", "output", "label", "solutions"),
     "answer": ("solution", "final_answer", "ground_truth", "gold", "target", "output", "label", "answers"),
 }
-NEEDS_MATH_VERIFY = ("accuracy_reward", "reasoning_accuracy_reward")
+FLAGS = {PROMPT: "--prompt_column", "solution": "--answer_column"}
+NEEDS_MATH_VERIFY = ("accuracy_reward", "reasoning_accuracy_reward", "cosine_scaled_reward")
 READS_MESSAGES = (*NEEDS_MATH_VERIFY, "think_format_reward")
 
 
@@ -97,9 +99,15 @@ def _check_column(dataset: str, columns: Sequence[str], needed: str, why: str) -
     rename = f"{dataset}.rename_column({old}, {needed!r})"
     raise ValueError(
         f"{dataset} has no column {needed!r}, {why}. Its columns: {', '.join(columns) or 'none'}. Rename the one that "
-        f"holds it: {rename}. For the command line, save the result, .to_parquet('data/train.parquet'), and give "
-        "its folder: --dataset_name data."
+        f"holds it: {rename}. On the command line: {_flag(needed, likely or 'OLD_NAME')}."
     )
+
+
+def _flag(needed: str, likely: str) -> str:
+    """What the command line has for a column of another name."""
+    if needed in FLAGS:
+        return f"{FLAGS[needed]} {likely}"
+    return "save the result, .to_parquet('data/train.parquet'), and give its folder: --dataset_name data"
 
 
 def _check_messages(name: str, dataset: Any, functions: Sequence[Any]) -> None:
@@ -109,7 +117,8 @@ def _check_messages(name: str, dataset: Any, functions: Sequence[Any]) -> None:
     if row is not None and isinstance(row.get(PROMPT), str):
         raise ValueError(
             f"The reward function {_name(readers[0])!r} reads messages, but the prompts of {name} are plain text. Make "
-            f"each a conversation: {name}.map(lambda row: {{'prompt': [{{'role': 'user', 'content': row['prompt']}}]}})"
+            f"conversations: {name}.map(lambda row: {{'prompt': [{{'role': 'user', 'content': row['prompt']}}]}}). "
+            "On the command line, --prompt_column prompt does so for a model with a chat template."
         )
 
 
@@ -160,8 +169,17 @@ def _is_function(function: Any) -> bool:
 
 def _trls_name(function: Any) -> str:
     """The function's name if it is one of TRL's; "" for others."""
-    return _name(function) if str(getattr(function, "__module__", "")).startswith("trl.rewards") else ""
+    module = str(getattr(_unwrapped(function), "__module__", ""))
+    return _name(function) if module.startswith("trl.rewards") else ""
+
+
+def _unwrapped(function: Any) -> Any:
+    """The function inside `functools.partial`, by whose name TRL logs it."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return function
 
 
 def _name(function: Any) -> str:
+    function = _unwrapped(function)
     return str(getattr(function, "__name__", type(function).__name__))

@@ -6,6 +6,7 @@ import pytest
 
 from grpo_plus import cli
 from grpo_plus.advantages import ESTIMATORS
+from grpo_plus.cli.reward_functions import REWARD_NAMES
 from grpo_plus.losses import TRL_LOSSES
 
 
@@ -25,7 +26,7 @@ def test_help_answers_in_under_a_second_and_loads_no_torch():
 def test_ls_names_everything(capsys):
     assert cli.main(["ls"]) == 0
     output = capsys.readouterr().out
-    assert [name for name in (*ESTIMATORS, *TRL_LOSSES) if f"{name} " not in output] == []
+    assert [name for name in (*ESTIMATORS, *TRL_LOSSES, *REWARD_NAMES) if f"{name} " not in output] == []
     assert "https://huggingface.co/papers/2503.20783" in output
 
 

@@ -21,7 +21,7 @@ def test_our_flags_come_first_and_trls_follow_in_groups(text):
     titles = re.findall(r"^(\S.*):$", text, flags=re.MULTILINE)
     assert titles == [
         "grpo_plus: advantages, losses, speed, safety",
-        "model, data and rewards (TRL)",
+        "model, data and rewards",
         "GRPO (TRL)",
         "training (transformers)",
     ]

@@ -137,7 +137,7 @@ def test_a_missing_column_is_named_before_the_model_is_loaded(workplace, capsys)
     error = capsys.readouterr().err
     assert "train_dataset has no column 'prompt', which every row needs. Its columns: question, answer." in error
     assert "train_dataset.rename_column('question', 'prompt')" in error
-    assert "--dataset_name data" in error
+    assert "On the command line: --prompt_column question." in error
 
 
 def test_evaluations_have_rewards_and_tries_of_their_own(workplace, capsys):

@@ -5,7 +5,7 @@ import functools
 import pytest
 from datasets import Dataset, IterableDataset
 from trl import GRPOConfig
-from trl.rewards import accuracy_reward, think_format_reward
+from trl.rewards import accuracy_reward, get_cosine_scaled_reward, think_format_reward
 
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
 from grpo_plus.config import data
@@ -88,7 +88,21 @@ def test_columns_that_trl_would_drop_are_named():
         check(TALK, right, args=args)
 
 
-@pytest.mark.parametrize("function", [accuracy_reward, think_format_reward])
+def test_the_command_lines_way_is_said():
+    with pytest.raises(ValueError, match=r"On the command line: --answer_column OLD_NAME\."):
+        check(TALK.remove_columns("answer"), accuracy_reward)
+    with pytest.raises(ValueError, match=r"On the command line: save the result, .*--dataset_name data\."):
+        check(TALK.remove_columns("answer"), right)
+
+
+def test_a_function_with_bound_keywords_is_named_as_trl_logs_it():
+    with pytest.raises(ValueError, match="which the reward function 'right' takes"):
+        check(TALK.remove_columns("answer"), functools.partial(right, scale=2.0))
+    with pytest.raises(ValueError, match="'accuracy_reward' reads messages"):
+        check(Dataset.from_dict({"prompt": ["1+1="]}), functools.partial(accuracy_reward, solution=["2"]))
+
+
+@pytest.mark.parametrize("function", [accuracy_reward, think_format_reward, get_cosine_scaled_reward(max_len=8)])
 def test_text_where_a_reward_of_trls_reads_messages(function):
     plain = Dataset.from_dict({"prompt": ["1+1="], "solution": ["2"]})
     with pytest.raises(
