@@ -7,6 +7,7 @@ from pathlib import Path
 
 from grpo_plus.advantages import MODIFIERS
 from grpo_plus.cli.ls import advantage_rows, loss_rows
+from grpo_plus.replay.rules import RULES
 
 README = Path(__file__).parents[1] / "README.md"
 DOCS = README.parent / "docs"
@@ -142,6 +143,20 @@ def recipe_rows() -> list[tuple[str, ...]]:
     return [header, *rows]
 
 
+def rule_rows() -> list[tuple[str, ...]]:
+    """What a replay looks for in a log, and what each finding speaks for."""
+    rows = [
+        (
+            rule.shows,
+            *(", ".join(f"`{name}`" for name in names) for names in (rule.suits, rule.against)),
+            rule.because,
+            rule.source if rule.source.startswith("https://") else f"[{rule.source}]({rule.source})",
+        )
+        for rule in RULES
+    ]
+    return [("the log shows that", "for", "against", "because", "source"), *rows]
+
+
 TABLES = {
     "advantages": advantage_rows,
     "losses": loss_rows,
@@ -153,6 +168,7 @@ TABLES = {
     "multitask": multitask_rows,
     "longest": longest_rows,
     "recipes": recipe_rows,
+    "rules": rule_rows,
 }
 
 

@@ -37,10 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, rest: list[str]) -> int:
-    """Replay, write the report, and print what it says in short."""
+    """Replay, write the report, and print the advice, its reasons, the next command and where the report is."""
     from grpo_plus.advantages import ESTIMATORS
     from grpo_plus.replay import Rollouts, replay, write_replay
-    from grpo_plus.replay.report import summary_lines
+    from grpo_plus.replay.in_words import in_short
 
     names = words(args.estimators) or list(ESTIMATORS)
     search_own_modules(names)
@@ -53,9 +53,9 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
     estimators = keywords_by_estimator(args.advantage_kwargs, names)
     result = replay(rollouts, estimators, groups=[_group(word) for word in words(args.groups) or []], progress=True)
     written = write_replay(result, args.output_dir)
-    for line in summary_lines(result):
-        print(for_terminal(f"- {line}"))
-    print(for_terminal(f"Written: {', '.join(map(str, written))}"))
+    for line in in_short(result):
+        print(for_terminal(line))
+    print(for_terminal(f"\nReport: {written[0]}. Beside it: {', '.join(path.name for path in written[1:])}"))
     return 0
 
 

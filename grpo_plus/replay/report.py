@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from grpo_plus.replay.recipes import described, recorded_recipe
-from grpo_plus.replay.result import FACTOR, LOGGED, SAME, Replay, ShownGroup
+from grpo_plus.replay.in_words import COMMAND_NOTE, LIMIT, advice_lines, headline, summary_lines
+from grpo_plus.replay.result import FACTOR, LOGGED, Replay, ShownGroup
 from grpo_plus.report.figures import bars, heatmap, histograms, side_by_side, stacked
 from grpo_plus.report.files import write_report
 from grpo_plus.report.page import Block, Figure, Heading, Quote, Section, Table, Text, shown
@@ -31,7 +31,7 @@ def document(replay: Replay) -> tuple[str, str, list[Section]]:
         "differed, not what a policy trained with another estimator would have written next."
     )
     sections = [
-        Section("In short", [Text("", tuple(summary_lines(replay)))]),
+        Section("Advice", _advice(replay)),
         Section("What was read", _read(replay)),
         Section("How far the estimators agree", _agreement(replay)),
         Section("Who drives the update", _drivers(replay)),
@@ -44,102 +44,11 @@ def document(replay: Replay) -> tuple[str, str, list[Section]]:
     return f"Replay of {Path(replay.rollouts.run_dir).resolve().name}", lead, sections
 
 
-def reference(replay: Replay) -> str:
-    """What the others are compared with: the run's own advantages, or those of TRL's default."""
-    return next(name for name in (LOGGED, "grpo", *replay.names) if name in replay.names)
-
-
-def summary_lines(replay: Replay) -> list[str]:
-    """The results in words."""
-    s = replay.statistics
-    lines = [_origin(replay)] if LOGGED in replay.names else []
-    flat = s.flat_share()
-    total = flat.pop("total", None)
-    if total is not None:
-        each = ", ".join(f"`{name}` {share:.0%}" for name, share in flat.items())
-        alone = f" Reward by reward: {each}." if len(flat) > 1 else ""
-        lines.append(f"In {total:.0%} of the groups the sum of rewards does not tell the completions apart.{alone}")
-    base = reference(replay)
-    others = {
-        name: value
-        for name, value in zip(replay.names, s.correlation()[replay.names.index(base)].tolist(), strict=True)
-        if name not in (base, *(replay.same if base == LOGGED else ())) and value == value
-    }
-    if others:
-        far, near = min(others, key=others.__getitem__), max(others, key=others.__getitem__)
-        flips = s.flips()[replay.names.index(base), replay.names.index(far)].item()
-        lines.append(
-            f"Compared with `{base}`, `{near}` ranks the completions of a batch most alike (rank correlation "
-            f"{others[near]:.2f}) and `{far}` least ({others[far]:.2f}; {flips:.0%} of the completions that train "
-            "under both are pushed the other way)."
-        )
-    if len(s.names) > 1:
-        lines += _lines_of_rewards(replay)
-    return lines
-
-
-def _origin(replay: Replay) -> str:
-    """Whose advantages the run trained on."""
-    if not replay.difference:
-        return (
-            f"The log does not tell whose advantages the run trained on: where rewards differ, `{LOGGED}` holds "
-            "nothing but 0 or NaN, or rewards differ nowhere."
-        )
-    if replay.same:
-        names = " and of ".join(f"`{name}`" for name in replay.same)
-        recorded = any(replay.recipes[name].recorded for name in replay.same)
-        return (
-            f"The advantages that the run trained on (`{LOGGED}`) are those of {names}"
-            f"{', as the run recorded' if recorded else ''}: relative difference "
-            f"{replay.difference[replay.same[0]]:.0e}, where the float32 of the log allows {SAME:.0e}."
-        )
-    nearest = min(replay.difference, key=replay.difference.__getitem__)
-    return (
-        f"No estimator gives the advantages that the run trained on (`{LOGGED}`); the nearest is `{nearest}`, with a "
-        f"relative difference of {replay.difference[nearest]:.2g}. {_explanation(replay)}"
-    )
-
-
-def _explanation(replay: Replay) -> str:
-    """What may set the run's advantages apart from the replayed ones."""
-    record = replay.rollouts.record
-    name = None if record is None else record.settings.get("advantage_estimator")
-    if name is None:
-        return (
-            "The run may have used other hyper-parameters, modifiers, or reward weights than the replay, which a log "
-            "does not hold (`--reward_weights`)."
-        )
-    own = recorded_recipe(replay.rollouts)
-    if own is None:
-        return f"The run recorded `{name}`, which is not registered here: name it with `--estimators` to replay it."
-    if described(own) not in replay.recipes:
-        return f"The run recorded `{described(own)}`: leave `--estimators` out to replay it too."
-    return (
-        f"The run recorded `{described(own)}`, so something else has changed its advantages: a hook that was "
-        "overridden, a function of the same name, or another part of a run that was resumed with other settings."
-    )
-
-
-def _lines_of_rewards(replay: Replay) -> list[str]:
-    shares = replay.statistics.reward_share()
-    leading = int(shares[replay.names.index(reference(replay))].nan_to_num().argmax())
-    column = {
-        name: share for name, share in zip(replay.names, shares[:, leading].tolist(), strict=True) if share == share
-    }
-    low, high = min(column, key=column.__getitem__), max(column, key=column.__getitem__)
-    own = column.get(reference(replay), float("nan"))
-    lines = [
-        f"`{replay.statistics.names[leading]}` accounts for {own:.0%} of Σ|A| under `{reference(replay)}`; between "
-        f"{column[low]:.0%} (`{low}`) and {column[high]:.0%} (`{high}`) under the others."
-    ]
-    unmoved = [
-        name
-        for name in replay.names
-        if (own_reactions := [r for r in replay.reactions if r.estimator == name])
-        and all(abs(r.size - 1) < 0.05 and r.cosine > 0.99 for r in own_reactions)
-    ]
-    names = ", ".join(f"`{name}`" for name in unmoved) or "none"
-    return [*lines, f"Estimators that hardly notice when one reward is multiplied by {FACTOR:.0f}: {names}."]
+def _advice(replay: Replay) -> list[Block]:
+    blocks: list[Block] = [Text(headline(replay.advice), (*advice_lines(replay), *summary_lines(replay)))]
+    if replay.advice.candidates:
+        blocks += [Text(LIMIT), Quote("Next", replay.next_command), Text(COMMAND_NOTE)]
+    return blocks
 
 
 def _read(replay: Replay) -> list[Block]:

@@ -1,11 +1,16 @@
 """What a replay found, as values: the statistics by estimator, and a few groups to look at."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from grpo_plus.replay.advice import DEFAULT, Advice, advise
+from grpo_plus.replay.alike import Family, families
+from grpo_plus.replay.command import compare_command
+from grpo_plus.replay.evidence import Evidence
 from grpo_plus.replay.recipes import Recipe
 from grpo_plus.replay.rollouts import Rollouts
 from grpo_plus.replay.statistics import Statistics
@@ -63,6 +68,7 @@ class Replay:
         recipes: what was replayed under each name.
         refused: why an estimator could not be replayed, by name.
         statistics: a row per name.
+        evidence: what the rewards look like, whatever the estimator.
         difference: for each estimator the relative RMS difference to LOGGED, over groups whose rewards differ. Empty
             where the log has no advantages, or none but 0 there.
         sample: (E, n) advantages of evenly spaced batches.
@@ -74,6 +80,7 @@ class Replay:
     recipes: dict[str, Recipe]
     refused: dict[str, str]
     statistics: Statistics
+    evidence: Evidence
     difference: dict[str, float]
     reactions: list[Reaction]
     sample: Tensor
@@ -85,6 +92,42 @@ class Replay:
         """The estimators whose advantages are those that the run trained on, closest first."""
         found = [name for name, difference in self.difference.items() if difference <= SAME]
         return sorted(found, key=self.difference.__getitem__)
+
+    @property
+    def own(self) -> str | None:
+        """The recipe that the run trained with; None where neither its advantages nor its record say."""
+        recorded = [name for name, recipe in self.recipes.items() if recipe.recorded and name not in self.refused]
+        if not self.difference:
+            return next(iter(recorded), None)
+        return next((name for name in (*recorded, DEFAULT, *self.same) if name in self.same), None)
+
+    @cached_property
+    def families(self) -> list[Family]:
+        """The names, those together that ask for the same update, and the run's own first."""
+        lead = next(name for name in (self.own, DEFAULT, *self.names) if name in self.names)
+        return families(self.names, self.statistics.products(), str(lead))
+
+    @cached_property
+    def advice(self) -> Advice:
+        """What the log says about the choice of an estimator."""
+        recipe = self.recipes[self.own] if self.own else None
+        dead = dict(zip(self.names, self.statistics.dead().tolist(), strict=True))
+        dead.pop(LOGGED, None)
+        if recipe is not None and self.own is not None:
+            dead[recipe.estimator.name] = dead.pop(self.own)
+        same = [family.names for family in self.families if self.own in family.names]
+        return advise(
+            self.evidence,
+            current=recipe.estimator.name if recipe else None,
+            same=same[0] if same else (),
+            dead=dead,
+            refused=self.refused,
+        )
+
+    @property
+    def next_command(self) -> str:
+        """The command that trains what `advice` wants compared."""
+        return compare_command(self.advice, self.rollouts, self.recipes[self.own] if self.own else None)
 
     def rows(self) -> list[dict[str, Any]]:
         """Every number as one row: statistic, estimator, versus (another estimator), reward, task, value."""

@@ -20,6 +20,7 @@ from torch import Tensor
 from grpo_plus.advantages import State, checked, estimate
 from grpo_plus.advantages.reductions import cosine, has_spread
 from grpo_plus.advantages.rewards import Rewards
+from grpo_plus.replay.evidence import evidence_of
 from grpo_plus.replay.recipes import Recipe, chosen_recipes
 from grpo_plus.replay.result import FACTOR, LOGGED, Reaction, Replay, ShownGroup
 from grpo_plus.replay.rollouts import RolloutBatch, Rollouts
@@ -27,6 +28,7 @@ from grpo_plus.replay.statistics import Statistics
 
 CHUNK = 8192  # completions that are worked on together: what a call costs is shared by many small batches
 SAMPLED = 64  # batches, evenly spaced, for histograms and for reactions
+MEASURED = 2**16  # completions, evenly spaced batches, whose rewards are looked at together
 Part = TypeVar("Part")
 
 
@@ -107,6 +109,7 @@ class _Pass:
     refused: dict[str, str] = field(default_factory=dict)
     sampled: list[RolloutBatch] = field(default_factory=list)
     samples: list[Tensor] = field(default_factory=list)
+    measured: list[Rewards] = field(default_factory=list)
     shown: list[tuple[float, int, ShownGroup]] = field(default_factory=list)
     # No two entries of the heap share a number, so groups are never compared. Among equals the first one is kept.
     order: Iterator[int] = field(default_factory=lambda: itertools.count(step=-1))
@@ -131,6 +134,8 @@ class _Pass:
         logged = [torch.zeros_like(rows[0][0]) if b.logged is None else b.logged.nan_to_num() for b in chunk]
         advantages = torch.stack([*rows, torch.stack(logged)])  # (E, C, P, G)
         seen = self.statistics.batches
+        apart = math.ceil(len(self.rollouts.paths) * chunk[0].rows.size / MEASURED)
+        self.measured += [rewards for index, rewards in enumerate(batches, seen) if index % apart == 0]
         self.statistics.add(advantages, batches, joined)
         self._compare(advantages, joined)
         for index, batch in enumerate(chunk):
@@ -168,6 +173,7 @@ class _Pass:
             recipes=self.recipes,
             refused=self.refused,
             statistics=self.statistics,
+            evidence=evidence_of(_join(self.measured)),
             difference={name: relative[names.index(name)].item() for name in live} if comparable else {},
             reactions=[reaction for name in live for reaction in self._reactions(name)],
             sample=torch.cat(self.samples, dim=1)[kept],

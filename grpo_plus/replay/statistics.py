@@ -41,6 +41,7 @@ class Statistics:
         pairs, singles = (self.count, self.count), (self.count,)
         self._correlation, self._correlated = torch.zeros(pairs).double(), torch.zeros(pairs).double()
         self._opposed, self._live = torch.zeros(pairs).double(), torch.zeros(pairs).double()
+        self._products = torch.zeros(pairs).double()
         self._dead, self._zero, self._effective, self._squares, self._size, self._live_batches = (
             torch.zeros(singles).double() for _ in range(6)
         )
@@ -87,6 +88,10 @@ class Statistics:
         """(E, E) share of the completions that train under both estimators which they push in opposite directions."""
         return self._opposed / self._live
 
+    def products(self) -> Tensor:
+        """(E, E) sums of the products of two estimators' advantages."""
+        return self._products
+
     def dead(self) -> Tensor:
         """(E,) share of groups with advantages of 0 only."""
         return self._dead / self.groups
@@ -125,7 +130,8 @@ class Statistics:
         return {name: self.flat[name] / judged for name, judged in self.judged.items() if judged}
 
     def _add_pairs(self, rows: Tensor) -> None:
-        """Correlations and flips of (C, E, B)."""
+        """Products, correlations and flips of (C, E, B)."""
+        self._products += torch.einsum("ceb,cfb->ef", rows, rows)
         completions = rows.shape[-1]
         ranks = average_ranks(rows)
         norm = ranks.norm(dim=-1)  # (C, E)

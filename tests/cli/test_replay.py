@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pandas as pd
 import pytest
 
@@ -30,8 +32,10 @@ def test_it_writes_a_report_and_says_what_is_in_it(run_dir, capsys):
         "results.parquet",
         "summary.md",
     ]
-    assert "are those of `dr_grpo`" in output.out
-    assert str(folder.name) in output.out
+    lines = output.out.splitlines()
+    assert lines[0] == "Stay with `dr_grpo`: a log of fewer than 30 groups gives no ground for a change."
+    assert "are those of `dr_grpo`" in lines[1]
+    assert lines[-1].startswith(f"Report: {Path(folder.name, 'report.html')}")
     assert "2/2" in output.err  # the progress bar
     assert "ein Lauf 日本" in (folder / "report.html").read_text(encoding="utf-8")
 
@@ -75,7 +79,7 @@ def test_the_flags_name_of_earlier_releases_still_works(run_dir):
 def test_what_a_terminal_would_obey_is_not_printed(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     name = "good\x1b[2J\u202edab\r"
-    write_rewards(tmp_path / "run", 1, {name: [1.0, 0.0, 0.5, 0.0], "b": [0.5, 0.0, 0.5, 0.0]})
+    write_rewards(tmp_path / "run", 1, {name: [1.0, 0.0, 0.5, 0.0] * 16, "b": [0.05, 0.0, 0.05, 0.0] * 16})
     assert cli.main(["replay", "run", "--estimators", "grpo,dr_grpo"]) == 0
     assert cli.main(["replay", "run", "--rewards", "b", "--reward_weights", "1,2"]) == 1
     assert cli.main(["replay", "run", "--rewards", "x"]) == 1
