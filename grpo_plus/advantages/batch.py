@@ -16,7 +16,7 @@ from grpo_plus.advantages.rewards import Rewards
 def batch_std(rewards: Rewards, *, ddof: int = 1, eps: float = 1e-4) -> Tensor:
     """Center on the group mean and divide by the std of all rewards, as TRL's scale_rewards="batch".
 
-    Aᵢ = (rᵢ − mean(r_group)) / (std(r_batch) + eps)
+        Aᵢ = (rᵢ − mean(r_group)) / (std(r_batch) + eps)
 
     The std is taken of the raw rewards, so differences between prompts enlarge it.
     Liu et al., "Tricks or Traps? A Deep Dive into RL for LLM Reasoning" (https://huggingface.co/papers/2508.08221).
@@ -29,8 +29,8 @@ def batch_std(rewards: Rewards, *, ddof: int = 1, eps: float = 1e-4) -> Tensor:
 def rloo_norm(rewards: Rewards, *, ddof: int = 1, eps: float = 1e-4) -> Tensor:
     """Center on the mean of the other completions, then divide by the batch's std of that difference.
 
-    xᵢ = rᵢ − mean(rⱼ, j ≠ i)                       over the group
-    Aᵢ = (xᵢ − mean(x)) / (std(x) + eps)            over the batch, where mean(x) is 0 by construction
+        xᵢ = rᵢ − mean(rⱼ, j ≠ i)                       over the group
+        Aᵢ = (xᵢ − mean(x)) / (std(x) + eps)            over the batch, where mean(x) is 0 by construction
 
     Differences between prompts do not enter the std, unlike in `batch_std`. Groups without spread do enter: many of
     them shrink the std, and the advantages of the other groups grow.
@@ -45,7 +45,7 @@ def rloo_norm(rewards: Rewards, *, ddof: int = 1, eps: float = 1e-4) -> Tensor:
 def gpg(rewards: Rewards) -> Tensor:
     """Center on the group mean and divide by the share of the batch that trains.
 
-    Aᵢ = α (rᵢ − mean(r)),   α = B / B_live        B completions in the batch, B_live of them in groups with spread
+        Aᵢ = α (rᵢ − mean(r)),   α = B / B_live        B completions in the batch, B_live of them in groups with spread
 
     Groups without spread add nothing to the gradient and still count in its mean over the batch. α takes these groups
     out of the mean, so that the step size does not fade as more prompts are solved.
@@ -62,7 +62,7 @@ def gpg(rewards: Rewards) -> Tensor:
 def reinforce_pp(rewards: Rewards, *, ddof: int = 1, eps: float = 1e-8) -> Tensor:
     """Whiten the rewards over all tokens of the batch, without a group baseline: REINFORCE++.
 
-    Aᵢ = (rᵢ − m) / (s + eps)        m, s: mean and std over the batch, where rᵢ counts once per token of i
+        Aᵢ = (rᵢ − m) / (s + eps)        m, s: mean and std over the batch, where rᵢ counts once per token of i
 
     One completion per prompt is enough. A group of equal rewards trains too: up if the batch is worse, down if the
     batch is better. With easy and hard prompts mixed, most of the advantage only says which prompt it was.
@@ -83,8 +83,8 @@ def reinforce_pp(rewards: Rewards, *, ddof: int = 1, eps: float = 1e-8) -> Tenso
 def reinforce_pp_baseline(rewards: Rewards, *, weight: str = "token", ddof: int = 1, eps: float = 1e-8) -> Tensor:
     """Center on the group mean, then whiten over the tokens of the batch: REINFORCE++-baseline.
 
-    xᵢ = rᵢ − mean(r_group)
-    Aᵢ = (xᵢ − m) / (s + eps)        m, s: mean and std over the batch, where xᵢ counts once per token of i
+        xᵢ = rᵢ − mean(r_group)
+        Aᵢ = (xᵢ − m) / (s + eps)        m, s: mean and std over the batch, where xᵢ counts once per token of i
 
     The group mean takes out the difficulty of the prompt. The batch's std keeps one scale for all prompts. Where long
     completions have the better rewards, m is above 0, and groups of equal rewards (x = 0) get −m/s. With

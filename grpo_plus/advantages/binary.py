@@ -18,7 +18,7 @@ from grpo_plus.advantages.rewards import Rewards
 def maxrl(rewards: Rewards, *, eps: float = 0.0) -> Tensor:
     """Center on the group mean and divide by it; 0 where the mean is not positive.
 
-    Aᵢ = (rᵢ − mean(r)) / (mean(r) + eps)
+        Aᵢ = (rᵢ − mean(r)) / (mean(r) + eps)
 
     The group estimates the gradient of log p, not of p. A prompt that is solved once in eight weighs eight times as
     much as a prompt that is nearly always solved. For rewards that are not negative, where |A| < G. A negative mean
@@ -36,9 +36,9 @@ def maxrl(rewards: Rewards, *, eps: float = 0.0) -> Tensor:
 def passk(rewards: Rewards, *, k: int = 2, eps: float = 1e-6) -> Tensor:
     """Gain of a completion in the chance that k attempts hold a correct one, in units of that chance's std.
 
-    ρ = 1 − C(G−c, k)/C(G, k)                       chance that k of the group's completions hold one of the c correct
-    ρᵢ = 1 − C(G−c−1, k−1)/C(G−1, k−1)              the same chance for draws that hold i; 1 if i is correct
-    Aᵢ = (ρᵢ − ρ) / (√(ρ(1 − ρ)) + eps)
+        ρ = 1 − C(G−c, k)/C(G, k)                  chance that k of the group's completions hold one of the c correct
+        ρᵢ = 1 − C(G−c−1, k−1)/C(G−1, k−1)         the same chance for draws that hold i; 1 if i is correct
+        Aᵢ = (ρᵢ − ρ) / (√(ρ(1 − ρ)) + eps)
 
     For keeping a model's attempts diverse. A prompt with a correct completion in every draw trains nothing.
     Chen et al., "Pass@k Training for Adaptively Balancing Exploration and Exploitation of Large Reasoning Models"
@@ -59,8 +59,8 @@ def passk(rewards: Rewards, *, k: int = 2, eps: float = 1e-6) -> Tensor:
 def pkpo(rewards: Rewards, *, k: int = 2) -> Tensor:
     """Unbiased gradient of pass@k with a leave-one-out baseline, not divided by a std.
 
-    sᵢ = rᵢ · C(G−c, k−1)/C(G−1, k−1)               chance that i is correct and the k − 1 others drawn are wrong
-    Aᵢ = sᵢ − mean(sⱼ, j ≠ i)
+        sᵢ = rᵢ · C(G−c, k−1)/C(G−1, k−1)               chance that i is correct and the k − 1 others drawn are wrong
+        Aᵢ = sᵢ − mean(sⱼ, j ≠ i)
 
     Unlike in `passk`, the size of the gain reaches the gradient, and an almost solved prompt still trains a little.
     Walder and Karkhanis, "Pass@K Policy Optimization" (https://huggingface.co/papers/2505.15201).
@@ -78,8 +78,8 @@ def pkpo(rewards: Rewards, *, k: int = 2) -> Tensor:
 def bnpo_advantage(rewards: Rewards, *, low: float = 0.0, high: float = 1.0) -> Tensor:
     """Center on the group mean and divide by a Beta density of the success rate, fitted to the batch.
 
-    Aᵢ = (rᵢ − p) · min(1/Beta(p; α, β), 10⁶)       r mapped from [low, high] to [0, 1], p = mean(r) of the group
-    α = max(1 + a/3, 1), β = max(1 + b/3, 1)        Beta(a, b) has the mean and variance of the batch's p
+        Aᵢ = (rᵢ − p) · min(1/Beta(p; α, β), 10⁶)       r mapped from [low, high] to [0, 1], p = mean(r) of the group
+        α = max(1 + a/3, 1), β = max(1 + b/3, 1)        Beta(a, b) has the mean and variance of the batch's p
 
     The weight follows the spread of the batch's success rates: α = β = 1 is `dr_grpo`, and α = β = 3/2 is `grpo_pop`
     times π/8. One prompt, or the same p for all prompts, leaves no spread to fit, and α = β = 1. (TRL's

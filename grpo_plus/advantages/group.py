@@ -19,7 +19,7 @@ from grpo_plus.advantages.rewards import Rewards
 def grpo(rewards: Rewards, *, ddof: int = 1, eps: float = 1e-4) -> Tensor:
     """Center on the group mean and divide by the group's sample std, as TRL's scale_rewards="group".
 
-    Aᵢ = (rᵢ − mean(r)) / (std(r) + eps)
+        Aᵢ = (rᵢ − mean(r)) / (std(r) + eps)
 
     The paper does not say which std it means. Implementations differ in `ddof` and `eps` (TRL 1, 1e-4; verl 1, 1e-6;
     OpenRLHF 1, 1e-9; articles and numpy 0, 0). A group without spread gets exactly 0.
@@ -32,7 +32,7 @@ def grpo(rewards: Rewards, *, ddof: int = 1, eps: float = 1e-4) -> Tensor:
 def grpo_pop(rewards: Rewards, *, eps: float = 0.0) -> Tensor:
     """Center on the group mean and divide by the group's population std.
 
-    Aᵢ = (rᵢ − mean(r)) / √(mean((r − mean(r))²))
+        Aᵢ = (rᵢ − mean(r)) / √(mean((r − mean(r))²))
 
     numpy's std gives this, and so do most worked examples. It is √(G/(G−1)) times `grpo` without eps.
     Shao et al., "DeepSeekMath" (https://huggingface.co/papers/2402.03300), section 4.1.2.
@@ -44,7 +44,7 @@ def grpo_pop(rewards: Rewards, *, eps: float = 0.0) -> Tensor:
 def loo_std(rewards: Rewards, *, eps: float = 1e-6) -> Tensor:
     """Center on the mean and divide by the sample std of the *other* completions, as NeMo RL does.
 
-    Aᵢ = (rᵢ − mean(rⱼ, j ≠ i)) / (std(rⱼ, j ≠ i) + eps)
+        Aᵢ = (rᵢ − mean(rⱼ, j ≠ i)) / (std(rⱼ, j ≠ i) + eps)
 
     Neither statistic depends on the completion that is judged, so an outlier cannot hide in a std of its own making.
     Nothing is divided where the other completions are all alike (always with G = 2). The only success of a group then
@@ -62,7 +62,7 @@ def loo_std(rewards: Rewards, *, eps: float = 1e-6) -> Tensor:
 def ngrpo(rewards: Rewards, *, r_max: float = 1.0, eps: float = 1e-6) -> Tensor:
     """z-score in a group that holds one virtual completion with the best possible reward.
 
-    r' = (r₁, …, r_G, r_max)        Aᵢ = (rᵢ − mean(r')) / (std(r') + eps)
+        r' = (r₁, …, r_G, r_max)        Aᵢ = (rᵢ − mean(r')) / (std(r') + eps)
 
     A group of failures only has no spread, and trains nothing in `grpo`. Beside a virtual success, the failures are
     below average, and the policy moves away from them. A group of r_max only still gets 0. The paper pairs the

@@ -32,7 +32,7 @@ Modifiers = Mapping[str, Mapping[str, Any]]
 def gate(rewards: Rewards, *, by: str, at_least: float = 1.0, gated: Sequence[str] | None = None) -> Rewards:
     """Count a reward only where another reward passes: (correct and short) pays, (wrong and short) does not.
 
-    r'ᵢₖ = rᵢₖ if rᵢ,by ≥ at_least, else 0        for every gated k
+        r'ᵢₖ = rᵢₖ if rᵢ,by ≥ at_least, else 0        for every gated k
 
     Ungated, an easy reward is earned first and alone: a length bonus gives spread to a group in which every answer is
     wrong. Where the `by` function abstained (returned None), the other rewards count as they are.
@@ -62,7 +62,7 @@ def difficulty(
 ) -> Tensor:
     """Weight a prompt by a power of its failure rate.
 
-    A'ᵢ = (1 − p)^gamma · Aᵢ        p: share of the group's judged completions that succeed
+        A'ᵢ = (1 − p)^gamma · Aᵢ        p: share of the group's judged completions that succeed
 
     Prompts that are nearly always solved only sharpen what the policy does anyway. Their updates shrink.
     Plyusov et al., "F-GRPO" (https://huggingface.co/papers/2602.06717), where rewards are binary. A graded reward is a
@@ -84,7 +84,7 @@ def difficulty(
 def filter_zero_std(rewards: Rewards, advantages: Tensor, *, by: str) -> Tensor:
     """Drop the groups in which one named reward has no spread, whatever the other rewards say.
 
-    A'ᵢ = Aᵢ if the rewards rⱼ,by of the group differ, else 0
+        A'ᵢ = Aᵢ if the rewards rⱼ,by of the group differ, else 0
 
     In a group without a correct answer, a bonus for format or length still makes differences, and a division by the
     group's std blows up these differences to full size. A filter on the weighted sum would not see such a group. A
@@ -102,7 +102,7 @@ def filter_zero_std(rewards: Rewards, advantages: Tensor, *, by: str) -> Tensor:
 def clip(rewards: Rewards, advantages: Tensor, *, max: float) -> Tensor:
     """Limit the size of an advantage.
 
-    A'ᵢ = min(max(Aᵢ, −max), max)
+        A'ᵢ = min(max(Aᵢ, −max), max)
 
     For estimators that can return large values: `maxrl` and `median_mad` in large groups, `dr_grpo` with an outlier
     among the rewards. Choose a `max` that seldom acts, because the advantages of a clipped group no longer sum to zero.

@@ -23,8 +23,8 @@ from grpo_plus.advantages.rewards import Rewards
 def gdpo(rewards: Rewards, *, ddof: int = 1, eps: float = 1e-4, batch_over: str = "all") -> Tensor:
     """Normalize each reward in its group, sum, normalize over the batch, as TRL's "normalize_then_sum".
 
-    xᵢ = Σₖ wₖ (rᵢₖ − mean(rₖ)) / (std(rₖ) + eps)        over the group
-    Aᵢ = (xᵢ − mean(x)) / (std(x) + eps)                 over the batch, where mean(x) is 0 by construction
+        xᵢ = Σₖ wₖ (rᵢₖ − mean(rₖ)) / (std(rₖ) + eps)        over the group
+        Aᵢ = (xᵢ − mean(x)) / (std(x) + eps)                 over the batch, where mean(x) is 0 by construction
 
     For several rewards of different scale or difficulty.
     Liu et al., "GDPO" (https://huggingface.co/papers/2601.05242), Eq. 4-6.
@@ -49,7 +49,7 @@ def gdpo(rewards: Rewards, *, ddof: int = 1, eps: float = 1e-4, batch_over: str 
 def mo_grpo(rewards: Rewards, *, ddof: int = 1, eps: float = 1e-4) -> Tensor:
     """Normalize each reward in its group and sum: `gdpo` without its batch step.
 
-    Aᵢ = Σₖ wₖ (rᵢₖ − mean(rₖ)) / (std(rₖ) + eps)        over the group
+        Aᵢ = Σₖ wₖ (rᵢₖ − mean(rₖ)) / (std(rₖ) + eps)        over the group
 
     Every reward function has the same say whatever its scale, and no prompt depends on another. The advantages grow
     with the number of reward functions, so the weights should sum to about 1. A reward without spread adds 0.
@@ -63,8 +63,8 @@ def mo_grpo(rewards: Rewards, *, ddof: int = 1, eps: float = 1e-4) -> Tensor:
 def dvao(rewards: Rewards, *, ddof: int = 1, eps: float = 1e-4) -> Tensor:
     """Weight each reward's z-score by that reward's share of the spread in the group.
 
-    Aᵢ = Σₖ w̃ₖ (rᵢₖ − mean(rₖ)) / std(rₖ),   w̃ₖ = wₖ std(rₖ) / Σₗ wₗ std(rₗ)
-       = Σₖ wₖ (rᵢₖ − mean(rₖ)) / (Σₗ |wₗ| std(rₗ) + eps)
+        Aᵢ = Σₖ w̃ₖ (rᵢₖ − mean(rₖ)) / std(rₖ),   w̃ₖ = wₖ std(rₖ) / Σₗ wₗ std(rₗ)
+           = Σₖ wₖ (rᵢₖ − mean(rₖ)) / (Σₗ |wₗ| std(rₗ) + eps)
 
     This is the z-score of the weighted sum, with a larger divisor where the rewards disagree. It is never larger than
     `grpo`'s, and shrinks as the parts cancel. Sums that `grpo` cannot tell apart stay alike.
@@ -89,7 +89,7 @@ def sa_mrpo(
 ) -> Tensor:
     """`gdpo` with less weight on rewards that the batch has almost maxed out.
 
-    w̃ₖ = wₖ (1 − sₖ)^gamma,   sₖ = (mean_batch(rₖ) − lowₖ) / (highₖ − lowₖ)        then `gdpo` with the weights w̃
+        w̃ₖ = wₖ (1 − sₖ)^gamma,   sₖ = (mean_batch(rₖ) − lowₖ) / (highₖ − lowₖ)        then `gdpo` with the weights w̃
 
     A format reward that is nearly always earned stops outvoting correctness. gamma = 0 is exactly `gdpo`.
     A mean outside the bounds counts as the nearer bound.

@@ -15,8 +15,8 @@ from grpo_plus.advantages.rewards import Rewards
 def process(rewards: Rewards, *, ddof: int = 1, eps: float = 1e-4) -> Tensor:
     """Sum the normalized rewards of a token's own step and of all later steps: process supervision.
 
-    r̃ᵢⱼ = (rᵢⱼ − mean(r)) / (std(r) + eps)        mean, std: over all steps j of all completions i of the group
-    Aᵢₜ = Σⱼ r̃ᵢⱼ over the steps j of completion i that end at or after token t
+        r̃ᵢⱼ = (rᵢⱼ − mean(r)) / (std(r) + eps)        mean, std: over all steps j of all completions i of the group
+        Aᵢₜ = Σⱼ r̃ᵢⱼ over the steps j of completion i that end at or after token t
 
     Needs a reward function that reports steps through TRL's `log_extra`, with one list per completion. `step_rewards`
     are the rewards, and `step_ends` the index in `completion_ids` of each step's last token. The number that the
@@ -58,8 +58,8 @@ def process_advantages(
 ) -> Tensor:
     """Sum the normalized rewards of a token's own step and of all later steps: process supervision.
 
-    r̃ᵢⱼ = (rᵢⱼ − mean(r)) / (std(r) + eps)        mean, std: over all steps j of all completions i of the group
-    Aᵢₜ = Σⱼ r̃ᵢⱼ over the steps j of completion i that end at or after token t
+        r̃ᵢⱼ = (rᵢⱼ − mean(r)) / (std(r) + eps)        mean, std: over all steps j of all completions i of the group
+        Aᵢₜ = Σⱼ r̃ᵢⱼ over the steps j of completion i that end at or after token t
 
     A completion that errs late keeps credit for its good start. A completion of more steps weighs more in the mean and
     collects a larger sum. Tokens after the last step get 0. A group whose steps are all alike gets exactly 0.

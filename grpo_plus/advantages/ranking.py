@@ -17,7 +17,7 @@ from grpo_plus.advantages.rewards import Rewards
 def rank(rewards: Rewards) -> Tensor:
     """Spread the group's ranks evenly from 2 for the best to −2 for the worst; ties share the average.
 
-    Aᵢ = 2 − 4 (rankᵢ − 1)/(G − 1) = 2 (#{rⱼ < rᵢ} − #{rⱼ > rᵢ})/(G − 1)        rank 1 is the best
+        Aᵢ = 2 − 4 (rankᵢ − 1)/(G − 1) = 2 (#{rⱼ < rᵢ} − #{rⱼ > rᵢ})/(G − 1)        rank 1 is the best
 
     For the scores of a reward model, where only the order means something. The authors break ties by position, so that
     a group of equal rewards has advantages from 2 to −2. Here equal rewards get equal advantages, in such a group 0.
@@ -34,7 +34,7 @@ def rank(rewards: Rewards) -> Tensor:
 def median_mad(rewards: Rewards, *, eps: float = 1e-3) -> Tensor:
     """Center on the group's median and divide by the median absolute deviation, or by the std where that is 0.
 
-    Aᵢ = (rᵢ − median(r)) / (MAD(r) + eps)        MAD(r) = median(|r − median(r)|), lower medians
+        Aᵢ = (rᵢ − median(r)) / (MAD(r) + eps)        MAD(r) = median(|r − median(r)|), lower medians
 
     One outlier hardly moves the median, so in small groups fewer advantages get the wrong sign. The completion at the
     median gets 0. The MAD is 0 if more than half of the rewards are equal, as binary rewards often are. The authors'
@@ -53,7 +53,7 @@ def median_mad(rewards: Rewards, *, eps: float = 1e-3) -> Tensor:
 def quantile(rewards: Rewards, *, level: float = 0.4, eps: float = 1e-8) -> Tensor:
     """Center on a quantile of the group's rewards and divide by their population std.
 
-    Aᵢ = (rᵢ − Q(r)) / (std(r) + eps)        Q: the smallest r with at least a share `level` of the group at or below it
+        Aᵢ = (rᵢ − Q(r)) / (std(r) + eps)    Q: the smallest r with at least a share level of the group at or below it
 
     With binary rewards and success rate p, only successes train (A > 0) where p ≤ 1 − level, and only failures (A < 0)
     above. Most completions get 0. The authors find that this keeps the entropy from collapsing and from exploding.
@@ -76,7 +76,7 @@ def quantile(rewards: Rewards, *, level: float = 0.4, eps: float = 1e-8) -> Tens
 def best_minus_second(rewards: Rewards, *, scale: bool = True, eps: float = 1e-6) -> Tensor:
     """Train the best completion only, by its lead over the second best; a shared first place trains nothing.
 
-    Aᵢ = (rᵢ − max(rⱼ, j ≠ i))₊ / (std(r) + eps)
+        Aᵢ = (rᵢ − max(rⱼ, j ≠ i))₊ / (std(r) + eps)
 
     This is the leave-one-out gradient of the best of G: what one completion adds to the maximum. For a model whose best
     attempt counts, with a verifier to pick that attempt.

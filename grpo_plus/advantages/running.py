@@ -29,8 +29,8 @@ UNKNOWN = (0.0, 1.0)
 def ema_task(rewards: Rewards, state: State, *, decay: float = 0.99, max_abs: float = 5.0, eps: float = 1e-6) -> Tensor:
     """Center on the group mean and divide by the task's running std.
 
-    Aᵢ = (rᵢ − mean(r_group)) / (√max(m₂ − m₁², 10⁻⁶) + eps)
-    m₁, m₂ ← running means of the task's r and r², updated before they are used; r as `bounded` lets it in
+        Aᵢ = (rᵢ − mean(r_group)) / (√max(m₂ − m₁², 10⁻⁶) + eps)
+        m₁, m₂ ← running means of the task's r and r², updated before they are used; r as `bounded` lets it in
 
     A group in which some |A| exceeds `max_abs` falls back to its own population std, as in the authors' code. A jump of
     the rewards by more than about that factor is therefore lost.
@@ -54,8 +54,8 @@ def ema_task(rewards: Rewards, state: State, *, decay: float = 0.99, max_abs: fl
 def popart(rewards: Rewards, state: State, *, decay: float = 0.99, eps: float = 1e-6) -> Tensor:
     """Center on the task's running mean and divide by the task's running std.
 
-    Aᵢ = (rᵢ − m₁) / (√max(m₂ − m₁², 10⁻⁶) + eps)            r as `bounded` lets it in
-    m₁, m₂ ← running means of the task's r and r², updated before they are used
+        Aᵢ = (rᵢ − m₁) / (√max(m₂ − m₁², 10⁻⁶) + eps)            r as `bounded` lets it in
+        m₁, m₂ ← running means of the task's r and r², updated before they are used
 
     The baseline is the history of the task, not the group. A group of successes has a positive advantage while the
     task as a whole still fails, so no group is dead. These are PopArt's statistics, taken of rewards and not of a
@@ -79,8 +79,8 @@ def spo(
 ) -> Tensor:
     """Subtract each prompt's tracked success rate, then normalize over the batch.
 
-    p = α / (α + β),  xᵢ = rᵢ − p,  Aᵢ = (xᵢ − mean(x)) / (std(x) + eps)            p as it was before this batch
-    α ← ρ α + Σ r,  β ← ρ β + Σ (1 − r)                                            over the prompt's completions
+        p = α / (α + β),  xᵢ = rᵢ − p,  Aᵢ = (xᵢ − mean(x)) / (std(x) + eps)            p as it was before this batch
+        α ← ρ α + Σ r,  β ← ρ β + Σ (1 − r)                                            over the prompt's completions
 
     For rewards from 0 to 1 and data that the run sees several times. The baseline needs no group. In the paper ρ
     follows the policy's KL since the prompt's last visit, between 0.875 and 0.96, and extra samples estimate the first

@@ -12,7 +12,7 @@ from grpo_plus.advantages.rewards import Rewards
 def pods(rewards: Rewards, *, keep: int) -> Rewards:
     """Train on the `keep` completions of each group whose rewards vary most. The rest counts as unjudged.
 
-    kept = argmax of Var(rᵢ, i ∈ kept): the h highest and the keep − h lowest rewards, for the best h
+        kept = argmax of Var(rᵢ, i ∈ kept): the h highest and the keep − h lowest rewards, for the best h
 
     Sampling is cheap beside the update, so sample many completions and learn from the telling ones. Dropped completions
     leave the group's statistics and get an advantage of 0. TRL's normalizers still count them, so a loss that averages

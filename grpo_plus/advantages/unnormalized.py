@@ -16,7 +16,7 @@ from grpo_plus.advantages.rewards import Rewards
 def dr_grpo(rewards: Rewards) -> Tensor:
     """Center on the group mean and do not scale, as TRL's scale_rewards="none".
 
-    Aᵢ = rᵢ − mean(r)
+        Aᵢ = rᵢ − mean(r)
 
     A division by the group's std gives more weight to prompts whose rewards vary little. Here that bias is absent.
     Liu et al., "Understanding R1-Zero-Like Training" (https://huggingface.co/papers/2503.20783), section 3.2.
@@ -28,7 +28,7 @@ def dr_grpo(rewards: Rewards) -> Tensor:
 def rloo(rewards: Rewards) -> Tensor:
     """Center on the mean of the *other* completions of the group: REINFORCE leave-one-out, LOOP's baseline.
 
-    Aᵢ = rᵢ − mean(rⱼ, j ≠ i) = G/(G−1) · (rᵢ − mean(r))
+        Aᵢ = rᵢ − mean(rⱼ, j ≠ i) = G/(G−1) · (rᵢ − mean(r))
 
     The baseline does not depend on the completion that is judged, so the gradient is unbiased.
     Ahmadian et al., "Back to Basics" (https://huggingface.co/papers/2402.14740), section 3.3.
@@ -41,7 +41,7 @@ def rloo(rewards: Rewards) -> Tensor:
 def opo(rewards: Rewards) -> Tensor:
     """Center on the group's length-weighted mean: a long completion counts more in the baseline.
 
-    Aᵢ = rᵢ − Σⱼ lⱼ rⱼ / Σⱼ lⱼ        l: completion lengths in tokens
+        Aᵢ = rᵢ − Σⱼ lⱼ rⱼ / Σⱼ lⱼ        l: completion lengths in tokens
 
     This baseline has the least gradient variance if a completion's squared gradient norm grows with its length. The
     advantages of a group do not sum to zero, because long completions pull the baseline to their own reward.

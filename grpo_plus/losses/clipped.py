@@ -53,7 +53,7 @@ def ppo_clip(
 ) -> TokenLoss:
     """The more pessimistic of the ratio and the clipped ratio, times the advantage.
 
-    loss = −min(min(ρ, delta) A, clip(ρ, 1 − epsilon, 1 + epsilon_high) A)
+        loss = −min(min(ρ, delta) A, clip(ρ, 1 − epsilon, 1 + epsilon_high) A)
 
     With importance_sampling_level="sequence", ρ is the length-normalized ratio of the whole sequence. That is GSPO
     (https://huggingface.co/papers/2507.18071), with epsilon 3e-4 and epsilon_high 4e-4, as such ratios hardly move.
@@ -74,8 +74,8 @@ def dual_clip(
 ) -> TokenLoss:
     """PPO's clip with a second clip: the loss of a token with a negative advantage is at most −c A.
 
-    loss = −min(ρ A, clip(ρ) A)             where A ≥ 0
-    loss = −max(min(ρ A, clip(ρ) A), c A)   where A < 0
+        loss = −min(ρ A, clip(ρ) A)             where A ≥ 0
+        loss = −max(min(ρ A, clip(ρ) A), c A)   where A < 0
 
     PPO leaves the ratio unbounded where A < 0, so that one stale token can dominate a step. Here a token beyond c gets
     no gradient. For c above 1 + epsilon_high this is `grpo` with delta=c, under the name in verl and OpenRLHF.

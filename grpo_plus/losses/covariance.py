@@ -25,9 +25,9 @@ def clip_cov(
 ) -> TokenLoss:
     """PPO's clip that also drops a few tokens with a high covariance, drawn at random.
 
-    covₜ = (Aₜ − mean(A)) (log πₜ − mean(log π))
-    loss = 0 for a share clip_cov_ratio of the tokens (at least one), drawn from {t: clip_cov_lb < covₜ < clip_cov_ub},
-           as `grpo` for the other tokens
+        covₜ = (Aₜ − mean(A)) (log πₜ − mean(log π))
+        loss = 0 for a share clip_cov_ratio of the tokens (at least one),
+               drawn from {t: clip_cov_lb < covₜ < clip_cov_ub}; as `grpo` for the other tokens
 
     Means and share are those of the given batch, under gradient accumulation of the micro-batch. Tokens that PPO's clip
     has already stopped are not drawn. The draw uses torch's global random numbers, and each process

@@ -26,7 +26,7 @@ def token_ratio(inputs: LossInputs) -> Tensor:
 def sequence_ratio(inputs: LossInputs, *, length_normalised: bool = True) -> Tensor:
     """Ratio of the probabilities of whole sequences, (B, 1).
 
-    s = (∏ₜ ρₜ)^(1/|o|),  or  ∏ₜ ρₜ  without the normalization
+        s = (∏ₜ ρₜ)^(1/|o|),  or  ∏ₜ ρₜ  without the normalization
 
     The geometric mean of the token ratios is TRL's "sequence" level.
     Zheng et al., "Group Sequence Policy Optimization" (https://huggingface.co/papers/2507.18071), Eq. 7.
@@ -63,7 +63,7 @@ def clip_range(epsilon: float, epsilon_high: float | None) -> tuple[float, float
 def clip(ratio: Tensor, advantages: Tensor, bounds: tuple[float, float], *, delta: float | None = None) -> TokenLoss:
     """PPO's clipped surrogate: the more pessimistic of the ratio and the clipped ratio.
 
-    loss = −min(ρ A, clip(ρ, low, high) A)
+        loss = −min(ρ A, clip(ρ, low, high) A)
 
     A token that has already moved far enough in the direction of its advantage gets no gradient. A token that moved the
     other way keeps its whole gradient. For a negative advantage the gradient has no limit, unless `delta` sets one.

@@ -1,6 +1,6 @@
 """REINFORCE with a detached weight: every token keeps a gradient, and the ratio only decides how much.
 
-loss = −sg(w) A log π
+    loss = −sg(w) A log π
 
 A clip silences a token once its ratio has left the trust region. Here the weight is bounded instead. Take `cispo` where
 rare but decisive tokens ("wait", "however") must not be clipped away. Take `vespo` or `topr` for completions that are
@@ -82,7 +82,7 @@ def cispo_two_sided(inputs: LossInputs, *, epsilon: float = 0.2, epsilon_high: f
 def topr(inputs: LossInputs, *, length_normalised: bool = False) -> TokenLoss:
     """Imitate good completions as they are, and taper off bad completions as the policy leaves them behind.
 
-    loss = −sg(w) A log π,    w = 1 where A ≥ 0,    w = min(∏ₜ ρₜ, 1) elsewhere
+        loss = −sg(w) A log π,    w = 1 where A ≥ 0,    w = min(∏ₜ ρₜ, 1) elsewhere
 
     REINFORCE breaks off-policy because it pushes a bad completion down forever. Here the weight of a bad completion
     goes to 0 as its probability does. Needs no KL term, and works on completions of any other policy.
@@ -108,7 +108,7 @@ def vespo(
 ) -> TokenLoss:
     """Weight a sequence by a smooth bump over its ratio.
 
-    loss = −sg(φ(w)) A log π,    φ(w) = wᵏ e^(λ (1 − w)),    w = ∏ₜ ρₜ
+        loss = −sg(φ(w)) A log π,    φ(w) = wᵏ e^(λ (1 − w)),    w = ∏ₜ ρₜ
 
     φ(1) = 1. k says how fast a sequence fades that became improbable, and λ how fast a sequence fades that became
     probable. The sampler's ratio, where there is one, is a factor of w.

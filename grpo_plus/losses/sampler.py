@@ -29,7 +29,7 @@ def sampler_ratio(
 ) -> Tensor:
     """Bounded ratio of the probabilities that the policy π and the engine μ give to what the engine sampled.
 
-    ρₜ = π(oₜ) / μ(oₜ),  or ∏ₜ ρₜ for the sequence        outside [low, high]: truncated to the bound, or masked to 0
+        ρₜ = π(oₜ) / μ(oₜ),  or ∏ₜ ρₜ for the sequence    outside [low, high]: truncated to the bound, or masked to 0
 
     A loss that is weighted with this ratio is corrected for tokens that were not drawn from π. Without bounds, a single
     token could outweigh the batch.

@@ -22,7 +22,7 @@ _promising = partial(register, scope="row", reinforce_on_policy=True)
 def gspo_token(inputs: LossInputs, *, epsilon: float = 3e-4, epsilon_high: float | None = 4e-4) -> TokenLoss:
     """GSPO with a ratio per token: the sequence's value, the token's gradient.
 
-    loss = −min(sₜ A, clip(sₜ, 1 − epsilon, 1 + epsilon_high) A),    sₜ = sg(s) · π(oₜ) / sg(π(oₜ))
+        loss = −min(sₜ A, clip(sₜ, 1 − epsilon, 1 + epsilon_high) A),    sₜ = sg(s) · π(oₜ) / sg(π(oₜ))
 
     With one advantage per completion, value and gradient are GSPO's. With (B, T) advantages, each token answers for its
     own advantage.
@@ -38,7 +38,7 @@ def gspo_token(inputs: LossInputs, *, epsilon: float = 3e-4, epsilon_high: float
 def gmpo(inputs: LossInputs, *, epsilon: float = 0.4, epsilon_high: float | None = None) -> TokenLoss:
     """Geometric mean of clipped token ratios, so that no single token carries a completion away.
 
-    loss = −A exp(1/|o| Σₜ lₜ),    lₜ = min(log ρₜ, epsilon_high) where A > 0, max(log ρₜ, −epsilon) elsewhere
+        loss = −A exp(1/|o| Σₜ lₜ),    lₜ = min(log ρₜ, epsilon_high) where A > 0, max(log ρₜ, −epsilon) elsewhere
 
     The bounds are distances between log-probabilities. 0.4 lets a ratio go from 0.67 to 1.49, wider than PPO's clip,
     because the mean damps each token. With (B, T) advantages, each token takes its own advantage in both places.
@@ -64,7 +64,7 @@ def gmpo(inputs: LossInputs, *, epsilon: float = 0.4, epsilon_high: float | None
 def kl_to_old(inputs: LossInputs, *, beta_old: float = 0.04, kl_estimator: KLEstimator = "k3") -> TokenLoss:
     """Ratio of the whole sequence, without a clip, plus a KL to the policy that generated the sequence.
 
-    loss = −Σᵢ (∏ₜ ρᵢₜ) Aᵢ + beta_old Σᵢ Σₜ KL(π ‖ π_old)
+        loss = −Σᵢ (∏ₜ ρᵢₜ) Aᵢ + beta_old Σᵢ Σₜ KL(π ‖ π_old)
 
     This is the objective of "A Comprehensive Analysis of GRPO", for advantages that are centered and not scaled
     (`dr_grpo`). The KL is a soft trust region: a step may leave it, at a price. It keeps its gradient where the

@@ -28,7 +28,7 @@ def sapo(
 ) -> TokenLoss:
     """A sigmoid of the ratio, steeper for tokens with a negative advantage.
 
-    loss = −(4/τ) σ(τ (ρ − 1)) A,    τ = sapo_temperature_pos where A > 0, sapo_temperature_neg elsewhere
+        loss = −(4/τ) σ(τ (ρ − 1)) A,    τ = sapo_temperature_pos where A > 0, sapo_temperature_neg elsewhere
 
     The weight of the gradient, 4 σ'(τ (ρ − 1)) ρ, is 1 at ρ = 1 and falls smoothly on both sides. Pushing a token down
     spreads its probability over the whole vocabulary. That is noisier than pushing a token up, hence the steeper gate.

@@ -21,7 +21,7 @@ def shared_prompt_attention(
 ) -> Tensor:
     """Attention of a completion to its prompt and causally to itself, and of a prompt causally to itself.
 
-    out_i = Σ_j exp(scale q_i·k_j) v_j / (exp(sink) + Σ_j exp(scale q_i·k_j)), over the tokens j that i may look at
+        out_i = Σ_j exp(scale q_i·k_j) v_j / (exp(sink) + Σ_j exp(scale q_i·k_j)), over the tokens j that i may look at
 
     Args:
         query: (N, heads, D).

@@ -7,7 +7,7 @@ They are pure functions. Each takes conversations and plain text. None says that
 row has no solution to compare with. Hyper-parameters are keywords: `functools.partial(last_number, tolerance=0.01)`, or
 `--reward_kwargs '{"last_number": {"tolerance": 0.01}}'`.
 
-What `trl.rewards` has is not here: mathematics in LaTeX (`accuracy_reward`), the <think> tag alone
+What `trl.rewards` has is not here: mathematics in LaTeX (`accuracy_reward`), the `<think>` tag alone
 (`think_format_reward`), repeated n-grams (`get_repetition_penalty_reward`), a soft limit of the length
 (`get_soft_overlong_punishment`). All of these go by name on the command line too.
 

@@ -1,4 +1,4 @@
-r"""Whether the completion's answer is the solution's: its last number, its \boxed{...}, or its <answer> tag.
+r"""Whether the completion's answer is the solution's: its last number, its \boxed{...}, or its `<answer>` tag.
 
 All read the column `solution`, as TRL's `accuracy_reward` does. A solution may be the bare answer, or a derivation that
 ends in "#### 18" (GSM8K) or in \boxed{18} (MATH). For `last_number`, any text that ends with the number will do.
@@ -26,10 +26,11 @@ def last_number(
 ) -> list[float | None]:
     """1 where the last number is the solution's, 0 elsewhere.
 
-    Numbers are exact: 18, 18.0 and 36/2 are one. Numbers before </think> do not count.
+    Numbers are exact: 18, 18.0 and 36/2 are one. Numbers before `</think>` do not count.
 
-    >>> last_number(["So it is 18.", "18 - 2 = 16"], solution=["6 * 3 = 18. #### 18", "18"])
-    [1.0, 0.0]
+    Examples:
+        >>> last_number(["So it is 18.", "18 - 2 = 16"], solution=["6 * 3 = 18. #### 18", "18"])
+        [1.0, 0.0]
 
     Args:
         tolerance: how far the number may be from the solution's, as a share of it.
@@ -45,17 +46,19 @@ def last_number(
 def boxed_answer(completions: Sequence[Completion], solution: Sequence[Any], **_: Any) -> list[float | None]:
     r"""1 where the last \boxed{...} holds the solution's answer, 0 elsewhere.
 
-    >>> boxed_answer([r"So \boxed{1{,}000}.", "So 1000."], solution=["1000", "1000"])
-    [1.0, 0.0]
+    Examples:
+        >>> boxed_answer([r"So \boxed{1{,}000}.", "So 1000."], solution=["1000", "1000"])
+        [1.0, 0.0]
     """
     return _judged(completions, solution, _boxed)
 
 
 def tagged_answer(completions: Sequence[Completion], solution: Sequence[Any], **_: Any) -> list[float | None]:
-    """1 where the last <answer>...</answer> holds the solution's answer, 0 elsewhere.
+    """1 where the last `<answer>...</answer>` holds the solution's answer, 0 elsewhere.
 
-    >>> tagged_answer(["<answer>(b)</answer>", "B"], solution=["B", "B"])
-    [1.0, 0.0]
+    Examples:
+        >>> tagged_answer(["<answer>(b)</answer>", "B"], solution=["B", "B"])
+        [1.0, 0.0]
     """
     return _judged(completions, solution, _tagged)
 

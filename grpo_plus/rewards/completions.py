@@ -10,8 +10,9 @@ Completion = str | Sequence[Mapping[str, Any]] | None
 def text_of(completion: Completion) -> str:
     """The text itself, or what the last message says. "" where that says nothing, as a bare call of a tool.
 
-    >>> text_of([{"role": "assistant", "content": "18"}])
-    '18'
+    Examples:
+        >>> text_of([{"role": "assistant", "content": "18"}])
+        '18'
     """
     if completion is None or isinstance(completion, str):
         return completion or ""
@@ -25,10 +26,11 @@ def text_of(completion: Completion) -> str:
 
 
 def answering_part(text: str) -> str:
-    """What follows the reasoning. Nothing follows a <think> that is still open: numbers in there are no answer.
+    """What follows the reasoning. Nothing follows a `<think>` that is still open: numbers in there are no answer.
 
-    >>> answering_part("<think>6 times 3</think>18")
-    '18'
+    Examples:
+        >>> answering_part("<think>6 times 3</think>18")
+        '18'
     """
     _, closed, answer = text.rpartition("</think>")
     return "" if not closed and "<think>" in text else answer

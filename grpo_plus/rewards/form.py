@@ -1,6 +1,6 @@
 """Whether the completion keeps a form: tags for reasoning and answer, and a length.
 
-TRL has the <think> tag alone (`think_format_reward`) and a soft upper limit of the length
+TRL has the `<think>` tag alone (`think_format_reward`) and a soft upper limit of the length
 (`get_soft_overlong_punishment`).
 """
 
@@ -15,16 +15,17 @@ _FORM = re.compile(r"\s*<think>.*</think>\s*<answer>.*\S.*</answer>\s*", re.DOTA
 
 
 def think_answer_format(completions: Sequence[Completion], *, opened: bool = False, **_: Any) -> list[float]:
-    """1 for <think>...</think><answer>...</answer> and nothing else, 0 elsewhere.
+    """1 for `<think>...</think><answer>...</answer>` and nothing else, 0 elsewhere.
 
     Every tag stands once, and the answer is not empty. Guo et al., "DeepSeek-R1"
     (https://huggingface.co/papers/2501.12948), section 2.2.2.
 
-    >>> think_answer_format(["<think>6 * 3</think> <answer>18</answer>", "<think>6 * 3</think> 18"])
-    [1.0, 0.0]
+    Examples:
+        >>> think_answer_format(["<think>6 * 3</think> <answer>18</answer>", "<think>6 * 3</think> 18"])
+        [1.0, 0.0]
 
     Args:
-        opened: whether the chat template writes <think> itself, at the end of the prompt.
+        opened: whether the chat template writes `<think>` itself, at the end of the prompt.
     """
     texts = [_with_opening(text_of(completion), opened) for completion in completions]
     return [float(_share_of_tags(text) == 1 and _FORM.fullmatch(text) is not None) for text in texts]
@@ -35,8 +36,9 @@ def think_answer_tags(completions: Sequence[Completion], *, opened: bool = False
 
     A model that never keeps the whole form gets a signal from the first tag on.
 
-    >>> think_answer_tags(["<think>6 * 3</think> 18", "18"])
-    [0.5, 0.0]
+    Examples:
+        >>> think_answer_tags(["<think>6 * 3</think> 18", "18"])
+        [0.5, 0.0]
     """
     return [_share_of_tags(_with_opening(text_of(completion), opened)) for completion in completions]
 
@@ -46,10 +48,11 @@ def target_length(
 ) -> list[float]:
     """1 for a completion of `target` tokens, less in proportion to its distance, 0 from `width` tokens away.
 
-    max(0, 1 - |tokens - target| / width)
+        max(0, 1 - |tokens - target| / width)
 
-    >>> target_length([[7] * 200, [7] * 400], target=200, width=100)
-    [1.0, 0.0]
+    Examples:
+        >>> target_length([[7] * 200, [7] * 400], target=200, width=100)
+        [1.0, 0.0]
     """
     if target < 0 or width < 1:
         raise ValueError(

@@ -43,8 +43,9 @@ _AROUND = re.compile(r"^(?:[A-Za-z]\w*\s*=)?[\s$€£¥]*|[\s$€£¥%.]*$")
 def last_number_in(text: str) -> Fraction | None:
     """The last number of the text; None where it has none.
 
-    >>> last_number_in("5 * 3 = 15, so she pays $1,234.50.")
-    Fraction(2469, 2)
+    Examples:
+        >>> last_number_in("5 * 3 = 15, so she pays $1,234.50.")
+        Fraction(2469, 2)
     """
     last = None
     for last in _numbers(_plain(text)):  # noqa: B007
@@ -55,8 +56,9 @@ def last_number_in(text: str) -> Fraction | None:
 def whole_number_of(text: str) -> Fraction | None:
     r"""The number that the whole text is, but for a name before and a unit behind it; None for any other text.
 
-    >>> whole_number_of(r"x = 18 \text{ dollars}"), whole_number_of(r"2\sqrt{3}")
-    (Fraction(18, 1), None)
+    Examples:
+        >>> whole_number_of(r"x = 18 \text{ dollars}"), whole_number_of(r"2\sqrt{3}")
+        (Fraction(18, 1), None)
     """
     bare = _AROUND.sub("", _plain(_UNIT.sub("", text)))
     bare = re.sub(r"^-[$€£¥\s]+", "-", bare)

@@ -22,8 +22,9 @@ LETTERS = ("Lu", "Ll", "Lt", "Lo")
 def script_share(completions: Sequence[Completion], *, script: str | Sequence[str] = "latin", **_: Any) -> list[float]:
     """Share of the letters that belong to `script`. 1 without letters: nothing is in another script then.
 
-    >>> script_share(["x = 18", "так 18", "18"])
-    [1.0, 0.0, 1.0]
+    Examples:
+        >>> script_share(["x = 18", "так 18", "18"])
+        [1.0, 0.0, 1.0]
 
     Args:
         script: one of `SCRIPTS`, or several.

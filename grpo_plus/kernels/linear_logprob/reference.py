@@ -20,7 +20,7 @@ def linear_logprob(
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities (N,) of `targets`, and entropies (N,) without gradient.
 
-    z = logit_scale * (hidden Wᵀ + bias),  z = softcap * tanh(z / softcap),  logp = log_softmax(z / temperature)
+        z = logit_scale * (hidden Wᵀ + bias),  z = softcap * tanh(z / softcap),  logp = log_softmax(z / temperature)
 
     Args:
         hidden: (N, H), in the dtype to compute in, unless autocast names another dtype.

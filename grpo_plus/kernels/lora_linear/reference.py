@@ -22,7 +22,7 @@ class Base(NamedTuple):
 def lora_linear(x: Tensor, base: Base, a: Tensor, b: Tensor, *, scaling: float) -> Tensor:
     """Output (..., out) of a layer with an adapter.
 
-    y = x Wᵀ + bias + scaling * (x aᵀ) bᵀ, in the dtype of the base's output
+        y = x Wᵀ + bias + scaling * (x aᵀ) bᵀ, in the dtype of the base's output
 
     The adapter's products are in autocast's dtype where autocast is on, else in the dtype of the adapter's weights.
     Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (https://huggingface.co/papers/2106.09685), Eq. 3.
