@@ -77,6 +77,8 @@ def public_homes(module: str) -> dict[str, str]:
             homes |= {alias.name: f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
             names = [name for name in ast.literal_eval(node.value) if not name.startswith("_")]
+    # What most readers came for stands first.
+    names.sort(key=lambda name: not name.startswith("GRPOPlus"))
     return {name: homes.get(name, f"{module}.{name}") for name in names}
 
 
