@@ -6,12 +6,13 @@ import re
 from pathlib import Path
 
 from grpo_plus.advantages import MODIFIERS
-from grpo_plus.cli.ls import advantage_rows, loss_rows
+from grpo_plus.cli.ls import advantage_rows, loss_rows, reward_rows
 from grpo_plus.replay.rules import RULES
+from tests import recipes
 
 README = Path(__file__).parents[1] / "README.md"
 DOCS = README.parent / "docs"
-PAGES = (README, *sorted(DOCS.glob("*.md")))
+PAGES = (README, *sorted(DOCS.glob("*.md")), recipes.RECIPES / "README.md")
 RESULTS = README.parent / "benchmarks" / "results"
 
 
@@ -160,6 +161,8 @@ def rule_rows() -> list[tuple[str, ...]]:
 TABLES = {
     "advantages": advantage_rows,
     "losses": loss_rows,
+    "rewards": reward_rows,
+    "gsm8k": recipes.rows,
     "modifiers": modifier_rows,
     "step": step_rows,
     "generation": generation_rows,

@@ -68,4 +68,4 @@ def reward_rows() -> list[tuple[str, ...]]:
 
 
 def _defaults(keywords: dict[str, Any]) -> str:
-    return ", ".join(name if value is ... else f"{name}={value}" for name, value in keywords.items())
+    return ", ".join(f"{name}={'?' if value is ... else value}" for name, value in keywords.items())

@@ -44,7 +44,7 @@ def last_number(
 
 
 def boxed_answer(completions: Sequence[Completion], solution: Sequence[Any], **_: Any) -> list[float | None]:
-    r"""1 where the last \boxed{...} holds the solution's answer, 0 elsewhere.
+    r"""1 where the last `\boxed{...}` holds the solution's answer, 0 elsewhere.
 
     Examples:
         >>> boxed_answer([r"So \boxed{1{,}000}.", "So 1000."], solution=["1000", "1000"])

@@ -49,6 +49,14 @@ LLAMA_3_1_8B: dict[str, Any] = {
     "tie_word_embeddings": False,
     "vocab_size": 128256,
 }
+LLAMA_3_2_3B: dict[str, Any] = LLAMA_3_1_8B | {
+    "head_dim": 128,
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "num_attention_heads": 24,
+    "num_hidden_layers": 28,
+    "tie_word_embeddings": True,
+}
 
 # A tiny one of every architecture that the planner knows: model_type, what its config adds to `TINY`.
 TINY: dict[str, Any] = {
