@@ -62,7 +62,8 @@ class Family:
 def families(names: Sequence[str], products: Tensor, lead: str) -> list[Family]:
     """Names whose advantages are multiples of each other, together: the family of `lead` first, then by their first.
 
-    One is a multiple of the other up to the relative difference √(1 − cos²). An estimator without any advantage is alone.
+    One is a multiple of the other up to the relative difference √(1 − cos²). An estimator without any advantage is
+    alone.
 
     Args:
         products: (E, E) sums of products of advantages over the log.
