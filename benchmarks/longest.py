@@ -12,12 +12,12 @@ from typing import Any
 
 from benchmarks.machine import RESULTS
 from benchmarks.memory_run import MODELS
+from benchmarks.pictures import write
 from grpo_plus.planner import QLORA, Constants, Longest, Run, longest, plan, shape_of
 from grpo_plus.planner.constants import GIB
 from grpo_plus.planner.longest import LEANEST, TUNED, setups
 from grpo_plus.report.svg import INK, SERIES, SOFT, WIDTH, name_rows, settings, to_svg
 
-PICTURE = RESULTS.parents[1] / "docs" / "memory.svg"
 CARDS = (8, 12, 16, 24)
 NAMES = ("Qwen3-4B", "Qwen3-8B")
 RUN = Run(**QLORA)
@@ -50,13 +50,6 @@ PARTS = {
     "one layer": ("one layer", "activations"),
     "logits": ("logits",),
 }
-NAMESPACE = 'xmlns="http://www.w3.org/2000/svg"'  # a file of its own needs it
-THEME = """<style>
-  svg { --ink: #1b1f24; --soft: #57606a; --line: #d0d7de; --s1: #6e7781; --s2: #0a5ea8; --s3: #1a7f5a; --s4: #c2570c;
-    --s5: #9b3aa0; --s6: #b3264b; --s7: #7a6000; }
-  @media (prefers-color-scheme: dark) { svg { --ink: #e6edf3; --soft: #9da7b3; --line: #3a434d; --s1: #a5afba;
-    --s2: #6cb6ff; --s3: #57c99a; --s4: #f69d50; --s5: #dc9be0; --s6: #ff8fa6; --s7: #d9bd4a; } }
-</style>"""
 
 
 def main() -> None:
@@ -64,7 +57,7 @@ def main() -> None:
     result = table()
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "longest.json").write_text(json.dumps(result, indent=2) + "\n")
-    PICTURE.write_text(picture(result["picture"]))
+    write("memory.svg", picture(result["picture"]))
 
 
 def table() -> dict[str, Any]:
@@ -151,9 +144,7 @@ def picture(drawn: dict[str, Any]) -> str:
         about = (
             f"Memory of each phase, {drawn['model']}, {drawn['tokens']:,} tokens, under {' and '.join(drawn['gib'])}."
         )
-        svg = to_svg(figure, about)
-    opening, rest = svg.replace("<svg ", f"<svg {NAMESPACE} ", 1).split(">", 1)
-    return f"{opening}>\n{THEME}{rest}\n"
+        return to_svg(figure, about)
 
 
 if __name__ == "__main__":
