@@ -14,10 +14,11 @@ import warnings
 from typing import Any
 
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
+from grpo_plus.compare.conclusion import conclusion
 from grpo_plus.compare.report import write_comparison
 from grpo_plus.compare.task import Task
 from grpo_plus.compare.train import Variant, compare
-from grpo_plus.compare.verdict import in_short
+from grpo_plus.compare.verdict import first_verdict
 from grpo_plus.demo import task
 from grpo_plus.demo.run import SETTINGS, warmed_up_model
 from grpo_plus.demo.tiny import tiny_tokenizer
@@ -64,7 +65,8 @@ def main() -> None:
         evaluate=evaluate,
     )
     comparison = compare(sorting, VARIANTS[::2] if SHORT else VARIANTS, range(SEEDS), "comparison", progress=True)
-    print(*in_short(comparison), sep="\n")
+    found = conclusion(first_verdict(comparison))
+    print(found.verdict, *found.reasons, found.step.action, sep="\n")
     print("Written:", *write_comparison(comparison, "comparison"))
 
 

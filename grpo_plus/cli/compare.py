@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from grpo_plus.cli.own_modules import search_own_modules
 from grpo_plus.cli.words import for_terminal, keywords_by_estimator, words
@@ -10,9 +10,11 @@ from grpo_plus.cli.words import for_terminal, keywords_by_estimator, words
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from grpo_plus.cli.next_command import NextCommand
     from grpo_plus.compare.comparison import Comparison
     from grpo_plus.compare.plan import Variant
     from grpo_plus.compare.task import Task
+    from grpo_plus.compare.verdict import ScoreVerdict
 
 HELP = (
     "Train every named estimator (and loss) over several seeds from the same start, and write one report. On the "
@@ -46,11 +48,10 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
     """Train what is left to train, write the report, and print what it says; 1 where an arm has failed."""
     import warnings
 
-    from rich.console import Console
-
+    from grpo_plus.cli.next_command import NextCommand
     from grpo_plus.compare.report import write_comparison
     from grpo_plus.compare.train import compare
-    from grpo_plus.compare.verdict import check_baseline, in_short
+    from grpo_plus.compare.verdict import check_baseline
     from grpo_plus.demo.run import one_thread
 
     if args.num_held_out is not None and args.num_held_out < 1:
@@ -66,31 +67,51 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
         else:
             with one_thread():
                 comparison = compare(_demo_task(args), variants, range(args.seeds), args.output_dir, progress=True)
-    written = write_comparison(comparison, args.output_dir, baseline=args.baseline)
-    console = Console(highlight=False)
-    console.print()
-    console.print(result_table(comparison))
-    for line in in_short(comparison, baseline=args.baseline):
-        print(for_terminal(f"- {line}"))
+    command = NextCommand(given_flags(args), rest, variants)
+    written = write_comparison(comparison, args.output_dir, baseline=args.baseline, command=command)
+    _print_result(comparison, args.baseline, command)
     print(f"Written: {', '.join(map(str, written))}")
     return 1 if comparison.failures else 0
 
 
-def result_table(comparison: "Comparison") -> "Table":
+def given_flags(args: argparse.Namespace) -> dict[str, Any]:
+    """Our flags that differ from their defaults, by name."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    defaults = vars(parser.parse_args([]))
+    return {name: vars(args)[name] for name, default in defaults.items() if vars(args)[name] != default}
+
+
+def _print_result(comparison: "Comparison", baseline: str | None, command: "NextCommand") -> None:
+    """The verdict, the table, what the verdict rests on, and the next command, as in the report."""
+    from rich.console import Console
+
+    from grpo_plus.compare.conclusion import conclusion
+    from grpo_plus.compare.verdict import first_verdict
+
+    verdict = first_verdict(comparison, baseline)
+    found = conclusion(verdict)
+    print(for_terminal(f"\n{found.title}. {found.verdict}\n"))
+    Console(highlight=False).print(result_table(verdict))
+    for reason in found.reasons:
+        print(for_terminal(f"- {reason}"))
+    print(for_terminal(f"\n{found.step.action}"))
+    if text := command(found.step):
+        print(for_terminal(f"  {text}\n"))
+
+
+def result_table(verdict: "ScoreVerdict") -> "Table":
     """What each variant reached and cost."""
     from rich.markup import escape
     from rich.table import Table
 
-    from grpo_plus.compare.verdict import ScoreVerdict, arms_of
+    from grpo_plus.compare.verdict import arms_of
 
-    score = comparison.score_names[0]
-    verdict = ScoreVerdict(comparison, score)
-    table = Table(
-        title=f"Held-out {escape(score)}: {verdict.start:.3f} at the start", title_justify="left", title_style=""
-    )
+    comparison, score = verdict.comparison, escape(verdict.score)
+    table = Table(title=f"Held-out {score}: {verdict.start:.3f} at the start", title_justify="left", title_style="")
     for name in ("variant", "seeds", "mean", "95% interval", "seconds per arm"):
         table.add_column(name, justify="left" if name == "variant" else "right")
-    for label, interval in verdict.means.items():
+    for label, interval in verdict.ranked.items():
         results = [comparison.results[arm] for arm in arms_of(comparison, label)]
         bounds = f"{interval.low:.3f} to {interval.high:.3f}" if interval.exists else "needs 3 seeds"
         seconds = sum(result.seconds for result in results) / len(results)

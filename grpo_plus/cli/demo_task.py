@@ -4,6 +4,7 @@ import functools
 
 from transformers import PreTrainedModel
 
+from grpo_plus.compare.samples import KEPT, Sample
 from grpo_plus.compare.task import Scores, Task
 from grpo_plus.config import GRPOPlusConfig
 from grpo_plus.demo import task
@@ -46,12 +47,17 @@ def sorting_task(
         rewards = {reward.__name__: reward(completions=completions, answer=answers) for reward in REWARDS}
         return {"accuracy": task.exactly_right(completions, answers), **rewards}
 
+    def samples(trainer: GRPOPlusTrainer) -> list[Sample]:
+        prompts = held_out["prompt"][:KEPT]
+        return [Sample(*texts) for texts in zip(prompts, task.complete(trainer.model, tokenizer, prompts), strict=True)]
+
     return Task(
         name="sorting four digits",
         config=functools.partial(GRPOPlusConfig, **SETTINGS, max_steps=max_steps),
         start=lambda: warmed_up_model(tokenizer, DATA_SEED, warm_up_steps),
         trainer=trainer,
         evaluate=evaluate,
+        samples=samples,
         facts={
             "train rows": NUM_TRAIN,
             "held-out rows": num_held_out,

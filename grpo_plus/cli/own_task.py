@@ -68,6 +68,7 @@ def own_task(rest: list[str], num_held_out: int) -> Task:
         start=start,
         trainer=trainer,
         evaluate=evaluate,
+        samples=HeldOutTrainer.samples,
         facts=_facts(own, script, model, mixture)
         | {"loading": values["model_init_kwargs"], "held-out rows": described},
     )

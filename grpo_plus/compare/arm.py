@@ -15,8 +15,9 @@ from transformers import TrainingArguments as Arguments
 from grpo_plus.compare.comparison import ArmResult
 from grpo_plus.compare.loggers import name_run, run_of_its_own
 from grpo_plus.compare.plan import Arm
+from grpo_plus.compare.samples import for_file
 from grpo_plus.compare.start import Start
-from grpo_plus.compare.store import LOG, RESULT, as_json, begin, write_json
+from grpo_plus.compare.store import LOG, RESULT, SAMPLES, as_json, begin, write_json
 from grpo_plus.compare.task import Scores, Task
 from grpo_plus.config import GRPOPlusConfig
 from grpo_plus.trainer import GRPOPlusTrainer
@@ -42,10 +43,10 @@ def train_arm(task: Task, start: Start, arm: Arm, folder: Path, before: Scores, 
     try:
         result = _measured(task, trainer, arm)
         check_scores(result.scores, before)
-        log = trainer.state.log_history
+        log, samples = trainer.state.log_history, held_out_samples(task, trainer)
     finally:
         release(trainer)
-    write_json(folder, {LOG: log, RESULT: asdict(result)})
+    write_json(folder, {LOG: log, SAMPLES: samples, RESULT: asdict(result)})
     return result
 
 
@@ -98,6 +99,11 @@ def held_out_scores(task: Task, trainer: GRPOPlusTrainer, seed: int) -> dict[str
     if not scores or not all(scores.values()):
         raise ValueError("The task's evaluate returned no scores. Return {name: [one number per held-out item]}.")
     return scores
+
+
+def held_out_samples(task: Task, trainer: GRPOPlusTrainer) -> list[dict[str, str]]:
+    """What the trained model answers to a few held-out prompts, for a file."""
+    return [] if task.samples is None else for_file(task.samples(trainer))
 
 
 def check_scores(scores: Scores, before: Scores) -> None:

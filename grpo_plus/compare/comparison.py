@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from grpo_plus.compare.plan import Arm, Variant
+from grpo_plus.compare.samples import Sample, read_samples
 from grpo_plus.compare.store import RESULT, read_json, read_log
 
 
@@ -90,6 +91,15 @@ class Comparison:
     def log(self, arm: Arm) -> list[dict[str, Any]]:
         """The logged steps of a finished arm."""
         return [entry for entry in read_log(arm_folder(self.folder, arm)) if "reward" in entry]
+
+    def samples(self, arm: Arm) -> list[Sample]:
+        """What a finished arm answers to a few held-out prompts."""
+        return read_samples(arm_folder(self.folder, arm))
+
+    @property
+    def start_samples(self) -> list[Sample]:
+        """What the start answers to them."""
+        return read_samples(self.folder / "start")
 
     @property
     def finished(self) -> list[Variant]:

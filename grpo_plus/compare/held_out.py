@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from grpo_plus.advantages import Rewards
+from grpo_plus.compare.samples import KEPT, Sample, as_text
 from grpo_plus.trainer import GRPOPlusTrainer
+from grpo_plus.trainer.names import logged_texts
 
 TOTAL = "reward"
 
@@ -26,6 +28,7 @@ class HeldOutTrainer(GRPOPlusTrainer):
                 f"{config.generation_batch_size}. Set per_device_eval_batch_size={size}."
             )
         self._evaluated: list[Rewards] = []
+        self._texts: dict[str, Sample] = {}
 
     def prompt_key(self, prompt: Any) -> str | None:
         """A digest of the prompt. In evaluation every run has digests, to sort the prompts by."""
@@ -34,9 +37,12 @@ class HeldOutTrainer(GRPOPlusTrainer):
         return hashlib.sha256(json.dumps(prompt, sort_keys=True, default=repr).encode()).hexdigest()
 
     def advantage_metrics(self, rewards: Rewards, advantages: Tensor) -> dict[str, float]:
-        """The usual figures; in evaluation, the rewards are kept."""
+        """The usual figures; in evaluation, the rewards are kept, and the first completion of each prompt."""
         if not self.model.training:
             self._evaluated.append(rewards)
+            firsts = logged_texts(self, rewards.judged.numel())[:: rewards.judged.shape[1]]
+            for key, texts in zip(rewards.prompts or (), firsts, strict=True):
+                self._texts[key] = Sample(*map(as_text, texts))
         return super().advantage_metrics(rewards, advantages)
 
     def held_out_scores(self, rows: Any) -> dict[str, list[float]]:
@@ -45,7 +51,7 @@ class HeldOutTrainer(GRPOPlusTrainer):
         NaN for a prompt that a function did not judge. TRL shuffles the prompts by the seed, so they are sorted by
         their digests: every trainer returns the same order.
         """
-        self._evaluated = []
+        self._evaluated, self._texts = [], {}
         self.evaluate(rows)
         keys = [key for rewards in self._evaluated for key in rewards.prompts or ()]
         order = sorted(range(len(keys)), key=keys.__getitem__)
@@ -54,3 +60,7 @@ class HeldOutTrainer(GRPOPlusTrainer):
         names = self._evaluated[0].names
         scores = {name: each[:, k].tolist() for k, name in enumerate(names)} if len(names) > 1 else {}
         return {TOTAL: total.tolist(), **scores}
+
+    def samples(self) -> list[Sample]:
+        """The first prompts of the last evaluation, in the order of its scores, each with one of its completions."""
+        return [self._texts[key] for key in sorted(self._texts)[:KEPT]]

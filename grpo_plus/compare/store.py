@@ -2,8 +2,10 @@
 
     comparison.json                what all arms share: task, facts, configuration
     start/result.json              the start: fingerprint, held-out scores, gradients
+    start/samples.json             what the start answers to a few held-out prompts
     arms/<arm>/arm.json            the arm, as it was begun
     arms/<arm>/log.jsonl           what the trainer logged
+    arms/<arm>/samples.json        what the arm answers to the same prompts
     arms/<arm>/result.json         scores and costs; where it exists, the arm is finished
     arms/<arm>/error.txt           the traceback of an arm that failed
 
@@ -23,7 +25,7 @@ from filelock import FileLock, Timeout
 from grpo_plus.report.files import write_files
 from grpo_plus.report.secrets import masked
 
-RESULT, LOG, ERROR, LOCK = "result.json", "log.jsonl", "error.txt", "lock"
+RESULT, LOG, SAMPLES, ERROR, LOCK = "result.json", "log.jsonl", "samples.json", "error.txt", "lock"
 ABSENT = "nothing"
 
 

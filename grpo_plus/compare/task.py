@@ -1,4 +1,4 @@
-"""What a comparison needs to know of the thing that is trained: four functions."""
+"""What a comparison needs to know of the thing that is trained: four functions, and a fifth for the report."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from grpo_plus.compare.samples import Sample
 from grpo_plus.config import GRPOPlusConfig
 from grpo_plus.trainer import GRPOPlusTrainer
 
@@ -35,6 +36,8 @@ class Task:
         trainer: (model, configuration) -> a trainer that has not trained.
         evaluate: a trainer that has -> scores of the held-out items by name, one number per item, in the same order
             each time. The verdict is about the first name. The global random state is that of the arm's seed.
+        samples: a trainer that has been evaluated -> a few held-out prompts, each with a completion, for the report to
+            show side by side. The same prompts in the same order each time. None: the report shows none.
         facts: whatever else decides the result (sizes of data sets, how the model was warmed up), as JSON: it is part
             of the report, and of what a comparison that goes on must agree with.
     """
@@ -44,4 +47,5 @@ class Task:
     start: Callable[[], PreTrainedModel]
     trainer: Callable[[PreTrainedModel, GRPOPlusConfig], GRPOPlusTrainer]
     evaluate: Callable[[GRPOPlusTrainer], Scores]
+    samples: Callable[[GRPOPlusTrainer], Sequence[Sample]] | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)

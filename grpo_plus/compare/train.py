@@ -19,6 +19,7 @@ from typing import Any
 
 from grpo_plus.compare.arm import (
     configuration,
+    held_out_samples,
     held_out_scores,
     identity,
     quiet_trainer,
@@ -29,7 +30,7 @@ from grpo_plus.compare.comparison import ArmResult, Comparison, StartSignal, arm
 from grpo_plus.compare.gradients import measure_start
 from grpo_plus.compare.plan import SEED, Arm, Variant, planned_arms
 from grpo_plus.compare.start import Start
-from grpo_plus.compare.store import ERROR, RESULT, agree, as_json, check, claim, read_json, write_json
+from grpo_plus.compare.store import ERROR, RESULT, SAMPLES, agree, as_json, check, claim, read_json, write_json
 from grpo_plus.compare.task import Scores, Task
 from grpo_plus.report.secrets import masked_text, secrets_of
 
@@ -166,9 +167,9 @@ class _Trainings:
             config = self.task.config(seed=seed, output_dir=str(folder), report_to="none")
             trainer = quiet_trainer(self.task, self.start, config)
             signal = measure_start(trainer, configs)
-            scores = held_out_scores(self.task, trainer, seed)
+            scores, samples = held_out_scores(self.task, trainer, seed), held_out_samples(self.task, trainer)
             release(trainer)
-            write_json(folder, {RESULT: {"scores": scores, "signal": asdict(signal)}})
+            write_json(folder, {SAMPLES: samples, RESULT: {"scores": scores, "signal": asdict(signal)}})
 
     def _knows_start(self, folder: Path) -> bool:
         if not (folder / RESULT).exists():

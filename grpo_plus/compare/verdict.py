@@ -1,21 +1,21 @@
-"""What a comparison shows, in words, and nothing that its intervals do not show."""
+"""What the intervals of a comparison show, score by score, and what limits them."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from grpo_plus.compare.comparison import Comparison
-from grpo_plus.compare.intervals import FEWEST_SEEDS, LEVEL, Difference, Interval, differences, means, pairs
-from grpo_plus.compare.plan import Arm, Variant
-from grpo_plus.registry import suggestion
+from torch import Tensor
 
-LISTED = 8  # differences that are named one by one
+from grpo_plus.compare.comparison import Comparison
+from grpo_plus.compare.intervals import Difference, Interval, differences, means, pairs
+from grpo_plus.compare.plan import Arm, Variant
+from grpo_plus.compare.power import seeds_needed, spread_of
+from grpo_plus.registry import suggestion
 
 
 @dataclass(eq=False)
 class ScoreVerdict:
-    """The intervals of one held-out score, and what they say.
+    """The intervals of one held-out score.
 
     baseline: the label that all others are compared with; None: all pairs.
     """
@@ -41,63 +41,51 @@ class ScoreVerdict:
         values = [value for value in self.comparison.start[self.score] if value == value]
         return sum(values) / len(values) if values else float("nan")
 
-    def lines(self) -> list[str]:
-        """The result as sentences."""
-        if not self.means:
-            return ["No arm is finished on a seed that all variants share: there is nothing to compare."]
-        lines = [self._ranking()]
-        seeds = len(self.comparison.paired_seeds)
-        if len(self.means) == 1:
-            return [*lines, "One variant has finished: there is nothing to compare it with."]
-        if math.isnan(next(iter(self.means.values())).estimate):
-            return [*lines, f"No held-out item has a `{self.score}` in every arm, so no difference is claimed."]
-        if seeds < FEWEST_SEEDS:
-            return [*lines, f"{_count(seeds, 'seed')}: too few for intervals over runs, so no difference is claimed."]
-        shown = [difference for difference in self.differences if difference.interval.excludes_zero]
-        return [*lines, *(self._shown(shown) if shown else [self._nothing_shown()])]
+    @property
+    def by_seed(self) -> dict[str, Tensor]:
+        """The mean score (S,) of each variant on each seed."""
+        return {label: values.mean(1) for label, values in self.comparison.scores(self.score).items()}
 
-    def _ranking(self) -> str:
-        ordered = sorted(self.means.items(), key=lambda item: -item[1].estimate)
-        each = ", ".join(f"`{name}` {_value(interval)}" for name, interval in ordered)
-        seeds = _count(len(self.comparison.paired_seeds), "seed")
-        return f"Mean held-out `{self.score}` over {seeds}: {each}. Before training it was {self.start:.3f}."
+    @property
+    def ranked(self) -> dict[str, Interval]:
+        """The means, the highest first."""
+        return dict(sorted(self.means.items(), key=lambda item: -item[1].estimate))
 
-    def _shown(self, shown: Sequence[Difference]) -> list[str]:
-        ordered = sorted(shown, key=lambda difference: -abs(difference.interval.estimate))
-        lines = [_sentence(difference, self.score) for difference in ordered[:LISTED]]
-        if len(ordered) > LISTED:
-            lines.append(f"{len(ordered) - LISTED} smaller differences are shown, too: see the table.")
-        others = len(self.differences) - len(shown)
-        if others:
-            lines.append(
-                f"For the other {others} of {_count(len(self.differences), 'comparison')} the interval includes 0: no "
-                "difference is shown, which does not show that there is none."
-            )
-        return lines
+    def shown(self) -> list[Difference]:
+        """The differences whose intervals leave out zero, each turned so that the first is ahead; the largest first."""
+        found = [_turned(difference) for difference in self.differences if difference.interval.excludes_zero]
+        return sorted(found, key=lambda difference: -difference.interval.estimate)
 
-    def _nothing_shown(self) -> str:
-        widest = max(self.differences, key=lambda d: max(abs(d.interval.low), abs(d.interval.high)))
-        bound = max(abs(widest.interval.low), abs(widest.interval.high))
-        compared = _count(len(self.differences), "comparison")
-        if bound == 0:
-            return (
-                f"No difference in `{self.score}` is shown: {compared}, and every arm of a seed has the same score on "
-                "every held-out item. More steps, or another score, may tell them apart."
-            )
-        return (
-            f"No difference in `{self.score}` is shown: {compared}, and every {LEVEL:.0%} interval includes 0. That "
-            f"does not show that there is none: differences of up to {bound:.3f} "
-            f"(`{widest.first}` and `{widest.second}`) fit these runs. More seeds narrow the intervals."
-        )
+    def ordered(self) -> list[Difference]:
+        """The differences for people, the largest first: to the baseline, or turned so that the first is ahead."""
+        turned = self.differences if self.baseline is not None else [_turned(pair) for pair in self.differences]
+        return sorted(turned, key=lambda difference: -difference.interval.estimate)
+
+    def against(self, label: str) -> dict[str, Interval]:
+        """How far `label` is ahead of each variant that it is compared with."""
+        both_ways = [way for difference in self.differences for way in (difference, _swapped(difference))]
+        return {way.second: way.interval for way in both_ways if way.first == label}
+
+    def seeds_to_tell(self, first: str, second: str) -> int | None:
+        """How many seeds would tell the two apart, compared alone, if the true difference is the one seen."""
+        interval, by_seed = self.against(first)[second], self.by_seed
+        margin = (interval.high - interval.low) / 2
+        spread = spread_of(by_seed[first] - by_seed[second], margin, len(self.differences))
+        return seeds_needed(interval.estimate, spread)
 
 
-def in_short(comparison: Comparison, *, baseline: str | None = None) -> list[str]:
-    """The verdict on the first score, and what stands in its way."""
-    lines = ScoreVerdict(comparison, comparison.score_names[0], checked_baseline(comparison, baseline)).lines()
+def first_verdict(comparison: Comparison, baseline: str | None = None) -> ScoreVerdict:
+    """The verdict on the first score, which the conclusion is about."""
+    return ScoreVerdict(comparison, comparison.score_names[0], checked_baseline(comparison, baseline))
+
+
+def caveats(comparison: Comparison) -> list[str]:
+    """What stands in the way of the verdict, or limits it."""
+    lines = []
     if comparison.failures:
         names = ", ".join(f"`{arm.name}`" for arm in comparison.failures)
         lines.append(
-            f"{_count(len(comparison.failures), 'arm')} failed: {names}. The same command tries again. No figure "
+            f"{count(len(comparison.failures), 'arm')} failed: {names}. The same command tries again. No figure "
             "counts a failure against its variant: if the training itself broke down, the variant looks better than it "
             "is."
         )
@@ -136,20 +124,15 @@ def arms_of(comparison: Comparison, label: str) -> list[Arm]:
     return [arm for arm in comparison.arms if arm.variant.label == label and arm in comparison.results]
 
 
-def _sentence(difference: Difference, score: str) -> str:
-    first, second, interval = difference.first, difference.second, difference.interval
-    if interval.estimate < 0:
-        first, second = second, first
-        interval = Interval(-interval.estimate, -interval.high, -interval.low)
-    return (
-        f"`{first}` scores above `{second}` in `{score}`, by {interval.estimate:.3f} "
-        f"[{interval.low:.3f}, {interval.high:.3f}]."
-    )
+def _swapped(difference: Difference) -> Difference:
+    interval = difference.interval
+    return Difference(difference.second, difference.first, Interval(-interval.estimate, -interval.high, -interval.low))
 
 
-def _value(interval: Interval) -> str:
-    return f"{interval.estimate:.3f}" + (f" [{interval.low:.3f}, {interval.high:.3f}]" if interval.exists else "")
+def _turned(difference: Difference) -> Difference:
+    return difference if difference.interval.estimate > 0 else _swapped(difference)
 
 
-def _count(count: int, what: str) -> str:
-    return f"{count} {what}{'' if count == 1 else 's'}"
+def count(number: int, what: str) -> str:
+    """The number with its noun: 1 seed, 2 seeds."""
+    return f"{number} {what}{'' if number == 1 else 's'}"

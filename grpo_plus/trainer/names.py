@@ -152,6 +152,11 @@ def logged_advantages(trainer: GRPOTrainer, judged: Tensor) -> Tensor | None:
     return torch.tensor(logged, dtype=torch.float64).view_as(judged) if len(logged) == judged.numel() else None
 
 
+def logged_texts(trainer: GRPOTrainer, count: int) -> list[tuple[Any, Any]]:
+    """The last prompts and completions of TRL's log, of all processes, as texts or messages."""
+    return list(zip(trainer._logs["prompt"], trainer._logs["completion"], strict=True))[-count:]
+
+
 def log_advantages_anew(trainer: GRPOTrainer, per_completion: Tensor) -> None:
     """Replace the last advantages of TRL's log."""
     in_log, logged = per_completion.flatten().tolist(), trainer._logs["advantages"]

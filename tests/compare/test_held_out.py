@@ -2,6 +2,7 @@ import pytest
 from datasets import Dataset
 
 from grpo_plus.compare.held_out import HeldOutTrainer
+from grpo_plus.compare.samples import as_text
 from tests.compare.small import ROWS, TOKENIZER, small_task
 
 HELD_OUT = Dataset.from_dict({"prompt": [f"held out {number}" for number in range(6)]})
@@ -30,6 +31,25 @@ def test_scores_are_those_of_the_prompts_in_the_same_order_under_every_seed(tmp_
     for total, mine, judged in zip(first["reward"], first["number"], first["even"], strict=True):
         assert judged != judged if mine % 2 else judged == 1.0
         assert total == mine + (0.0 if mine % 2 else 1.0)
+
+
+def test_the_first_prompts_are_kept_with_a_completion_each_and_the_same_ones_under_every_seed(tmp_path):
+    kept = []
+    for seed in (0, 1):
+        trainer = held_out_trainer(tmp_path, seed=seed)
+        scores = trainer.held_out_scores(HELD_OUT)
+        samples = trainer.samples()
+        assert [float(sample.prompt.split()[-1]) for sample in samples] == scores["number"][:3]
+        assert [len(sample.completion) > 0 for sample in samples] == [True] * 3
+        kept.append([sample.prompt for sample in samples])
+    assert kept[0] == kept[1]
+
+
+def test_messages_are_told_with_their_roles():
+    parts = [{"type": "image"}, {"type": "text", "text": "What is this?"}]
+    assert as_text([{"role": "user", "content": parts}, {"role": "assistant", "content": None}]) == (
+        "user: [image] What is this?\nassistant: "
+    )
 
 
 def test_evaluation_batches_that_hold_parts_of_groups_are_refused(tmp_path):

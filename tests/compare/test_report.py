@@ -1,4 +1,5 @@
 import json
+import re
 from dataclasses import replace
 
 import pandas as pd
@@ -8,8 +9,12 @@ import torch
 from grpo_plus.compare.comparison import ArmResult, Comparison, StartSignal
 from grpo_plus.compare.plan import Variant, planned_arms
 from grpo_plus.compare.report import write_comparison
+from grpo_plus.compare.report_scores import METHOD, completions
 from grpo_plus.compare.rows import curve
-from grpo_plus.compare.verdict import ScoreVerdict, in_short
+from grpo_plus.compare.samples import LONGEST, Sample, for_file
+from grpo_plus.compare.store import SAMPLES, write_json
+from grpo_plus.compare.verdict import ScoreVerdict
+from grpo_plus.report.page import Section, to_html
 
 HOSTILE = "</pre><script>alert(1)</script><img src=x onerror=alert(2)> \x00 <i>$r$"
 VERSIONS = {"grpo_plus": "1", "trl": "2"}
@@ -62,57 +67,6 @@ def hostile_comparison(folder):
     return replace(comparison, failures={failed: f"Traceback\n  line\nRuntimeError: {HOSTILE}"})
 
 
-def test_a_difference_is_claimed_where_the_interval_leaves_out_zero(tmp_path):
-    comparison = comparison_of(tmp_path, {"low": noisy(0.3, 4), "high": noisy(0.8, 4), "same": noisy(0.3, 4)})
-    first, *claims = in_short(comparison)
-    assert first.startswith("Mean held-out `accuracy` over 4 seeds: `high` 0.80")
-    assert first.endswith("Before training it was 0.500.")
-    assert sorted(claim.partition(",")[0] for claim in claims[:2]) == [
-        "`high` scores above `low` in `accuracy`",
-        "`high` scores above `same` in `accuracy`",
-    ]
-    assert claims[2].startswith("For the other 1 of 3 comparisons the interval includes 0")
-    assert len(claims) == 3
-
-
-def test_no_difference_is_claimed_where_none_is_shown(tmp_path):
-    comparison = comparison_of(
-        tmp_path, {"a": [[0.0, 1.0], [1.0, 1.0], [0.0, 0.0]], "b": [[1.0, 1.0], [0.0, 1.0], [0.0, 1.0]]}
-    )
-    ranking, verdict = in_short(comparison)
-    assert "`b` 0.667" in ranking
-    assert verdict.startswith("No difference in `accuracy` is shown: 1 comparison, and every 95% interval includes 0.")
-    assert "does not show that there is none" in verdict
-    assert "scores above" not in verdict
-
-
-def test_arms_that_score_alike_on_every_item_bound_no_difference(tmp_path):
-    same = [[0.0, 1.0], [1.0, 1.0], [0.0, 0.0]]
-    verdict = in_short(comparison_of(tmp_path, {"a": same, "b": same}))[1]
-    assert "every arm of a seed has the same score on every held-out item" in verdict
-    assert "differences of up to" not in verdict
-
-
-@pytest.mark.parametrize("seeds", [1, 2])
-def test_too_few_seeds_claim_nothing_however_large_the_gap(tmp_path, seeds):
-    lines = in_short(comparison_of(tmp_path, {"a": [[0.0] * 9] * seeds, "b": [[1.0] * 9] * seeds}))
-    assert "too few for intervals over runs, so no difference is claimed." in lines[1]
-    assert [line for line in lines if "scores above" in line] == []
-
-
-def test_a_seed_that_one_variant_lacks_is_left_out_of_all(tmp_path):
-    scores = {"a": noisy(0.2, 4), "b": [*noisy(0.6, 3), None], "c": [None] * 4}
-    comparison = comparison_of(tmp_path, scores)
-    assert comparison.paired_seeds == [0, 1, 2]
-    assert {label: values.shape for label, values in comparison.scores("accuracy").items()} == {
-        "a": (3, 40),
-        "b": (3, 40),
-    }
-    lines = in_short(comparison)
-    assert "Left out, for not every variant has finished on it: seed 3." in lines
-    assert "`c` has not finished on any seed and is not compared." in lines
-
-
 def test_items_that_nothing_judged_are_left_out_in_every_arm(tmp_path):
     nan = float("nan")
     comparison = comparison_of(tmp_path, {"a": [[1.0, nan, 0.0]], "b": [[0.0, 1.0, 1.0]]})
@@ -128,20 +82,49 @@ def test_items_that_nothing_judged_are_left_out_in_every_arm(tmp_path):
 def test_a_score_that_no_item_has_in_every_arm_is_said_to_be_missing(tmp_path):
     nan = float("nan")
     comparison = comparison_of(tmp_path, {"a": [[nan, nan]] * 3, "b": [[0.0, 1.0]] * 3})
-    assert in_short(comparison)[1] == "No held-out item has a `accuracy` in every arm, so no difference is claimed."
-    page, summary, *_ = write_comparison(comparison, tmp_path)
-    assert "nothing was judged" in summary.read_text(encoding="utf-8")
-    assert "differences of up to" not in page.read_text(encoding="utf-8")
+    summary = write_comparison(comparison, tmp_path)[1].read_text(encoding="utf-8")
+    assert "**No held-out item has a `accuracy` in every arm.**" in summary
+    assert "nothing was judged" in summary
 
 
-def test_a_baseline_is_compared_with_each_other_and_a_wrong_one_is_refused(tmp_path):
-    comparison = comparison_of(tmp_path, {"a": noisy(0.2, 3), "b": noisy(0.3, 3), "c": noisy(0.4, 3)})
-    assert [(d.first, d.second) for d in ScoreVerdict(comparison, "accuracy", "b").differences] == [
-        ("a", "b"),
-        ("c", "b"),
+def test_the_answer_comes_first_with_the_start_and_the_command_of_the_next_step(tmp_path):
+    scores = {label: noisy(mean, 4) for label, mean in {"a": 0.25, "b": 0.85, "c": 0.55, "d": 0.45}.items()}
+    comparison = comparison_of(tmp_path, scores, steps=1)
+    steps = []
+    page, summary, *_ = write_comparison(comparison, tmp_path, command=lambda step: steps.append(step) or "type this")
+    html, text = page.read_text(encoding="utf-8"), summary.read_text(encoding="utf-8")
+    assert [step.winner for step in steps] == ["b"]
+    assert html.index('class="answer settled"') < html.index("<figure>") < html.index(METHOD[:40])
+    assert re.findall(r"<dt>(?:<code>)?([\w ]+).*?<dd>(\d\.\d)", html) == [
+        ("before training", "0.5"),
+        ("b", "0.8"),
+        ("c", "0.5"),
+        ("d", "0.4"),
     ]
-    with pytest.raises(ValueError, match="There is no variant 'd'"):
-        in_short(comparison, baseline="d")
+    assert "<code>type this</code>" in html
+    assert "\n    type this\n" in text
+
+
+def test_equal_completions_are_shown_once_under_the_names_of_all_who_wrote_them(tmp_path):
+    comparison = comparison_of(tmp_path, {"a": noisy(0.2, 3), "b": noisy(0.2, 3), "c": noisy(0.3, 3)})
+    assert completions(comparison) == []
+    answers = {"start": "?", "arms/a-seed0": "four", "arms/b-seed0": f"five {HOSTILE}", "arms/c-seed0": "four"}
+    for folder, answer in answers.items():
+        samples = [Sample("2 + 2", answer), Sample("long", "x" * 9000), Sample("token", "hf_" + "a" * 20)]
+        write_json(tmp_path / folder, {SAMPLES: for_file([*samples, Sample("one too many", "")])})
+    html = to_html("", "", [Section("", completions(comparison))])
+    titles = re.findall(r"<h4>(.*?)</h4><pre", html[html.index('class="beside"') :])
+    assert titles[:3] == [
+        "<code>before training</code>",
+        "<code>a</code>, <code>c</code>",
+        "<code>b</code>",
+    ]
+    assert "<script" not in html
+    assert "<summary>Prompt 2</summary>" in html
+    assert "x" * LONGEST + " […]" in html
+    assert "x" * (LONGEST + 1) not in html
+    assert "hf_" not in html
+    assert "one too many" not in html
 
 
 def test_a_curve_is_the_smoothed_mean_over_the_steps_that_all_arms_logged():
@@ -182,10 +165,7 @@ def test_the_files_hold_the_same_numbers(tmp_path):
         4.0,
     ]
     summary = paths[1].read_text(encoding="utf-8")
-    assert (
-        f"| b - a | {-difference.interval.estimate:+.3f}" in summary
-        or f"| a - b | {difference.interval.estimate:+.3f}" in summary
-    )
+    assert f"| b - a | {-difference.interval.estimate:+.3f}" in summary
 
 
 def test_markup_in_names_and_tracebacks_stays_text(tmp_path):
@@ -199,5 +179,5 @@ def test_nothing_finished_is_a_report_too(tmp_path):
     comparison = comparison_of(tmp_path, {"a": [None], "b": [None]})
     comparison = replace(comparison, failures=dict.fromkeys(comparison.arms, "ValueError: no\n"))
     page = write_comparison(comparison, tmp_path)[0].read_text(encoding="utf-8")
-    assert "there is nothing to compare" in page
+    assert "No arm is finished on a seed that all variants share." in page
     assert "2 arms failed: <code>a, seed 0</code>, <code>b, seed 0</code>" in page

@@ -7,12 +7,15 @@ import pytest
 
 from grpo_plus.compare.report import write_comparison
 from grpo_plus.replay import Rollouts, replay, write_replay
-from tests.compare.test_report import hostile_comparison
+from tests.compare.test_report import comparison_of, hostile_comparison, noisy
 from tests.replay.logs import hostile_log, write_rewards
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (the extra dev has it)")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (apt-get install chromium)")
+
+
+OPEN_ALL = "document.querySelectorAll('details').forEach(element => element.open = true)"
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +64,7 @@ def open_page(browser, report):
 @pytest.mark.parametrize("width", [1280, 400])
 def test_it_opens_without_complaint_and_without_scrolling_sideways(open_page, report, width, scheme):
     page = open_page(width, scheme)
-    for details in page.locator("details").all():
-        details.evaluate("element => element.open = true")
+    page.evaluate(OPEN_ALL)
     assert page.complaints == []
     assert page.requested == [report.as_uri()]
     assert page.evaluate("document.documentElement.scrollWidth") <= width
@@ -70,8 +72,21 @@ def test_it_opens_without_complaint_and_without_scrolling_sideways(open_page, re
     assert page.evaluate(f"Math.max(...{ends})") <= width
 
 
+def test_the_first_screen_has_the_answer_and_the_next_command(browser, tmp_path):
+    scores = {label: noisy(mean, 3) for label, mean in {"grpo": 0.3, "dr_grpo": 0.5, "gdpo": 0.8}.items()}
+    written = write_comparison(comparison_of(tmp_path, scores), tmp_path, command=lambda step: "grpo-plus train " * 9)
+    for width in (1280, 400):
+        page = browser.new_page(viewport={"width": width, "height": 800})
+        page.goto(written[0].as_uri())
+        boxes = [page.locator(name).first.bounding_box() for name in (".verdict", ".numbers", ".action", ".command")]
+        page.close()
+        assert max(box["y"] + box["height"] for box in boxes) <= 800
+        assert boxes[0]["y"] + boxes[0]["height"] < 450
+
+
 def test_every_figure_is_drawn(open_page):
     page = open_page(400)
+    page.evaluate(OPEN_ALL)
     figures = page.locator("figure svg")
     assert figures.count() >= 8
     for figure in figures.all():
@@ -125,8 +140,7 @@ CONTRASTS = """() => {
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_every_text_stands_out_from_what_is_behind_it(open_page, scheme):
     page = open_page(1280, scheme)
-    for details in page.locator("details").all():
-        details.evaluate("element => element.open = true")
+    page.evaluate(OPEN_ALL)
     contrasts = page.evaluate(CONTRASTS)
     assert len(contrasts) > 100
     # Figures within the cells of a matrix take their ink from the cell.
@@ -136,12 +150,14 @@ def test_every_text_stands_out_from_what_is_behind_it(open_page, scheme):
 
 def test_the_keyboard_reaches_everything_that_does_something(open_page):
     page = open_page(1280)
-    wanted = page.locator("a[href], summary, [tabindex='0']").count()
-    page.evaluate("reached = new Set(); addEventListener('focusin', event => reached.add(event.target))")
-    for _ in range(wanted + 5):
-        page.keyboard.press("Tab")
-    assert page.evaluate("reached.size") >= wanted
     summary = page.locator("summary").first
     summary.focus()
     page.keyboard.press("Enter")
     assert summary.evaluate("element => element.parentElement.open")
+    page.evaluate(OPEN_ALL)
+    wanted = page.locator("a[href], summary, [tabindex='0']").count()
+    page.evaluate("reached = new Set(); addEventListener('focusin', event => reached.add(event.target))")
+    page.evaluate("document.activeElement.blur()")
+    for _ in range(wanted + 5):
+        page.keyboard.press("Tab")
+    assert page.evaluate("reached.size") >= wanted
