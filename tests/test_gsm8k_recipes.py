@@ -30,6 +30,7 @@ def test_a_recipe_fits_its_card_by_what_it_says(name):
     assert all(planned(name, model).fits(card_of(name)) for model in MODELS)
     assert not planned(name, generation_chunk_size=None).fits(card_of(name))  # "would not fit"
     assert config.generation_chunk_size % config.num_generations == 0
+    assert config.per_device_eval_batch_size % config.num_generations == 0  # or `grpo-plus compare` refuses it
     limit = own.reward_kwargs["get_soft_overlong_punishment"]["max_completion_len"]
     assert limit == config.max_completion_length
 
