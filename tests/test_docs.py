@@ -65,6 +65,16 @@ def test_the_quoted_intervals_are_those_of_the_multitask_benchmark():
     assert [figure for figure in quoted if figure not in summary] == []
 
 
+def test_the_quoted_errors_of_sweeps_are_those_of_the_benchmark():
+    text = (DOCS / "compare.md").read_text(encoding="utf-8")
+    results = json.loads((DOCS.parent / "benchmarks" / "results" / "sweep.json").read_text(encoding="utf-8"))
+    shape = [row for row in results["rows"] if (row["settings"], row["seeds"]) == (9, 8)]
+    for way in ("all with all", "other items", "other folds", "other seeds"):
+        alike, one_sided = (row for row in shape if row["way"] == way)  # luck is the same in both
+        quoted = f"| {alike['too_high']:.3f} | {100 * alike['missed']:.1f} % | {100 * one_sided['missed']:.1f} % |"
+        assert quoted in text
+
+
 def test_the_readme_is_short():
     """A reader has the first ten minutes for it; what is longer has a page."""
     assert len(README.read_text(encoding="utf-8").splitlines()) <= 150

@@ -35,7 +35,10 @@ API = {
     "planner": ("Planner", ["grpo_plus.planner"]),
     "qlora": ("QLoRA", ["grpo_plus.qlora"]),
     "replay": ("Replay", ["grpo_plus.replay"]),
-    "compare": ("Compare", [f"grpo_plus.compare.{file}" for file in ("task", "plan", "train", "comparison", "report")]),
+    "compare": (
+        "Compare",
+        [f"grpo_plus.compare.{file}" for file in ("task", "plan", "train", "sweep", "choices", "comparison", "report")],
+    ),
 }
 
 

@@ -34,6 +34,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--advantage_kwargs", type=json.loads, default={}, help="""by estimator: '{"passk": {"k": 4}}'"""
     )
     parser.add_argument(
+        "--sweep",
+        action="append",
+        metavar="FIELD=VALUES",
+        help="learning_rate=1e-5,3e-5,1e-4: each variant at its own best setting; several times for a grid. Other "
+        "seeds and one half of the held-out prompts choose it, the other half judges",
+    )
+    parser.add_argument("--sweep_seeds", type=int, help="how many other seeds choose the settings; default: 2")
+    parser.add_argument(
         "--num_held_out", type=int, help="prompts to judge each arm by; default: 500 on the demo's task, or 128"
     )
     parser.add_argument("--baseline", help="an estimator to compare the others with; default: all pairs")
@@ -59,15 +67,16 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
     search_own_modules([*(words(args.estimators) or ()), *(words(args.losses) or ())])
     variants = _variants(args)
     check_baseline(variants, args.baseline)
+    given = {"seeds": range(args.seeds), "folder": args.output_dir, "progress": True} | _sweep(args)
     with warnings.catch_warnings():
         # Transformers deprecates fields that TRL itself sets; nothing that the user could change.
         warnings.simplefilter("ignore", FutureWarning)
         if rest:
-            comparison = compare(_own_task(args, rest), variants, range(args.seeds), args.output_dir, progress=True)
+            comparison = compare(_own_task(args, rest), variants, **given)
         else:
             with one_thread():
-                comparison = compare(_demo_task(args), variants, range(args.seeds), args.output_dir, progress=True)
-    command = NextCommand(given_flags(args), rest, variants)
+                comparison = compare(_demo_task(args), variants, **given)
+    command = NextCommand(given_flags(args), rest, comparison.variants)
     written = write_comparison(comparison, args.output_dir, baseline=args.baseline, command=command)
     _print_result(comparison, args.baseline, command)
     print(f"Written: {', '.join(map(str, written))}")
@@ -109,14 +118,19 @@ def result_table(verdict: "ScoreVerdict") -> "Table":
 
     comparison, score = verdict.comparison, escape(verdict.score)
     table = Table(title=f"Held-out {score}: {verdict.start:.3f} at the start", title_justify="left", title_style="")
-    for name in ("variant", "seeds", "mean", "95% interval", "seconds per arm"):
-        table.add_column(name, justify="left" if name == "variant" else "right")
+    table.add_column("variant")
+    if comparison.choices is not None:
+        table.add_column("chosen setting", no_wrap=True)
+    for name in ("seeds", "mean", "95% interval", "seconds per arm"):
+        table.add_column(name, justify="right")
     for label, interval in verdict.ranked.items():
         results = [comparison.results[arm] for arm in arms_of(comparison, label)]
         bounds = f"{interval.low:.3f} to {interval.high:.3f}" if interval.exists else "needs 3 seeds"
         seconds = sum(result.seconds for result in results) / len(results)
         seeds = str(len(comparison.paired_seeds))
-        table.add_row(escape(label), seeds, f"{interval.estimate:.3f}", bounds, f"{seconds:.0f}")
+        chosen = comparison.choices.chosen[label].setting if comparison.choices is not None else {}
+        setting = ["\n".join(f"{name}={value}" for name, value in chosen.items())] if chosen else []
+        table.add_row(escape(label), *setting, seeds, f"{interval.estimate:.3f}", bounds, f"{seconds:.0f}")
     return table
 
 
@@ -130,6 +144,32 @@ def _variants(args: argparse.Namespace) -> "list[Variant]":
         for name, keywords in estimators.items()
         for loss in losses
     ]
+
+
+def _sweep(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `compare` that the flags of a sweep stand for."""
+    from grpo_plus.compare.sweep import FIRST_SWEEP_SEED, SWEEP_SEEDS
+
+    if not args.sweep:
+        if args.sweep_seeds is not None:
+            raise ValueError(f"--sweep_seeds {args.sweep_seeds} chooses nothing without --sweep FIELD=VALUE,VALUE.")
+        return {}
+    sweep: dict[str, list[Any]] = {}
+    for text in args.sweep:
+        name, _, values = text.partition("=")
+        if not name or not values or name in sweep:
+            raise ValueError(f"--sweep {text}: write --sweep FIELD=VALUE,VALUE, and every field once.")
+        sweep[name] = [_number(word) for word in words(values) or ()]
+    count = len(SWEEP_SEEDS) if args.sweep_seeds is None else args.sweep_seeds
+    return {"sweep": sweep, "sweep_seeds": range(FIRST_SWEEP_SEED, FIRST_SWEEP_SEED + count)}
+
+
+def _number(word: str) -> float | str:
+    """The number; another word as it is, for the sweep to refuse by its field."""
+    try:
+        return float(word)
+    except ValueError:
+        return word
 
 
 def _demo_task(args: argparse.Namespace) -> "Task":

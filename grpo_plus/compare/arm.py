@@ -75,8 +75,8 @@ def _measured(task: Task, trainer: GRPOPlusTrainer, arm: Arm) -> ArmResult:
 
 
 def identity(arm: Arm) -> dict[str, Any]:
-    """The label and the settings by which an arm's folder is recognized."""
-    return {"label": arm.variant.label, **arm.overrides}
+    """The title and the settings by which an arm's folder is recognized."""
+    return {"label": arm.variant.title, **arm.overrides}
 
 
 def configuration(task: Task, arm: Arm, folder: Path) -> GRPOPlusConfig:

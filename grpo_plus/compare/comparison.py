@@ -1,16 +1,18 @@
 """What a comparison of trainings found, as values: results by arm, what the start was like, scores side by side."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from grpo_plus.compare.choices import Choices
 from grpo_plus.compare.plan import Arm, Variant
 from grpo_plus.compare.samples import Sample, read_samples
 from grpo_plus.compare.store import RESULT, read_json, read_log
+from grpo_plus.compare.sweep import judging_half
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class Comparison:
         signal: what each estimator makes of the same completions of the start.
         results: of the arms that are finished.
         failures: the tracebacks of those that failed.
+        choices: what a sweep tried and chose; the scores are then those of the judging half. None without a sweep.
     """
 
     folder: Path
@@ -77,6 +80,7 @@ class Comparison:
     signal: StartSignal
     results: Mapping[Arm, ArmResult]
     failures: Mapping[Arm, str]
+    choices: Choices | None = None
 
     @property
     def variants(self) -> list[Variant]:
@@ -150,6 +154,25 @@ class Comparison:
                 "evaluate has to return one number per item, for the same items each time."
             )
         return torch.tensor(found, dtype=torch.float64)
+
+
+def at_choices(comparison: Comparison, asked: Sequence[Arm], choices: Choices) -> Comparison:
+    """A comparison of the chosen settings, on the judging half of the items.
+
+    Args:
+        comparison: of the arms at the chosen settings, on all items.
+        asked: the arms without a setting. Those of a variant without a choice stay, and have no result.
+    """
+    chosen = {(arm.variant.label, arm.seed): arm for arm in comparison.arms}
+    return replace(
+        comparison,
+        arms=[chosen.get((arm.variant.label, arm.seed), arm) for arm in asked],
+        start=judging_half(comparison.start),
+        results={
+            arm: replace(result, scores=judging_half(result.scores)) for arm, result in comparison.results.items()
+        },
+        choices=choices,
+    )
 
 
 def _unscored(stacked: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from grpo_plus.compare.intervals import FEWEST_SEEDS, LEVEL, Interval
 from grpo_plus.compare.power import MOST
+from grpo_plus.compare.sweep_report import choice_lines
 from grpo_plus.compare.verdict import ScoreVerdict, caveats, count
 
 GOOD_SEEDS = 5  # with fewer, only large differences can be shown
@@ -43,7 +44,9 @@ Command = Callable[[NextStep], str]
 def conclusion(verdict: ScoreVerdict) -> Conclusion:
     """The conclusion from the verdict on one score."""
     found = _without_differences(verdict) or _from_differences(verdict)
-    return replace(found, reasons=(*_grounds(verdict), *caveats(verdict.comparison)))
+    comparison = verdict.comparison
+    reasons = (*_grounds(verdict), *choice_lines(comparison.choices), *caveats(comparison))
+    return replace(found, reasons=reasons)
 
 
 def _without_differences(verdict: ScoreVerdict) -> Conclusion | None:

@@ -4,6 +4,7 @@ A training run is the unit of evidence: two estimators differ if they differ on 
 other held-out items. Both are resampled, and every comparison is made on the same resamples, seed by seed.
 """
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -120,6 +121,7 @@ def _counts(resamples: int, size: int, generator: torch.Generator) -> Tensor:
     return counts.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64)) / size
 
 
+@functools.cache
 def t_quantile(degrees: int, level: float = LEVEL) -> float:
     """The t with P(|T| < t) = `level` for Student's T.
 

@@ -10,6 +10,7 @@ from grpo_plus.losses import LOSSES
 from grpo_plus.report.secrets import masked
 
 ESTIMATOR, LOSS, SEED = "advantage_estimator", "loss_type", "seed"
+OWN_FIELDS = (ESTIMATOR, LOSS, SEED, "output_dir")  # fields of GRPOPlusConfig that a comparison sets itself
 
 
 @dataclass(frozen=True)
@@ -20,34 +21,47 @@ class Variant:
         estimator: a name that `grpo-plus ls advantages` prints, a dotted path, or a function.
         loss: a name that `grpo-plus ls losses` prints, a dotted path, or a function; None: the task's own.
         fields: further fields of GRPOPlusConfig by name, such as {"advantage_kwargs": {"k": 4}}.
-        label: what the report calls it; made of the other three where empty.
+        label: what the report calls it; made of the first three where empty.
+        setting: fields that a sweep has set. They count as the fields do, but the label does not name them.
     """
 
     estimator: str
     loss: str | None = None
     fields: Mapping[str, Any] = field(default_factory=dict, hash=False)
     label: str = ""
+    setting: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         for name, registry in (("estimator", ESTIMATORS), ("loss", LOSSES)):
             if (given := getattr(self, name)) is not None:
                 object.__setattr__(self, name, registry[given].name)
-        for name in (ESTIMATOR, LOSS, SEED, "output_dir"):
+        for name in OWN_FIELDS:
             if name in self.fields:
                 raise ValueError(f"fields={dict(self.fields)} sets {name}, which the comparison sets itself. Drop it.")
         if not self.label:
-            object.__setattr__(self, "label", self._described())
+            object.__setattr__(self, "label", self._described(self.fields))
 
-    def _described(self) -> str:
-        given = ", ".join(f"{name}={value}" for name, value in masked(self.fields).items())
+    def _described(self, fields: Mapping[str, Any]) -> str:
         loss = f" + {self.loss}" if self.loss is not None else ""
-        return f"{self.estimator}{loss}{f' ({given})' if given else ''}"
+        return f"{self.estimator}{loss}{_in_brackets(fields)}"
+
+    @property
+    def title(self) -> str:
+        """The label with the setting: the same as the label of a variant that sets all of it by `fields`."""
+        if self.label == self._described(self.fields):
+            return self._described({**self.fields, **self.setting})
+        return self.label + _in_brackets(self.setting)
 
     @property
     def overrides(self) -> dict[str, Any]:
         """The fields of GRPOPlusConfig in which this variant differs from the task's own."""
         loss = {} if self.loss is None else {LOSS: self.loss}
-        return {ESTIMATOR: self.estimator, **loss, **self.fields}
+        return {ESTIMATOR: self.estimator, **loss, **self.fields, **self.setting}
+
+
+def _in_brackets(fields: Mapping[str, Any]) -> str:
+    given = ", ".join(f"{name}={value}" for name, value in masked(fields).items())
+    return f" ({given})" if given else ""
 
 
 @dataclass(frozen=True)
@@ -60,18 +74,23 @@ class Arm:
     @property
     def name(self) -> str:
         """For people."""
-        return f"{self.variant.label}, seed {self.seed}"
+        return f"{self.variant.title}, seed {self.seed}"
 
     @property
     def folder(self) -> str:
         """For the file system; the same for the same arm in every run."""
-        words = re.sub(r"[^\w.=-]+", "-", self.variant.label).strip("-.")
+        words = re.sub(r"[^\w.=-]+", "-", self.variant.title).strip("-.")
         return f"{words}-seed{self.seed}"
 
     @property
     def overrides(self) -> dict[str, Any]:
         """The fields of GRPOPlusConfig in which this arm differs from the task's own."""
         return {**self.variant.overrides, SEED: self.seed}
+
+
+def as_variants(given: Sequence[Variant | str]) -> list[Variant]:
+    """Variants; a plain name or a function is an estimator."""
+    return [variant if isinstance(variant, Variant) else Variant(variant) for variant in given]
 
 
 def planned_arms(variants: Sequence[Variant | str], seeds: Sequence[int]) -> list[Arm]:
@@ -84,7 +103,7 @@ def planned_arms(variants: Sequence[Variant | str], seeds: Sequence[int]) -> lis
         ValueError: an unknown name, two variants or seeds that are the same, no variant or seed, or a seed out of
             range.
     """
-    chosen = [variant if isinstance(variant, Variant) else Variant(variant) for variant in variants]
+    chosen = as_variants(variants)
     if not chosen:
         raise ValueError("There is nothing to compare. Name at least one estimator.")
     if not seeds:

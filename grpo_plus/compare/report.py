@@ -10,6 +10,7 @@ from grpo_plus.compare.intervals import FEWEST_SEEDS, LEVEL
 from grpo_plus.compare.report_scores import completions, further_scores, method, scores
 from grpo_plus.compare.report_start import advantages, signal_and_noise
 from grpo_plus.compare.rows import ArmLogs, curve, logs_of, quantities, rows, window
+from grpo_plus.compare.sweep_report import sweep_blocks
 from grpo_plus.compare.verdict import ScoreVerdict, arms_of, checked_baseline, versions_of
 from grpo_plus.report.curves import curves
 from grpo_plus.report.files import write_report
@@ -46,6 +47,7 @@ def _sections(comparison: Comparison, answer: Answer, verdicts: list[ScoreVerdic
         Section("Completions side by side", completions(comparison)),
         Section("Arms that failed", _failures(comparison)),
         Section("Learning curves", _curves(logs)),
+        Section("How the settings were chosen", sweep_blocks(comparison)),
         Section("How it was judged", method(verdicts)),
         Section("Advantages at the start", advantages(comparison)),
         Section("Signal and noise of the first gradient", signal_and_noise(comparison)),

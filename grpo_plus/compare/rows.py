@@ -7,15 +7,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grpo_plus.compare.choices import Choices
 from grpo_plus.compare.comparison import Comparison
 from grpo_plus.compare.intervals import band
+from grpo_plus.compare.sweep import shown
 from grpo_plus.compare.verdict import ScoreVerdict, arms_of
 from grpo_plus.report.curves import Curve
 
 REWARD_PREFIX = "rewards/"
 # What else of TRL's log is drawn, by its key.
 OTHERS = {"completions/mean_length": "mean completion length", "entropy": "entropy"}
+CHOOSING, JUDGING = "choosing", "judging"  # halves of the held-out items in a sweep
 POINTS = 40  # a curve is smoothed so far that about this many of its points are independent
+
+BOUNDS = ("", "_low", "_high")
+JUDGED = {"start", "held_out", *(f"{statistic}{end}" for statistic in ("mean", "difference") for end in BOUNDS)}
 
 ArmLogs = Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]
 
@@ -57,7 +63,10 @@ def curve(arms: Sequence[Sequence[Mapping[str, Any]]], key: str, width: int) -> 
 
 
 def rows(comparison: Comparison, verdicts: Sequence[ScoreVerdict], logs: ArmLogs) -> list[dict[str, Any]]:
-    """Every number as one row: statistic, variant, versus (another variant), seed, step, name, value."""
+    """Every number as one row: statistic, variant, versus (another variant), seed, step, name, setting, half, value.
+
+    The setting is the variant's in a sweep, and the half that of the held-out items; both are empty without a sweep.
+    """
     found = [_row("start", name=name, value=_mean(values), variant="") for name, values in comparison.start.items()]
     for arm in comparison.arms:
         if arm in comparison.results:
@@ -78,6 +87,22 @@ def rows(comparison: Comparison, verdicts: Sequence[ScoreVerdict], logs: ArmLogs
             for entry in log:
                 where: dict[str, Any] = {"variant": label, "seed": arm.seed, "step": entry["step"]}
                 found += [_row("log", name=key, value=entry[key], **where) for key in keys if key in entry]
+    return found if comparison.choices is None else _rows_of_sweep(found, comparison.choices)
+
+
+def _rows_of_sweep(judging: Sequence[dict[str, Any]], choices: Choices) -> list[dict[str, Any]]:
+    """The rows of the judged arms with their settings, then a row per choosing training and per variant's choice."""
+    settings = {label: shown(candidate.setting) for label, candidate in choices.chosen.items()}
+    found = [
+        row | {"setting": settings.get(row["variant"], ""), "half": JUDGING if row["statistic"] in JUDGED else ""}
+        for row in judging
+    ]
+    for trial in choices.trials:
+        where = {"variant": trial.candidate.label, "setting": shown(trial.candidate.setting), "half": CHOOSING}
+        for seed, value in zip(choices.sweep.seeds, trial.by_seed, strict=bool(trial.by_seed)):
+            found.append(_row("held_out", name=choices.score, seed=seed, value=value, **where))
+        if trial.chosen:
+            found.append(_row("chosen", name=choices.score, value=trial.mean, **where))
     return found
 
 
@@ -91,7 +116,7 @@ def _rows_of_arm(comparison: Comparison, label: str, seed: int, result: dict[str
 def _bound_rows(statistic: str, interval: Any, **where: Any) -> list[dict[str, Any]]:
     return [
         _row(f"{statistic}{suffix}", value=getattr(interval, name), **where)
-        for suffix, name in (("", "estimate"), ("_low", "low"), ("_high", "high"))
+        for suffix, name in zip(BOUNDS, ("estimate", "low", "high"), strict=True)
     ]
 
 
@@ -102,6 +127,7 @@ def _mean(values: Sequence[float]) -> float:
 def _row(statistic: str, *, value: float | None, **where: Any) -> dict[str, Any]:
     return (
         {"statistic": statistic, "variant": "", "versus": "", "seed": None, "step": None, "name": ""}
+        | {"setting": "", "half": ""}
         | where
         | {"value": None if value is None else float(value)}
     )

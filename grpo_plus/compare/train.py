@@ -6,13 +6,14 @@
 
 `task.py` says what a task is. All variants see the same prompts in the same order under the same seed, so they are
 compared seed by seed. What is finished stays finished: called again on its folder, a comparison goes on where it was,
-with more seeds or variants if there are more, and two processes on one folder share the arms.
+with more seeds or variants if there are more, and two processes on one folder share the arms. `sweep.py` says how a
+sweep chooses the setting that a variant is judged at.
 """
 
 import time
 import traceback
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,15 @@ from grpo_plus.compare.arm import (
     release,
     train_arm,
 )
-from grpo_plus.compare.comparison import ArmResult, Comparison, StartSignal, arm_folder, read_arm
+from grpo_plus.compare.choices import Choices, choose, with_edges
+from grpo_plus.compare.comparison import ArmResult, Comparison, StartSignal, arm_folder, at_choices, read_arm
 from grpo_plus.compare.gradients import measure_start
-from grpo_plus.compare.plan import SEED, Arm, Variant, planned_arms
+from grpo_plus.compare.plan import SEED, Arm, Variant, as_variants, planned_arms
 from grpo_plus.compare.start import Start
 from grpo_plus.compare.store import ERROR, RESULT, SAMPLES, agree, as_json, check, claim, read_json, write_json
+from grpo_plus.compare.sweep import SWEEP_SEEDS, Candidate, Setting, Sweep, candidates, check_items, choosing_half
 from grpo_plus.compare.task import Scores, Task
+from grpo_plus.config import GRPOPlusConfig
 from grpo_plus.report.secrets import masked_text, secrets_of
 
 COMPARISON, ARM = "comparison.json", "arm.json"
@@ -46,6 +50,8 @@ def compare(
     seeds: Sequence[int],
     folder: str | Path,
     *,
+    sweep: Mapping[str, Sequence[float]] | None = None,
+    sweep_seeds: Sequence[int] = SWEEP_SEEDS,
     progress: bool = False,
 ) -> Comparison:
     """Train every variant on every seed, but for what `folder` holds already.
@@ -54,21 +60,51 @@ def compare(
 
     Args:
         variants: estimators by name, or `Variant`s.
-        progress: whether to print a line per arm, and a bar while it trains.
+        sweep: values to try by field, such as {"learning_rate": [1e-5, 3e-5]}; several fields make a grid. Each variant
+            is judged at its own best setting. None: all variants have the task's own.
+        sweep_seeds: the seeds on which the settings are chosen; other seeds than `seeds`.
+        progress: whether to print the number of trainings and a line per arm, and to show a bar while an arm trains.
 
     Raises:
         ValueError: a name is unknown, a configuration is refused, or the folder holds another comparison; raised
             before any work is done.
     """
-    trainings = _Trainings(task, planned_arms(variants, seeds), Path(folder), progress)
-    trainings.check()
-    trainings.train()
-    return trainings.comparison()
+    chosen = as_variants(variants)
+    trainings = _Trainings(task, planned_arms(chosen, seeds), Path(folder), progress)
+    if sweep is not None:
+        return _swept(trainings, chosen, seeds, Sweep(sweep, sweep_seeds))
+    trainings.check(trainings.arms)
+    trainings.announce(f"{_count(chosen, 'variant')} x {_count(seeds, 'seed')}", len(trainings.arms))
+    trainings.train(trainings.arms)
+    return trainings.comparison(trainings.arms)
+
+
+def _swept(trainings: "_Trainings", variants: list[Variant], seeds: Sequence[int], sweep: Sweep) -> Comparison:
+    """Train every setting on the choosing seeds, then the chosen ones on the comparison's seeds."""
+    sweep.check_seeds(seeds)
+    found = candidates(variants, sweep, trainings.own_configuration)
+    swept = [candidate.variant for candidate in found]
+    choosing = planned_arms(swept, sweep.seeds)
+    trainings.check([*choosing, *planned_arms(swept, seeds)])
+    many = _count(variants, "variant")
+    to_choose = f"{many} x {_count(sweep.settings, 'setting')} x {_count(sweep.seeds, 'seed')} to choose"
+    to_judge = f"{many} x {_count(seeds, 'seed')} to judge"
+    trainings.announce(f"{to_choose} + {to_judge}", len(choosing) + len(trainings.arms))
+    trainings.measure_start()
+    check_items(trainings.start_scores)
+    trainings.train(choosing)
+    choices = trainings.choices(sweep, found, choosing)
+    judging = choices.arms(trainings.arms)
+    trainings.train(judging)
+    return at_choices(trainings.comparison(judging), trainings.arms, choices)
 
 
 @dataclass(eq=False)
 class _Trainings:
-    """The arms of one comparison; trains those that its folder does not hold yet."""
+    """The arms of one comparison; trains those that its folder does not hold yet.
+
+    arms: every variant on every seed, as asked for. A sweep trains other arms, too.
+    """
 
     task: Task
     arms: list[Arm]
@@ -76,10 +112,11 @@ class _Trainings:
     progress: bool
     failures: dict[Arm, str] = field(default_factory=dict)
     done: int = 0
+    total: int = 0
 
-    def check(self) -> None:
+    def check(self, arms: Sequence[Arm]) -> None:
         """Refuse what cannot be compared, then record what is."""
-        for arm in self.arms:
+        for arm in arms:
             config = configuration(self.task, arm, arm_folder(self.folder, arm))
             if config.world_size > 1:
                 raise ValueError(
@@ -92,7 +129,7 @@ class _Trainings:
                     "use_vllm=False, or train the arms one by one with `grpo-plus train`."
                 )
         check(self.folder / COMPARISON, self.shared, "a comparison")
-        for arm in self.arms:
+        for arm in arms:
             check(arm_folder(self.folder, arm) / ARM, identity(arm), f"the arm {arm.name!r}")
         self.folder.mkdir(parents=True, exist_ok=True)
         agree(self.folder / COMPARISON, self.shared, "a comparison")
@@ -112,25 +149,53 @@ class _Trainings:
         agree(path / "weights.json", {"sha256": start.digest(), "trainable": start.size}, "a start")
         return start
 
-    def train(self) -> None:
+    def announce(self, how: str, total: int) -> None:
+        """Say how many trainings there will be, those that are finished included."""
+        self.total = total
+        if self.progress:
+            print(f"{how} = {total} training{'' if total == 1 else 's'}", flush=True)
+
+    def train(self, arms: Sequence[Arm]) -> None:
         """Train the arms that nobody has trained; wait for those that another process is training."""
-        self._measure_start()
-        if any(read_arm(arm_folder(self.folder, arm)) is None for arm in self.arms):
+        self.measure_start()
+        if any(self._result(arm) is None for arm in arms):
             _ = self.start  # what goes wrong there is the failure of no arm
-        waiting = list(self.arms)
+        waiting = list(arms)
         while waiting:
             left = [arm for arm in waiting if not self._settle(arm)]
             if len(left) == len(waiting):
                 time.sleep(WAIT)
             waiting = left
 
-    def comparison(self) -> Comparison:
-        """The results and the failures so far."""
-        results = {arm: result for arm in self.arms if (result := read_arm(arm_folder(self.folder, arm))) is not None}
+    def comparison(self, arms: Sequence[Arm]) -> Comparison:
+        """The results of the arms, and all failures so far."""
         start = read_json(self.folder / "start" / RESULT)
-        failures = {arm: text for arm, text in self.failures.items() if arm not in results}
+        failures = {arm: text for arm, text in self.failures.items() if self._result(arm) is None}
         signal = StartSignal(**start["signal"])
-        return Comparison(self.folder, self.shared, self.arms, start["scores"], signal, results, failures)
+        return Comparison(self.folder, self.shared, arms, start["scores"], signal, self._results(arms), failures)
+
+    def choices(self, sweep: Sweep, found: Sequence[Candidate], choosing: Sequence[Arm]) -> Choices:
+        """What the choosing arms say of the settings."""
+        score = next(iter(self.start_scores))
+        scores = {arm: choosing_half(result.scores)[score] for arm, result in self._results(choosing).items()}
+        return with_edges(choose(sweep, found, scores, score), self._accepts)
+
+    def own_configuration(self, variant: Variant) -> GRPOPlusConfig:
+        """The configuration of a variant on the comparison's first seed."""
+        return configuration(self.task, Arm(variant, self.arms[0].seed), self.folder)
+
+    def _accepts(self, candidate: Candidate, setting: Setting) -> bool:
+        try:
+            self.own_configuration(replace(candidate.variant, setting=setting))
+        except (ValueError, TypeError):
+            return False
+        return True
+
+    def _result(self, arm: Arm) -> ArmResult | None:
+        return read_arm(arm_folder(self.folder, arm))
+
+    def _results(self, arms: Sequence[Arm]) -> dict[Arm, ArmResult]:
+        return {arm: result for arm in arms if (result := self._result(arm)) is not None}
 
     def _settle(self, arm: Arm) -> bool:
         """Train the arm, unless it is finished. False, without training, while another process holds the arm."""
@@ -146,7 +211,7 @@ class _Trainings:
 
     def _try(self, arm: Arm, folder: Path) -> None:
         try:
-            result = train_arm(self.task, self.start, arm, folder, self._before(), progress=self.progress)
+            result = train_arm(self.task, self.start, arm, folder, self.start_scores, progress=self.progress)
         # Any error of the user's model, rewards or estimator is this arm's, and the others must not pay for it.
         except Exception as error:
             secrets = secrets_of([self.task.facts, vars(configuration(self.task, arm, folder))])
@@ -156,7 +221,8 @@ class _Trainings:
         else:
             self._say(arm, f"{_brief(result)}, {result.seconds:.0f} s")
 
-    def _measure_start(self) -> None:
+    def measure_start(self) -> None:
+        """Judge the start, and see what each variant's estimator makes of it, unless the folder says so already."""
         folder = self.folder / "start"
         for _ in _until_claimed(folder):
             if self._knows_start(folder):
@@ -177,19 +243,25 @@ class _Trainings:
         signal = read_json(folder / RESULT)["signal"]
         return {arm.variant.label for arm in self.arms} <= {*signal["advantages"], *signal["refused"]}
 
-    def _before(self) -> Scores:
+    @property
+    def start_scores(self) -> Scores:
+        """The held-out scores of the start, once it is measured."""
         scores: Scores = read_json(self.folder / "start" / RESULT)["scores"]
         return scores
 
     def _say(self, arm: Arm, text: str) -> None:
         self.done += 1
         if self.progress:
-            print(f"[{self.done}/{len(self.arms)}] {arm.name}: {text}", flush=True)
+            print(f"[{self.done}/{self.total}] {arm.name}: {text}", flush=True)
 
 
 def _brief(result: ArmResult) -> str:
     name, scores = next(iter(result.scores.items()))
     return f"{name} {sum(scores) / len(scores):.3f}"
+
+
+def _count(things: Sequence[Any], what: str) -> str:
+    return f"{len(things)} {what}{'' if len(things) == 1 else 's'}"
 
 
 def _until_claimed(folder: Path) -> Iterator[None]:

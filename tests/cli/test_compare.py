@@ -79,9 +79,18 @@ def test_a_users_own_model_data_and_rewards(workplace, capsys):
     (["--num_held_out", "0"], "--num_held_out 0 judges no arm"),
     ([*OWN, "--dataset_streaming", "true"], "those of IterableDataset have none. Load the dataset without streaming"),
     ([*OWN, "--dataset_test_split", "tset"], "no split 'tset'"),
+    (["--sweep", "lerning_rate=1,2"], "no such field. Did you mean 'learning_rate'"),
+    (["--sweep", "learning_rate"], "--sweep learning_rate: write --sweep FIELD=VALUE,VALUE"),
+    (["--sweep", "beta=1,2", "--sweep", "beta=3,4"], "--sweep beta=3,4: write --sweep FIELD=VALUE,VALUE, and every"),
+    (["--sweep", "beta=0,much"], "A sweep has beta='much', which is not a number"),
+    (["--sweep", "beta=0,1", "--sweep_seeds", "0"], "at least 1 seed to choose"),
+    (["--sweep", "beta=0,1", "--sweep_seeds", "3", "--estimators", "grpo", "--seeds", "1001"],
+     "Seed 1000 would choose a setting and judge the same setting. Let sweep_seeds=(1000, 1001, 1002)"),
+    (["--sweep_seeds", "2"], "--sweep_seeds 2 chooses nothing without --sweep"),
     ([*OWN, "--lerning_rate", "1"], "Neither TRL nor grpo_plus takes --lerning_rate 1"),
 ], ids=["estimator", "loss", "seeds", "steps", "none", "baseline", "kwargs", "model", "rewards", "rows",
-        "negative", "no rows", "streaming", "split", "flag"])  # fmt: skip
+        "negative", "no rows", "streaming", "split", "swept field", "sweep", "swept twice", "swept word", "no seeds",
+        "shared seed", "no sweep", "flag"])  # fmt: skip
 def test_a_wrong_command_line_says_what_to_write_before_any_work(workplace, capsys, arguments, message):
     assert cli.main(["compare", "--output_dir", "out", *arguments]) == 1
     output = capsys.readouterr()
