@@ -16,16 +16,18 @@ Bytes = dict[str, float]  # by cause
 class Constants:
     """Constants of the planner. `python -m benchmarks.memory` writes a file of the constants that it measured.
 
-    context_bytes: CUDA context, cuBLAS workspaces and kernels. ASSUMED: 0.6 GiB, not measured here.
-    unusable_bytes: bytes of the card that no program gets (driver, display, ECC). ASSUMED: cards sold as 8, 12, 16 and
-        24 GB leave about 7.4, 11.3, 15.2 and 23.2 GiB.
-    fragmentation: factor of the caching allocator on what comes and goes with the batch. ASSUMED: 1.08.
-    activations: factor on the bytes that a layer keeps for its backward. 1.0, because `layer_activations` counts the
-        tensors that autograd saves. The count agrees within 1 % with a Qwen3-4B layer on a CPU (161, 235 and 296 kB per
-        token: bfloat16, TRL's defaults, TRL's defaults with LoRA dropout 0.05).
-    head_tokens, head_vocab: tile of logits of TRL's fused head, its TOKEN_CHUNK_SIZE and chunk_size (trl 1.16,
-        trl/kernels/chunked_logprob.py).
-    sampling_copies: float32 copies of the (rows, vocabulary) logits in a step of generation. ASSUMED: 3.
+    Attributes:
+        context_bytes: CUDA context, cuBLAS workspaces and kernels. ASSUMED: 0.6 GiB, not measured here.
+        unusable_bytes: bytes of the card that no program gets (driver, display, ECC). ASSUMED: cards sold as 8, 12, 16
+            and 24 GB leave about 7.4, 11.3, 15.2 and 23.2 GiB.
+        fragmentation: factor of the caching allocator on what comes and goes with the batch. ASSUMED: 1.08.
+        activations: factor on the bytes that a layer keeps for its backward. 1.0, because `layer_activations` counts
+            the tensors that autograd saves. The count agrees within 1 % with a Qwen3-4B layer on a CPU (161, 235 and
+            296 kB per token: bfloat16, TRL's defaults, TRL's defaults with LoRA dropout 0.05).
+        head_tokens: rows of a tile of logits of TRL's fused head, its TOKEN_CHUNK_SIZE (trl 1.16,
+            trl/kernels/chunked_logprob.py).
+        head_vocab: columns of that tile, TRL's chunk_size.
+        sampling_copies: float32 copies of the (rows, vocabulary) logits in a step of generation. ASSUMED: 3.
     """
 
     context_bytes: float = 0.6 * GIB

@@ -20,8 +20,9 @@ LEANEST = "grpo_plus, every exact switch"
 class Longest:
     """The longest completions of one set of settings.
 
-    run: the settings.
-    plans: for each card the plan at its longest completion. None where not even one token fits.
+    Attributes:
+        run: the settings.
+        plans: for each card the plan at its longest completion. None where not even one token fits.
     """
 
     name: str

@@ -28,7 +28,8 @@ NF4_NESTED = 0.5 + 1 / 64 + 4 / (64 * 256)
 class MemoryPlan:
     """Bytes by phase and cause. A phase that the run does not have is missing.
 
-    on_host: bytes of the host's memory by cause, of what the run keeps off the card.
+    Attributes:
+        on_host: bytes of the host's memory by cause, of what the run keeps off the card.
     """
 
     shape: ModelShape

@@ -63,19 +63,22 @@ CHOICES: dict[str, Collection[str]] = {
 class Run:
     """Settings of a run on one GPU that generates with transformers. Defaults are TRL's, `lora_dropout` PEFT's.
 
-    prompt_length: tokens of the longest prompt. Every completion is taken to have `max_completion_length` tokens.
-    lora_r: rank of LoRA on all linear layers. None trains all weights.
-    dtype: dtype of the loaded weights. With `load_in_4bit`, of the products and of what is not quantized.
-    bf16, fp16: whether the training's forward runs under autocast. bf16 is TRL's default; fp16 is for older cards.
-    adapter_dtype: dtype of the adapters. None means float32. TRL alone casts adapters of a quantized base to
-        "bfloat16".
-    packing: as in GRPOPlusConfig. "none" plans trl.GRPOTrainer. "auto" is taken to find shared_prompt exact.
-    generation_loop: as in GRPOPlusConfig. "auto" is taken to find the grouped loop exact.
-    cache_bits: of an element of a quantized cache, 8 or 4, as `generation_kwargs` asks for it. None: not quantized.
-    generation_chunk_size, max_tokens_per_pass: as in GRPOPlusConfig. "auto" is planned as one row at a time, the least
-        that the run needs.
-    mlp_tile_tokens: as in GRPOPlusConfig. "auto" is 4096 tokens under checkpointing.
-        An "auto" has no effect under packing="none", because trl.GRPOTrainer has neither passes nor tiles.
+    Attributes:
+        prompt_length: tokens of the longest prompt. Every completion is taken to have `max_completion_length` tokens.
+        lora_r: rank of LoRA on all linear layers. None trains all weights.
+        dtype: dtype of the loaded weights. With `load_in_4bit`, of the products and of what is not quantized.
+        bf16: whether the training's forward runs under autocast, TRL's default.
+        fp16: the same for older cards.
+        adapter_dtype: dtype of the adapters. None means float32. TRL alone casts adapters of a quantized base to
+            "bfloat16".
+        packing: as in GRPOPlusConfig. "none" plans trl.GRPOTrainer. "auto" is taken to find shared_prompt exact.
+        generation_loop: as in GRPOPlusConfig. "auto" is taken to find the grouped loop exact.
+        cache_bits: of an element of a quantized cache, 8 or 4, as `generation_kwargs` asks for it. None: not quantized.
+        generation_chunk_size: as in GRPOPlusConfig. "auto" is planned as one row at a time, the least that the run
+            needs.
+        max_tokens_per_pass: as in GRPOPlusConfig. "auto" is planned as one row at a time, too.
+        mlp_tile_tokens: as in GRPOPlusConfig. "auto" is 4096 tokens under checkpointing. An "auto" has no effect under
+            packing="none", because trl.GRPOTrainer has neither passes nor tiles.
     """
 
     prompt_length: int = 512

@@ -100,13 +100,14 @@ class Counted:
 class ModelShape:
     """A causal language model as the planner sees it.
 
-    outside: linear modules outside the layers: of towers that read images or sound, and of embeddings.
-    outside_small: parameters outside the layers that are no linear weight, and no weight of embedding, head or last
-        norm.
-    notes: what to say about the shape, in sentences.
-    positions: tokens of the longest row that the model was made for. None where the config does not say.
-    saved: the quantization that the weights were saved with. None for plain numbers.
-    counted: counts of the model in memory. None for a shape that was read from a config.
+    Attributes:
+        outside: linear modules outside the layers: of towers that read images or sound, and of embeddings.
+        outside_small: parameters outside the layers that are no linear weight, and no weight of embedding, head or last
+            norm.
+        notes: what to say about the shape, in sentences.
+        positions: tokens of the longest row that the model was made for. None where the config does not say.
+        saved: the quantization that the weights were saved with. None for plain numbers.
+        counted: counts of the model in memory. None for a shape that was read from a config.
     """
 
     name: str

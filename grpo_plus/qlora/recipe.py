@@ -29,9 +29,10 @@ FIXED: dict[str, Any] = {"gradient_checkpointing": True, "adapter_dtype": "float
 class QLoRA:
     """What makes a run a QLoRA run.
 
-    quantization_config: how the base is quantized, for the trainer's argument of the same name.
-    peft_config:         the adapters, for the trainer's argument of the same name.
-    config:              keyword arguments of GRPOPlusConfig.
+    Attributes:
+        quantization_config: how the base is quantized, for the trainer's argument of the same name.
+        peft_config: the adapters, for the trainer's argument of the same name.
+        config: keyword arguments of GRPOPlusConfig.
     """
 
     quantization_config: BitsAndBytesConfig
