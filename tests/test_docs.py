@@ -9,6 +9,7 @@ import pytest
 
 from grpo_plus.advantages import ESTIMATORS
 from grpo_plus.losses import LOSSES
+from tests.readme import gpu_rows
 
 DOCS = Path(__file__).parents[1] / "docs"
 README = DOCS.parent / "README.md"
@@ -78,6 +79,15 @@ def test_the_quoted_errors_of_sweeps_are_those_of_the_benchmark():
 def test_the_readme_is_short():
     """A reader has the first ten minutes for it; what is longer has a page."""
     assert len(README.read_text(encoding="utf-8").splitlines()) <= 150
+
+
+def test_the_readmes_figures_of_speed_are_the_results():
+    said = README.read_text(encoding="utf-8")
+    steps = json.loads((README.parent / "benchmarks" / "results" / "step.json").read_text(encoding="utf-8"))["cases"]
+    ratios = [case["speed_up"] for case in steps.values()]
+    assert said.count(f"{min(ratios):.1f} to {max(ratios):.1f} times as fast") == 2
+    on_gpu = [float(figure) for row in gpu_rows() for cell in row for figure in re.findall(r"(\d\.\d\d)x", cell)]
+    assert said.count(f"{min(on_gpu):.2f} to {max(on_gpu):.2f} times") == 2
 
 
 def test_the_readmes_figures_of_the_demo_are_the_results():
