@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from grpo_plus.report.svg import LONGEST_NAME
+
 # Relative RMS differences. Rounding alone stays below the first; below the second no figure of a report differs.
 EQUAL, NEARLY = 1e-5, 1e-3
 
@@ -55,8 +57,12 @@ class Family:
 
     @property
     def short(self) -> str:
-        """The family beside a figure: its label where that has two names, else the first name and a count."""
-        return self.label if len(self.twins) < 2 else f"{self.name} and {len(self.twins)} alike"
+        """The family beside a figure: its label where that is short, else the first name and a count."""
+        return (
+            self.label
+            if len(self.label) <= LONGEST_NAME
+            else self.name + (f" and {len(self.twins)} alike" if self.twins else "")
+        )
 
 
 def families(names: Sequence[str], products: Tensor, lead: str) -> list[Family]:

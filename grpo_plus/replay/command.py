@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from grpo_plus.replay.advice import Advice
@@ -23,7 +23,7 @@ TRAINED_WITH = (
     "max_completion_length",
     "temperature",
 )
-NEXT_LINE = " \\\n    "
+NEXT_LINE, WIDTH = " \\\n    ", 100
 
 
 def compare_command(advice: Advice, rollouts: Rollouts, own: Recipe | None) -> str:
@@ -41,7 +41,24 @@ def compare_command(advice: Advice, rollouts: Rollouts, own: Recipe | None) -> s
         what += ["--advantage_kwargs", json.dumps(given)]
     if own is not None and own.modifiers:
         what += ["--advantage_modifiers", json.dumps(dict(own.modifiers))]
-    return NEXT_LINE.join(map(shlex.join, (what, _task(advice, rollouts), _training(rollouts))))
+    return NEXT_LINE.join(_in_lines([*what, *_task(advice, rollouts), *_training(rollouts)]))
+
+
+def _in_lines(words: Sequence[str]) -> list[str]:
+    """The words, quoted, in lines that begin with a flag."""
+    lines, line = [], ""
+    for flag in _flags(words):
+        if line and len(line) + len(flag) >= WIDTH:
+            lines.append(line)
+            line = ""
+        line = f"{line} {flag}".strip()
+    return [*lines, line]
+
+
+def _flags(words: Sequence[str]) -> list[str]:
+    """Each flag with its values."""
+    starts = [number for number, word in enumerate(words) if word.startswith("--") or number == 0]
+    return [shlex.join(words[start:end]) for start, end in zip(starts, [*starts[1:], len(words)], strict=True)]
 
 
 def _task(advice: Advice, rollouts: Rollouts) -> list[str]:

@@ -31,20 +31,22 @@ def reason_line(reason: Reason) -> str:
 
 
 def advice_lines(replay: Replay) -> list[str]:
-    """Why, line by line: the reasons, what is against other estimators, and what the run trained on."""
+    """Why, line by line: the reasons, and what is against other estimators."""
     advice = replay.advice
     lines = [reason_line(reason) for reason in advice.reasons]
     untrained = [name for name in advice.unsuited if name not in replay.refused]
     if unlike := [name for name in untrained if not any(name in r.rule.against for r in advice.reasons)]:
         lines.append(f"More groups than now would teach nothing under {_listed(unlike)}.")
+    if "opo" in advice.candidates and replay.rollouts.length_unit == "characters":
+        lines.append("Lengths are in characters, for the log has no token counts, so what they show is approximate.")
     if advice.assumed:
         lines.append(f"`{advice.current}`, the default of TRL, stands for the run's own estimator, which is not known.")
-    return [*lines, *([_origin(replay)] if LOGGED in replay.names else [])]
+    return lines
 
 
 def in_short(replay: Replay) -> list[str]:
     """The advice for a terminal: what to do, why, and the command."""
-    lines = [headline(replay.advice), *(f"- {line}" for line in advice_lines(replay))]
+    lines = [headline(replay.advice), *(f"- {line}" for line in (*advice_lines(replay), *origin_lines(replay)))]
     if replay.advice.candidates:
         return [*lines, LIMIT, "", replay.next_command, "", COMMAND_NOTE]
     return lines
@@ -61,21 +63,15 @@ def reference(replay: Replay) -> str:
     return next(name for name in (LOGGED, "grpo", *replay.names) if name in replay.names)
 
 
-def summary_lines(replay: Replay) -> list[str]:
-    """What sets the estimators apart, in words."""
+def apart_lines(replay: Replay) -> list[str]:
+    """What the run trained on, and what sets the estimators apart, in words."""
     s = replay.statistics
-    lines = []
-    flat = s.flat_share()
-    total = flat.pop("total", None)
-    if total is not None:
-        each = ", ".join(f"`{name}` {share:.0%}" for name, share in flat.items())
-        alone = f" Reward by reward: {each}." if len(flat) > 1 else ""
-        lines.append(f"In {total:.0%} of the groups the sum of rewards does not tell the completions apart.{alone}")
+    lines = origin_lines(replay)
     base = reference(replay)
     others = {
         name: value
         for name, value in zip(replay.names, s.correlation()[replay.names.index(base)].tolist(), strict=True)
-        if name not in replay.families[0].names and value == value
+        if name not in (base, *replay.families[0].names) and value == value
     }
     if others:
         far, near = min(others, key=others.__getitem__), max(others, key=others.__getitem__)
@@ -90,15 +86,19 @@ def summary_lines(replay: Replay) -> list[str]:
     return lines
 
 
+def origin_lines(replay: Replay) -> list[str]:
+    """Whose advantages the run trained on, where the log holds any."""
+    return [_origin(replay)] if LOGGED in replay.names else []
+
+
 def _origin(replay: Replay) -> str:
-    """Whose advantages the run trained on."""
     if not replay.difference:
         return (
             f"The log does not tell whose advantages the run trained on: where rewards differ, `{LOGGED}` holds "
             "nothing but 0 or NaN, or rewards differ nowhere."
         )
     if replay.same:
-        names = " and of ".join(f"`{name}`" for name in replay.same)
+        names = " and of ".join(f"`{name}`" for name in sorted(replay.same, key=lambda name: name != replay.own))
         recorded = any(replay.recipes[name].recorded for name in replay.same)
         return (
             f"The advantages that the run trained on (`{LOGGED}`) are those of {names}"

@@ -2,9 +2,13 @@ import re
 
 import numpy as np
 import pandas as pd
+import pytest
 
 from grpo_plus.replay import Rollouts, replay, write_replay
+from grpo_plus.replay.report import document
+from grpo_plus.report.page import Answer, Fold, Table
 from tests.replay.logs import hostile_log, write_rewards
+from tests.replay.test_advice import write_apart
 
 
 def test_the_page_needs_and_runs_nothing_from_elsewhere(tmp_path):
@@ -49,3 +53,40 @@ def test_the_summary_names_what_is_wrong_with_the_log(tmp_path):
     assert "completions_00003.parquet is not a whole parquet file" in text
     assert "| passk | passk needs a reward of 0 or 1" in text
     assert "No estimator gives the advantages that the run trained on" in text
+
+
+@pytest.fixture(scope="module")
+def apart(tmp_path_factory):
+    names = ["dr_grpo", "rloo", "gdpo", "grpo", "rank", "popart", "ngrpo", "maxrl", "spo"]
+    result = replay(Rollouts(write_apart(tmp_path_factory.mktemp("apart"))), names)
+    return result, document(result)[2]
+
+
+def test_the_report_begins_with_the_advice_and_the_command(apart):
+    result, sections = apart
+    answer = sections[0].blocks[0]
+    assert isinstance(answer, Answer)
+    assert answer.verdict == "Compare `grpo` with `gdpo` and `mo_grpo`."
+    assert answer.command == result.next_command
+
+
+def test_estimators_with_one_update_share_a_row_and_six_rows_are_open(apart):
+    result, sections = apart
+    _, first, rest = sections[1].blocks
+    assert isinstance(first, Table)
+    assert isinstance(rest, Fold)
+    everything = rest.blocks[0]
+    labels = [row[0] for row in everything.rows]
+    assert labels == ["grpo = logged", "dr_grpo = rloo x 0.833", "gdpo", "rank", "popart", "ngrpo", "maxrl"]
+    # The run's own first, then what to compare with it, then what ranks least like it.
+    assert [row[:2] for row in first.rows[:2]] == [("grpo = logged", "the run's own"), ("gdpo", "compare")]
+    assert len(first.rows) == 6
+    assert {row[0] for row in first.rows} < set(labels)
+    sizes = {row["estimator"] for row in result.rows() if row["statistic"] == "mean_abs"}
+    assert sizes == {*result.recipes, "logged"} - {"spo"}
+
+
+def test_without_a_reason_the_report_has_no_command(tmp_path):
+    answer = document(replay(hostile_log(tmp_path), ["grpo", "dr_grpo"]))[2][0].blocks[0]
+    assert (answer.command, answer.action, answer.settled) == ("", "", False)
+    assert answer.verdict.startswith("Stay with `")

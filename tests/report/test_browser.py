@@ -9,6 +9,7 @@ from grpo_plus.compare.report import write_comparison
 from grpo_plus.replay import Rollouts, replay, write_replay
 from tests.compare.test_report import comparison_of, hostile_comparison, noisy
 from tests.replay.logs import hostile_log, write_rewards
+from tests.replay.test_advice import write_apart
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (the extra dev has it)")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -161,3 +162,16 @@ def test_the_keyboard_reaches_everything_that_does_something(open_page):
     for _ in range(wanted + 5):
         page.keyboard.press("Tab")
     assert page.evaluate("reached.size") >= wanted
+
+
+@pytest.mark.parametrize("report", ["replay"], indirect=True)
+def test_a_replay_of_every_estimator_takes_five_screens_while_nothing_is_opened(open_page):
+    assert open_page(1280).evaluate("document.documentElement.scrollHeight") <= 5 * 800
+
+
+def test_a_replays_first_screen_has_the_advice_and_the_command(browser, tmp_path):
+    page = browser.new_page(viewport={"width": 1280, "height": 800})
+    page.goto(write_replay(replay(Rollouts(write_apart(tmp_path)), ["grpo", "gdpo"]), tmp_path)[0].as_uri())
+    boxes = [page.locator(name).first.bounding_box() for name in (".verdict", ".answer li", ".command")]
+    page.close()
+    assert max(box["y"] + box["height"] for box in boxes) <= 800
