@@ -17,6 +17,7 @@ _HOMES = {
     "GRPOPlusTrainer": "grpo_plus.trainer",
     "RewardHealthCallback": "grpo_plus.callbacks.reward_health",
     "Rewards": "grpo_plus.advantages",
+    "RunLogCallback": "grpo_plus.callbacks.run_log",
     "StepProfile": "grpo_plus.trainer.profile",
 }
 
@@ -27,6 +28,7 @@ __all__ = [
     "GRPOPlusTrainer",
     "RewardHealthCallback",
     "Rewards",
+    "RunLogCallback",
     "StepProfile",
     "__version__",
 ]
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from grpo_plus.advantages import Rewards
     from grpo_plus.callbacks.advantage_table import AdvantageTableCallback
     from grpo_plus.callbacks.reward_health import RewardHealthCallback
+    from grpo_plus.callbacks.run_log import RunLogCallback
     from grpo_plus.config import GRPOPlusConfig
     from grpo_plus.qlora.frozen import FrozenAdapterCallback
     from grpo_plus.trainer import GRPOPlusTrainer

@@ -1,7 +1,7 @@
-"""The `grpo-plus` command: one verb per file, each with HELP, add_arguments(parser) and run(args, rest).
+"""The `grpo-plus` command: one verb per file, each with HELP, EXAMPLE, add_arguments(parser) and run(args, rest).
 
 A verb imports its tools inside `run`, so that `grpo-plus --help` answers without loading torch. To add a verb, write
-`cli/<verb>.py` and put its name into `VERBS`.
+`cli/<verb>.py` and put its name into `GROUPS`.
 
 The other files are no verbs. `arguments.py` turns TRL's flags into model, data and rewards. `own_task.py` makes a task
 for `grpo-plus compare` of these, and `demo_task.py` of the demo. `words.py` reads lists and tables.
@@ -15,10 +15,17 @@ from types import ModuleType
 
 from grpo_plus.cli.tracebacks import users_part
 from grpo_plus.cli.words import for_terminal
+from grpo_plus.registry import suggestion
 from grpo_plus.report.secrets import masked_text
 from grpo_plus.version import __version__
 
-VERBS = ("demo", "train", "replay", "compare", "plan", "merge", "ls", "doctor")
+GROUPS = {
+    "Learn what there is": ("demo", "ls"),
+    "Train": ("plan", "train", "watch", "merge"),
+    "Look closer": ("replay", "compare"),
+    "Check the machine": ("doctor",),
+}
+VERBS = tuple(verb for verbs in GROUPS.values() for verb in verbs)
 FORWARDING = ("train", "compare")  # verbs that take TRL's flags, parsed by TRL
 HELPED = ("train",)  # and of these, the ones without flags of their own: TRL's parser shows the help
 
@@ -33,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = _take_debug(arguments)
     verbs = {verb: import_module(f"grpo_plus.cli.{verb}") for verb in VERBS}
     parser = _parser(verbs)
+    _check_verb(parser, arguments)
     args, rest = parser.parse_known_args(arguments)
     if rest and args.verb not in FORWARDING:
         parser.error(f"{args.verb} takes no {' '.join(rest)}. See grpo-plus {args.verb} --help.")
@@ -55,18 +63,35 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser(verbs: dict[str, ModuleType]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="grpo-plus",
-        description="GRPO with TRL on one GPU: advantages you can choose.",
-        epilog="--debug, anywhere, shows the traceback of an error.",
+        usage="%(prog)s VERB [...]",
+        description="GRPO with TRL on one GPU: advantages you can choose.\n" + _overview(verbs),
+        epilog="`grpo-plus VERB --help` says more. --debug, anywhere, shows the traceback of an error.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"grpo-plus {__version__}")
-    commands = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    commands = parser.add_subparsers(dest="verb", required=True, metavar="VERB", help=argparse.SUPPRESS)
     for verb, module in verbs.items():
-        command = commands.add_parser(
-            verb, help=module.HELP, description=module.HELP, add_help=verb not in HELPED, allow_abbrev=False
-        )
+        command = commands.add_parser(verb, description=module.HELP, add_help=verb not in HELPED, allow_abbrev=False)
         module.add_arguments(command)
     return parser
+
+
+def _overview(verbs: dict[str, ModuleType]) -> str:
+    """Every verb with what it does and a line to copy, in groups."""
+    lines = []
+    for title, names in GROUPS.items():
+        lines += ["", f"{title}:"]
+        for name in names:
+            lines += [f"  {name:<9}{verbs[name].HELP}", f"{'':<11}{verbs[name].EXAMPLE}"]
+    return "\n".join(lines)
+
+
+def _check_verb(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
+    """Refuse a word that is no verb, and say which verb is meant."""
+    first = next((argument for argument in arguments if not argument.startswith("-")), None)
+    if first is not None and first not in VERBS:
+        parser.error(f"there is no verb {first!r}.{suggestion(first, VERBS)}")
 
 
 def _take_debug(arguments: list[str]) -> bool:

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from grpo_plus.compare.task import Task
     from grpo_plus.compare.verdict import ScoreVerdict
 
-HELP = (
+HELP = "Train estimators over seeds from one start, and say which learned more."
+EXAMPLE = "grpo-plus compare --estimators grpo,rloo --seeds 5"
+ABOUT = (
     "Train every named estimator (and loss) over several seeds from the same start, and write one report. On the "
     "demo's task, or with TRL's flags on yours: --model_name_or_path, --dataset_name, --reward_funcs and every other "
     "one of `grpo-plus train`."
@@ -26,6 +28,7 @@ ESTIMATORS = "grpo,dr_grpo,rloo,gdpo"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What is compared; the rest is TRL's."""
+    parser.description = ABOUT
     parser.add_argument("--estimators", default=ESTIMATORS, help=f"names or dotted paths; default: {ESTIMATORS}")
     parser.add_argument("--losses", help="names, each trained with each estimator; default: the task's one loss")
     parser.add_argument("--seeds", type=int, default=3, help="how many; 3 or more for intervals; default: 3")

@@ -8,7 +8,8 @@ if TYPE_CHECKING:
 
     from grpo_plus.demo.outputs import DemoResult
 
-HELP = "Train a tiny model with GRPO on the CPU in about a minute; downloads nothing."
+HELP = "Train a tiny model on the CPU in about a minute; downloads nothing."
+EXAMPLE = "grpo-plus demo --advantage_estimator rloo"
 
 NEXT = """Written to {output_dir}: the model and its tokenizer{merged}, log.jsonl, learning_curve.png, summary.json.
 

@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from grpo_plus.version import __version__
 
 HELP = "Print versions and active parts, and check that the installed TRL fits."
+EXAMPLE = "grpo-plus doctor"
 
 PACKAGES = ("trl", "transformers", "torch", "accelerate", "datasets", "peft", "bitsandbytes", "triton", "vllm")
 

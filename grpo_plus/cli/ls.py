@@ -4,7 +4,8 @@ import argparse
 import inspect
 from typing import Any
 
-HELP = "List the advantage estimators and losses, with their papers, and the reward functions."
+HELP = "List estimators, losses and reward functions, or explain one of them."
+EXAMPLE = "grpo-plus ls rloo"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

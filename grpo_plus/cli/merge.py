@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-HELP = "Merge a folder of trained adapters into an ordinary model, and measure its distance from the trained one."
+HELP = "Merge trained adapters into an ordinary model, and measure the result."
+EXAMPLE = "grpo-plus merge out merged"
 
 EPILOG = """Example: grpo-plus merge out/checkpoint-500 merged --text prompts.txt
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from grpo_plus.planner import MemoryPlan, Run
 
-HELP = "Say how much GPU memory a run will need, what fits, and what to change; needs no GPU and no weights."
+HELP = "Say what GPU memory a run needs, what fits, and what to change."
+EXAMPLE = "grpo-plus plan Qwen/Qwen3-4B --gpu 12GB --qlora"
 
 EPILOG = """Examples:
   grpo-plus plan Qwen/Qwen3-4B --gpu 12GB --qlora --max_completion_length 1024

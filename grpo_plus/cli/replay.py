@@ -6,7 +6,8 @@ import json
 from grpo_plus.cli.own_modules import search_own_modules
 from grpo_plus.cli.words import for_terminal, keywords_by_estimator, words
 
-HELP = "Compare advantage estimators on the completions that a run logged (log_completions=True)."
+HELP = "Compare estimators on the completions that a run logged."
+EXAMPLE = "grpo-plus replay out"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
     from grpo_plus.config import GRPOPlusConfig
 
-HELP = "Train a model: every flag of `trl grpo`, --config FILE.yaml, and ours (train --help lists them all)."
+HELP = "Train a model: every flag of `trl grpo`, a --config file, and ours."
+EXAMPLE = "grpo-plus train --config run.yaml --output_dir out"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

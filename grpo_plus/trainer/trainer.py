@@ -17,12 +17,14 @@ from functools import cached_property
 from typing import Any
 
 from torch import Tensor
+from transformers import TrainerCallback
 
 from grpo_plus.advantages import ESTIMATORS, Rewards, State, apply_to_rewards, check_state, clip_limits, estimate
 from grpo_plus.advantages.metrics import advantage_metrics
 from grpo_plus.advantages.running import scales as running_scales
 from grpo_plus.advantages.saved import check_saved_state, is_number
 from grpo_plus.callbacks.reward_health import RewardHealthCallback
+from grpo_plus.callbacks.run_log import RunLogCallback
 from grpo_plus.config.run import (
     check_estimator,
     check_plain_loss,
@@ -76,12 +78,16 @@ class GRPOPlusTrainer(TRLSeam):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train. `resume_from_checkpoint=True` resumes from the newest whole checkpoint."""
         write_record(self)
-        watched = any(isinstance(callback, RewardHealthCallback) for callback in self.callback_handler.callbacks)
-        if self.plus.health_warnings and not watched:
+        if not self._has(RunLogCallback):
+            self.add_callback(RunLogCallback())
+        if self.plus.health_warnings and not self._has(RewardHealthCallback):
             weights = dict(zip(self.reward_func_names, self.reward_weights.tolist(), strict=True))
             self.add_callback(RewardHealthCallback(weights=weights))
         with self.speed.around_training(self.model):
             return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _has(self, kind: type[TrainerCallback]) -> bool:
+        return any(isinstance(callback, kind) for callback in self.callback_handler.callbacks)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write TRL's model card, with the estimator, the loss, the other settings and the versions of this run."""

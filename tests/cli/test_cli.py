@@ -19,8 +19,17 @@ def test_help_answers_in_under_a_second_and_loads_no_torch():
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         best = min(best, time.perf_counter() - start)
     assert done.stdout.endswith("[]\n")
-    assert [verb for verb in cli.VERBS if f"\n    {verb} " not in done.stdout] == []
+    assert [
+        verb for verb in cli.VERBS if f"\n  {verb} " not in done.stdout or f" grpo-plus {verb}" not in done.stdout
+    ] == []
+    assert [line for line in done.stdout.splitlines() if len(line) > 90] == []
     assert best < 1
+
+
+def test_a_word_that_is_no_verb_is_refused_with_the_nearest_verb(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["trian", "--max_steps", "1"])
+    assert "there is no verb 'trian'. Did you mean 'train'?" in capsys.readouterr().err
 
 
 def test_ls_names_everything(capsys):

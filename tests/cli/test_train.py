@@ -149,3 +149,8 @@ def test_evaluations_have_rewards_and_tries_of_their_own(workplace, capsys):
     assert "--eval_reward_funcs has no effect without evaluations. Add --eval_strategy" in capsys.readouterr().err
     assert cli.main(["train", *flags, "--eval_strategy", "steps", "--eval_steps", "2"]) == 0
     assert "'eval_pass@4': '1'" in capsys.readouterr().out
+    assert cli.main(["watch", "out", "--once"]) == 0
+    printed = capsys.readouterr().out
+    assert "step 2 of 2" in printed
+    assert "finished" in printed
+    assert [words for words in ("vowels", "held-out pass@4", "dead groups") if words not in printed] == []
