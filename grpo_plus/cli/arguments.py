@@ -37,7 +37,7 @@ def parse(verb: str, rest: list[str], config_class: type["GRPOPlusConfig"], **de
     inputs: list[Any] = [OwnArguments, GRPOScriptArguments, ModelConfig, DatasetMixtureConfig]
     parser = TrlParser([*inputs, config_class], prog=f"grpo-plus {verb}")
     if {"-h", "--help"} & set(arguments):
-        print(help_of(parser, inputs, config_class), end="")
+        print(help_of(parser, inputs), end="")
         raise SystemExit(0)
     search_own_modules(_typed_names(arguments))
     _check_width(arguments)

@@ -1,7 +1,7 @@
 """`grpo-plus train --help`: our flags first, then TRL's by what they are about, then transformers'."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 
 from transformers import TrainingArguments
@@ -12,19 +12,53 @@ ABOUT = (
     "Train a model with GRPO. A --config file holds flags by name, one per line; the command line goes before "
     "it. `grpo-plus ls` lists the names that can be chosen."
 )
-RECIPES = {"qlora"}  # of our flags, what decides more than the data
+# Our flags by what somebody wants to change.
+OURS = {
+    "advantages": (
+        "advantage_estimator",
+        "advantage_kwargs",
+        "advantage_modifiers",
+        "max_refills",
+        "task_column",
+    ),
+    "losses": (
+        "loss_kwargs",
+        "loss_reduction",
+        "kl_estimator",
+        "kl_target",
+        "kl_horizon",
+        "truncated_sampling",
+    ),
+    "evaluation": ("eval_reward_funcs", "eval_pass_at_k", "eval_pass_reward", "eval_pass_threshold"),
+    "memory": (
+        "qlora",
+        "adapter_dtype",
+        "max_tokens_per_pass",
+        "mlp_tile_tokens",
+        "generation_chunk_size",
+        "offload_activations",
+    ),
+    "speed": (
+        "packing",
+        "generation_loop",
+        "skip_zero_advantage",
+        "skip_old_policy_pass",
+        "logprob_backend",
+        "lora_backend",
+    ),
+    "safety": ("health_warnings", "max_nonfinite_steps", "reward_timeout"),
+}
 
 
-def help_of(parser: argparse.ArgumentParser, inputs: Sequence[type], config: type) -> str:
+def help_of(parser: argparse.ArgumentParser, inputs: Sequence[type]) -> str:
     """The help of TRL's parser, in groups.
 
     Args:
         inputs: the dataclasses of model, data and rewards, ours among them.
-        config: the dataclass of the training's settings.
     """
     trls, transformers = _names(GRPOConfig), _names(TrainingArguments)
     groups = {
-        "grpo_plus: advantages, losses, speed, safety": RECIPES | (_names(config) - trls),
+        **{f"grpo_plus: {title}": _both_ways(names) for title, names in OURS.items()},
         "model, data and rewards": set().union(*map(_names, inputs)),
         "GRPO (TRL)": trls - transformers,
         "training (transformers)": transformers,
@@ -45,4 +79,9 @@ def help_of(parser: argparse.ArgumentParser, inputs: Sequence[type], config: typ
 
 
 def _names(kind: type) -> set[str]:
-    return {entry.name for entry in fields(kind)} | {f"no_{entry.name}" for entry in fields(kind)}
+    return _both_ways(entry.name for entry in fields(kind))
+
+
+def _both_ways(names: Iterable[str]) -> set[str]:
+    """The names of fields, with those of the flags that switch one off."""
+    return {way for name in names for way in (name, f"no_{name}")}

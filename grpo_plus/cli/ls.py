@@ -9,18 +9,25 @@ EXAMPLE = "grpo-plus ls rloo"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the optional kind."""
-    parser.add_argument("kind", nargs="?", choices=("advantages", "losses", "rewards"), help="default: all")
+    """Add the optional kind or name."""
+    parser.add_argument(
+        "name", nargs="?", metavar="NAME", help="advantages, losses or rewards, or one name, such as rloo; default: all"
+    )
 
 
 def run(args: argparse.Namespace, rest: list[str]) -> int:
-    """Print one table per kind."""
+    """Print one table per kind, or explain one entry."""
     from rich.console import Console
     from rich.table import Table
 
+    from grpo_plus.cli.ls_entry import described, explained
+
     tables = {"advantages": advantage_rows, "losses": loss_rows, "rewards": reward_rows}
+    if args.name not in (None, *tables):
+        Console(highlight=False).print(*map(described, explained(args.name)))
+        return 0
     for kind, rows in tables.items():
-        if args.kind in (None, kind):
+        if args.name in (None, kind):
             _, *body = rows()
             table = Table.grid("", "", padding=(0, 2, 1, 0))
             table.title, table.title_justify = kind, "left"

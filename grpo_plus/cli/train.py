@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from trl import DatasetMixtureConfig, ModelConfig
     from trl.scripts.grpo import GRPOScriptArguments
 
+    from grpo_plus import GRPOPlusTrainer
     from grpo_plus.config import GRPOPlusConfig
 
 HELP = "Train a model: every flag of `trl grpo`, a --config file, and ours."
@@ -25,11 +27,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, rest: list[str]) -> int:
     """Parse `rest` and train."""
+    import warnings
+
     from accelerate import PartialState
 
     from grpo_plus.config import GRPOPlusConfig
 
-    train(*parse("train", rest, GRPOPlusConfig))
+    with warnings.catch_warnings():
+        # Transformers deprecates fields that TRL itself sets; nothing that the user could change.
+        warnings.simplefilter("ignore", FutureWarning)
+        train(*parse("train", rest, GRPOPlusConfig))
     # After the trainer is gone: a DDP model that outlives its process group waits for it forever under gloo.
     PartialState().destroy_process_group()
     return 0
@@ -43,7 +50,7 @@ def train(
     config: "GRPOPlusConfig",
 ) -> None:
     """Load what the arguments name, train, save, and push if asked to."""
-    from grpo_plus import GRPOPlusTrainer
+    from grpo_plus import GRPOPlusTrainer, StepProfile
     from grpo_plus.config.data import check_needs
 
     _check_evaluates(own, config)
@@ -60,13 +67,28 @@ def train(
         train_dataset=shape(split(dataset, script.dataset_train_split, "--dataset_train_split")),
         eval_dataset=shape(split(dataset, script.dataset_test_split, "--dataset_test_split")) if evaluates else None,
     )
+    trainer.add_callback(StepProfile(trainer))
     trainer.accelerator.print(config.describe())
+    began = time.monotonic()
     with _information() if trainer.accelerator.is_main_process else nullcontext():
         trainer.train(resume_from_checkpoint=_checkpoint(config.resume_from_checkpoint))
     trainer.save_model(config.output_dir)
-    trainer.accelerator.print(f"Saved the model to {config.output_dir}")
+    if trainer.accelerator.is_main_process:
+        _close(trainer, time.monotonic() - began)
     if config.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset_name)
+
+
+def _close(trainer: "GRPOPlusTrainer", seconds: float) -> None:
+    """Print what became of the training."""
+    from rich.console import Console
+
+    from grpo_plus.cli.closing import closing_table, next_commands
+
+    console = Console(highlight=False)
+    console.print()
+    console.print(closing_table(trainer, seconds))
+    console.print("Next:", *next_commands(trainer), sep="\n", markup=False, soft_wrap=True)
 
 
 def _check_evaluates(own: OwnArguments, config: "GRPOPlusConfig") -> None:

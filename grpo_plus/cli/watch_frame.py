@@ -1,14 +1,13 @@
 """One frame of `grpo-plus watch`: how far the run is, a row per figure, and the last completions."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet as pq
 
+from grpo_plus.cli.figures import duration, figure, rows, sparkline
 from grpo_plus.cli.words import for_terminal
 from grpo_plus.report.run_log import RunLog
 
@@ -17,27 +16,6 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-BLOCKS = "▁▂▃▄▅▆▇█"
-DEAD, EQUAL = "advantages/dead_groups", "frac_reward_zero_std"
-# Figures in the order of their rows, each with its words. What a run does not log has no row.
-SHOWN = {
-    "reward": "reward",
-    "rewards/{}/mean": "  {}",
-    "eval_reward": "held-out reward",
-    "eval_rewards/{}/mean": "  {}",
-    "eval_pass@{}": "held-out pass@{}",
-    "held_out_accuracy": "held-out accuracy",
-    DEAD: "dead groups",
-    EQUAL: "groups of equal rewards",
-    "completions/mean_length": "tokens per completion",
-    "completions/clipped_ratio": "cut off",
-    "kl": "KL",
-    "entropy": "entropy",
-    "grad_norm": "gradient norm",
-    "learning_rate": "learning rate",
-    "rollout/tokens_per_second": "tokens/s generated",
-    "guard/skipped_steps": "skipped steps",
-}
 NOT_TABLE = ("step", "prompt", "completion", "advantage", "group", "task")
 COMPLETIONS, LONGEST = 3, 300  # shown, and signs of each
 
@@ -78,20 +56,6 @@ def frame(folder: Path, log: RunLog | None, *, width: int, now: float) -> "Group
     return Group(*parts, *([_completions(completions)] if completions else []))
 
 
-def sparkline(values: Sequence[float], width: int) -> str:
-    """The curve in at most `width` signs, each the mean of its share of the values; a line where nothing moves."""
-    values = [value for value in values if math.isfinite(value)]
-    if not values:
-        return ""
-    width = min(width, len(values))
-    edges = [len(values) * index // width for index in range(width + 1)]
-    means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
-    low, high = min(means), max(means)
-    if high == low:
-        return "─" * width
-    return "".join(BLOCKS[round((mean - low) / (high - low) * (len(BLOCKS) - 1))] for mean in means)
-
-
 def last_completions(folder: Path) -> list[Completion]:
     """One completion of each of a few prompts, from the newest table that TRL wrote under `folder`.
 
@@ -107,23 +71,6 @@ def last_completions(folder: Path) -> list[Completion]:
         first = {completion.prompt: completion for completion in reversed(completions)}
         return list(reversed(first.values()))[:COMPLETIONS]
     return []
-
-
-def duration(seconds: float | None) -> str:
-    """Seconds in the words of somebody who waits."""
-    if seconds is None:
-        return "unknown"
-    if seconds < 90:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def figure(value: float) -> str:
-    """A number in at most eight signs."""
-    if value and (abs(value) < 1e-3 or abs(value) >= 1e6):
-        return f"{value:.2e}"
-    return f"{value:,.0f}" if abs(value) >= 100 or value == int(value) else f"{value:.3f}"
 
 
 def _head(folder: Path, log: RunLog, width: int, now: float) -> "Text":
@@ -153,25 +100,11 @@ def _figures(log: RunLog, width: int) -> "Table":
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for name in ("", "from", "to", ""):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
-    for words, values in _rows(log):
+    for words, values in rows(log):
         style = "bold" if words == "reward" else ""
         curve = sparkline(values, max(width - 54, 10))
         table.add_row(_text(words)[:28], figure(values[0]), figure(values[-1]), f"[cyan]{curve}[/]", style=style)
     return table
-
-
-def _rows(log: RunLog) -> list[tuple[str, list[float]]]:
-    names = list(dict.fromkeys(name for entry in log.entries for name in entry.figures))
-    rows = []
-    for pattern, words in SHOWN.items():
-        if pattern == EQUAL and DEAD in names:
-            continue  # the same in other words
-        start, blank, end = pattern.partition("{}")
-        for name in names:
-            fits = name.startswith(start) and name.endswith(end) if blank else name == pattern
-            if fits and (series := log.series(name)):
-                rows.append((words.format(name[len(start) : len(name) - len(end)]), [value for _, value in series]))
-    return rows
 
 
 def _completions(completions: list[Completion]) -> "Table":

@@ -1,11 +1,14 @@
+import functools
+import re
 import subprocess
 import sys
 import time
 
 import pytest
 
-from grpo_plus import cli
+from grpo_plus import GRPOPlusConfig, cli
 from grpo_plus.advantages import ESTIMATORS
+from grpo_plus.cli.ls_entry import explained
 from grpo_plus.cli.reward_functions import REWARD_NAMES
 from grpo_plus.losses import TRL_LOSSES
 
@@ -44,6 +47,34 @@ def test_ls_of_one_kind(capsys):
     output = capsys.readouterr().out
     assert "vespo" in output
     assert "rloo" not in output
+
+
+def test_ls_explains_one_name_with_a_line_to_copy(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert cli.main(["ls", "passk"]) == 0
+    output = capsys.readouterr().out
+    formula = ESTIMATORS["passk"].documentation.split("\n")[4]
+    assert f"\n{formula}\n" in output
+    assert "https://huggingface.co/papers/2508.10751" in output
+    assert re.search(r"\nk +2 +attempts, from 1 to num_generations", output)
+    assert "- needs rewards of 0 or 1" in output
+    assert """--advantage_estimator passk --advantage_kwargs '{"k": 2}'""" in output
+
+
+@pytest.mark.parametrize("name", ["rloo", "ngrpo", "gmpo", "cispo", "clip"])
+def test_the_line_that_ls_prints_is_taken(name):
+    (entry,) = explained(name)
+    line = next(line for line in entry.lines if line.startswith("GRPOPlusConfig("))
+    names = {"GRPOPlusConfig": functools.partial(GRPOPlusConfig, "unused", use_cpu=True, bf16=False, report_to="none")}
+    assert name in eval(line, names).describe()
+
+
+def test_ls_explains_what_shares_a_name_and_suggests_the_nearest(capsys):
+    assert [entry.kind for entry in explained("grpo")] == ["advantage estimator", "loss"]
+    assert explained("clip")[0].keywords == {"max": ...}
+    assert explained("last_number")[0].kind == "reward function of grpo_plus.rewards"
+    assert cli.main(["ls", "rlo"]) == 1
+    assert "There is nothing called 'rlo'. Did you mean 'rloo'?" in capsys.readouterr().err
 
 
 def test_doctor_prints_versions_and_the_seam(capsys):

@@ -9,7 +9,7 @@ import pytest
 from transformers import TrainerState, TrainingArguments
 
 from grpo_plus import RunLogCallback, cli
-from grpo_plus.cli.watch_frame import duration, figure, sparkline
+from grpo_plus.cli.figures import duration, figure, sparkline
 from grpo_plus.report.run_log import LOG_FILE, append_line, read_log
 
 

@@ -1,0 +1,201 @@
+"""`grpo-plus ls NAME`: what one estimator, loss, modifier or reward function computes, and the line that chooses it."""
+
+import inspect
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from grpo_plus.registry import suggestion
+
+if TYPE_CHECKING:
+    from rich.console import Group
+    from rich.table import Table
+
+# What the promises of an entry mean for whoever chooses it, by the promise and its value.
+FACTS: dict[tuple[str, Any], str] = {
+    ("scope", "batch"): "looks at the whole batch, not at one prompt's completions alone",
+    ("domain", "binary"): "needs rewards of 0 or 1",
+    ("domain", "unit"): "needs rewards from 0 to 1",
+    ("multi_reward", True): "looks at each reward function by itself",
+    ("needs_lengths", True): "reads the completions' lengths",
+    ("needs_steps", True): "needs rewards of the completions' steps",
+    ("needs_prompts", True): "recognizes a prompt that it has seen before",
+    ("stateful", True): "remembers earlier batches; checkpoints hold what it remembers",
+    ("trains_without_spread", True): "trains on groups of equal rewards, too",
+    ("scale_invariant", True): "does not change with the unit of the rewards",
+    ("zero_without_advantage", True): "completions with an advantage of 0 stay out of the update",
+    ("reads_sampling_ratio", True): "contains the ratio to the sampler in its formula",
+}
+
+
+@dataclass(frozen=True)
+class Explained:
+    """Everything that is said of one name.
+
+    Attributes:
+        name: of the entry.
+        kind: what it is, in a word or two.
+        documentation: its docstring.
+        keywords: hyper-parameters and their defaults; ... is the default of none.
+        facts: what else a user should know.
+        lines: to copy, in Python and for the shell.
+    """
+
+    name: str
+    kind: str
+    documentation: str
+    keywords: Mapping[str, Any]
+    facts: tuple[str, ...]
+    lines: tuple[str, ...]
+
+
+def explained(name: str) -> list[Explained]:
+    """What is known under a name: several things, where a loss and an estimator share it.
+
+    Raises:
+        ValueError: nothing is; names the nearest.
+    """
+    found = [make(name) for known, make in _kinds() if name in known]
+    if not found:
+        everything = [known for names, _ in _kinds() for known in names]
+        near = suggestion(name, everything).partition(" Known:")[0]
+        raise ValueError(f"There is nothing called {name!r}.{near} `grpo-plus ls` lists all names.")
+    return found
+
+
+def described(entry: Explained) -> "Group":
+    """The entry for the terminal."""
+    from rich.console import Group
+    from rich.text import Text
+
+    text, meanings = split_arguments(entry.documentation)
+    parts: list[Any] = [Text.assemble((entry.name, "bold"), f"  {entry.kind}"), Text()]
+    parts += [Text(paragraph + "\n") for paragraph in paragraphs(text)]
+    if entry.keywords:
+        parts += [_table(entry.keywords, meanings), Text()]
+    if entry.facts:
+        parts += [Text("\n".join(f"- {fact}" for fact in entry.facts)), Text()]
+    parts += [Text(line, style="cyan") for line in entry.lines]
+    return Group(*parts, Text())
+
+
+def split_arguments(documentation: str) -> tuple[str, dict[str, str]]:
+    """A docstring without its sections, and the meaning of each argument in the section Args."""
+    text, *sections = re.split(r"\n\n(?=[A-Z]\w+:\n)", documentation)
+    meanings: dict[str, str] = {}
+    for section in sections:
+        if section.startswith("Args:"):
+            for argument in re.split(r"\n {4}(?=\w)", section)[1:]:
+                name, _, meaning = argument.partition(": ")
+                meanings[name] = " ".join(meaning.split())
+    return text, meanings
+
+
+def paragraphs(text: str) -> Iterator[str]:
+    """The paragraphs of a docstring: prose in lines as long as the terminal's, formulas and lists line by line.
+
+    What stands beside a formula goes below it, so that a narrow terminal breaks neither.
+    """
+    for paragraph in text.split("\n\n"):
+        lines = paragraph.splitlines()
+        by_line = any(re.search(r" [=←≥≤] |\S {3,}\S|^\s*- |^>>> ", line) for line in lines)
+        yield re.sub(r"(?<=\S) {3,}(?=\S)", "\n    ", paragraph) if by_line else " ".join(lines)
+
+
+def _table(keywords: Mapping[str, Any], meanings: Mapping[str, str]) -> "Table":
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for column in ("keyword", "default", "meaning"):
+        table.add_column(column, no_wrap=column != "meaning")
+    for name, default in keywords.items():
+        shown = "needed" if default is ... else repr(default)
+        table.add_row(escape(name), escape(shown), escape(meanings.get(name, "")))
+    return table
+
+
+def _kinds() -> list[tuple[list[str], Callable[[str], Explained]]]:
+    """The names of each kind, and what explains one of them."""
+    from grpo_plus.advantages import ESTIMATORS, MODIFIERS
+    from grpo_plus.cli.reward_functions import REWARD_NAMES
+    from grpo_plus.losses import LOSSES
+
+    return [
+        (list(ESTIMATORS), _estimator),
+        (list(MODIFIERS), _modifier),
+        (list(LOSSES), _loss),
+        (list(REWARD_NAMES), _reward),
+    ]
+
+
+def _facts(entry: Any) -> tuple[str, ...]:
+    return tuple(fact for (promise, value), fact in FACTS.items() if getattr(entry, promise, None) == value)
+
+
+def _estimator(name: str) -> Explained:
+    from grpo_plus.advantages import ESTIMATORS
+
+    entry = ESTIMATORS[name]
+    both = f"grpo,{name}" if name != "grpo" else "grpo,dr_grpo"
+    lines = (
+        *_chosen("advantage_estimator", name, "advantage_kwargs", entry.keywords),
+        f"grpo-plus replay RUN_DIR --estimators {both}",
+        f"grpo-plus compare --estimators {both} --seeds 3",
+    )
+    return Explained(name, "advantage estimator", entry.documentation, entry.keywords, _facts(entry), lines)
+
+
+def _loss(name: str) -> Explained:
+    from grpo_plus.losses import LOSSES, TRL_LOSSES
+
+    entry = LOSSES[name]
+    trls = name in TRL_LOSSES
+    lines = _chosen("loss_type", name, "loss_kwargs", {} if trls else entry.keywords)
+    facts = (f"summed as {entry.reduction}", *(fact for fact in _facts(entry) if not fact.startswith("looks at")))
+    if trls:
+        facts = ("computed by TRL; its keywords are fields of the configuration", *facts)
+    return Explained(name, "loss", entry.documentation, entry.keywords, facts, lines)
+
+
+def _modifier(name: str) -> Explained:
+    from grpo_plus.advantages import MODIFIERS
+
+    function = MODIFIERS[name]
+    parameters = inspect.signature(function).parameters.values()
+    given = [one for one in parameters if one.kind is one.KEYWORD_ONLY]
+    keywords = {one.name: ... if one.default is one.empty else one.default for one in given}
+    example = {key: "NAME" if key == "by" else 1 for key, default in keywords.items() if default is ...}
+    table = json.dumps({name: example})
+    lines = (
+        f'GRPOPlusConfig(advantage_estimator="dr_grpo", advantage_modifiers={table})',
+        f"--advantage_estimator dr_grpo --advantage_modifiers '{table}'",
+    )
+    return Explained(name, "modifier of advantages", inspect.getdoc(function) or "", keywords, (), lines)
+
+
+def _reward(name: str) -> Explained:
+    from grpo_plus import rewards
+    from grpo_plus.cli.reward_functions import named_function, own_keywords
+
+    function = named_function(name)
+    ours = name in rewards.__all__
+    place = "grpo_plus.rewards" if ours else "trl.rewards"
+    keywords = own_keywords(name, function)
+    documentation = inspect.getdoc(function) or ""
+    lines = (f"from {place} import {name}", *_chosen("reward_funcs", name, "reward_kwargs", keywords)[1:])
+    if not ours:
+        documentation = documentation.strip().partition("\n\n")[0]  # TRL's own sections are written for a site
+    return Explained(name, f"reward function of {place}", documentation, keywords, (), lines)
+
+
+def _chosen(setting: str, name: str, keywords_of: str, keywords: Mapping[str, Any]) -> tuple[str, str]:
+    """The setting in Python and as a flag, with the first keyword at its default as an example."""
+    given = {key: value for key, value in keywords.items() if isinstance(value, int | float | str)}
+    example = dict(list(given.items())[:1])
+    python = f", {keywords_of}={json.dumps(example)}" if example else ""
+    table = {name: example} if setting == "reward_funcs" else example
+    shell = f" --{keywords_of} '{json.dumps(table)}'" if example else ""
+    return f'GRPOPlusConfig({setting}="{name}"{python})', f"--{setting} {name}{shell}"
