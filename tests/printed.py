@@ -34,6 +34,7 @@ EVALUATED = ["--per_device_eval_batch_size", "4"]
 ADDED = {
     "train --help": [],
     "train": SHORT,
+    "watch": ["--once"],
     "compare --seeds 5": ["--seeds", "1", "--num_held_out", "2", "--output_dir", "own", *SHORT, *EVALUATED],
     "compare": ["--seeds", "1", "--estimators", "grpo,rloo", "--max_steps", "1", "--num_held_out", "4"],
 }
