@@ -2,7 +2,6 @@ import functools
 import re
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -15,18 +14,16 @@ from grpo_plus.losses import TRL_LOSSES
 
 def test_help_answers_in_under_a_second_and_loads_no_torch():
     code = "import sys; from grpo_plus import cli\ntry: cli.main(['--help'])\nexcept SystemExit: pass\n"
-    code += "print([name for name in ('torch', 'trl', 'transformers') if name in sys.modules])"
-    best = float("inf")
-    for _ in range(3):
-        start = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        best = min(best, time.perf_counter() - start)
-    assert done.stdout.endswith("[]\n")
+    code += "import time; print([name for name in ('torch', 'trl', 'transformers') if name in sys.modules])\n"
+    code += "print(time.process_time())"  # of the process alone: other work on the machine does not count
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    *printed, loaded, seconds = done.stdout.splitlines()
+    assert loaded == "[]"
     assert [
         verb for verb in cli.VERBS if f"\n  {verb} " not in done.stdout or f" grpo-plus {verb}" not in done.stdout
     ] == []
-    assert [line for line in done.stdout.splitlines() if len(line) > 90] == []
-    assert best < 1
+    assert [line for line in printed if len(line) > 90] == []
+    assert float(seconds) < 1
 
 
 def test_a_word_that_is_no_verb_is_refused_with_the_nearest_verb(capsys):
