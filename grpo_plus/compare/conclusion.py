@@ -67,8 +67,9 @@ def _without_differences(verdict: ScoreVerdict) -> Conclusion | None:
         other = NextStep("Judge by a score that every held-out item has, or by other items.")
         return Conclusion(title, f"No held-out item has a `{verdict.score}` in every arm.", other)
     if seeds < FEWEST_SEEDS:
-        more = NextStep(f"Train {GOOD_SEEDS} seeds. Intervals need {FEWEST_SEEDS}.", labels, GOOD_SEEDS)
-        text = f"{count(seeds, 'seed')} can show no difference. {_reached(verdict, best)} That is the highest mean."
+        wanted = max(GOOD_SEEDS, len(comparison.seeds))
+        more = NextStep(f"Train {wanted} seeds. Intervals need {FEWEST_SEEDS}.", labels, wanted)
+        text = f"{_reached(verdict, best)} That is the highest mean, but {count(seeds, 'seed')} can show no difference."
         return Conclusion("No answer yet", text, more)
     return None
 
@@ -138,7 +139,9 @@ def _grounds(verdict: ScoreVerdict) -> list[str]:
     lines = [f"{count(seeds, 'seed')} of each variant, judged on {count(items, 'held-out item')}."]
     if seeds >= FEWEST_SEEDS and items and (pairs := len(verdict.differences)):
         what = "The interval holds" if pairs == 1 else f"All {pairs} intervals of differences hold at once"
-        lines.append(f"{what} with a probability of {LEVEL:.0%}. An interval that holds 0 does not show equality.")
+        lines.append(f"{what} with a probability of {LEVEL:.0%}.")
+        if len(verdict.shown()) < pairs:
+            lines[-1] += " An interval that holds 0 does not show equality."
     if all(interval.estimate < verdict.start for interval in verdict.means.values()):
         lines.append(f"Every variant scores below the start, {verdict.start:.3f}: the training made the model worse.")
     return lines
@@ -154,7 +157,7 @@ def _smallest(verdict: ScoreVerdict) -> float:
 
 
 def _reached(verdict: ScoreVerdict, label: str) -> str:
-    return f"`{label}` reached a `{verdict.score}` of {verdict.means[label].estimate:.3f}, from {verdict.start:.3f}."
+    return f"`{label}` reached {verdict.means[label].estimate:.3f} in `{verdict.score}`, from {verdict.start:.3f}."
 
 
 def _value(interval: Interval) -> str:

@@ -116,8 +116,8 @@ class Quote:
 
     @property
     def scrolls(self) -> bool:
-        """Whether the text may be longer than its box."""
-        return len(self.text) > 1000 or self.text.count("\n") > 15
+        """Whether the text may be longer than its box, which is about 9 lines of 25 characters where it is smallest."""
+        return len(self.text) > 200 or self.text.count("\n") > 7
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ def test_the_demos_task_is_compared_and_the_same_command_goes_on(tmp_path, monke
     output = capsys.readouterr().out
     folder = tmp_path / "ein Vergleich 日本"
     assert "[1/2] rloo, seed 0: accuracy 0." in output
-    assert output.index("No answer yet. 1 seed can show no difference.") < output.index("needs 3 seeds")
+    assert output.index("but 1 seed can show no difference.") < output.index("needs 3 seeds")
     again = "grpo-plus compare --estimators rloo,grpo --seeds 5 --max_steps 1 --num_held_out 20"
     assert f"Train 5 seeds. Intervals need 3.\n  {again} --output_dir 'ein Vergleich 日本'\n" in output
     assert str((folder / "report.html").relative_to(tmp_path)) in output

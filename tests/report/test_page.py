@@ -92,6 +92,12 @@ def test_an_answer_is_in_both_forms_with_the_command_as_it_is_typed():
     assert "### More\n\ninside" in text
 
 
+def test_a_box_that_may_scroll_is_reachable_by_keyboard_and_a_short_one_is_no_stop():
+    html = page(Beside("b", [Quote("long", "x " * 150), Quote("many lines", "x\n" * 9), Quote("short", "x" * 90)]))
+    assert html.count('<pre tabindex="0">') == 2
+    assert f"<pre>{'x' * 90}</pre>" in html
+
+
 def test_figures_inside_a_fold_share_a_grid_too():
     html = page(Fold("f", [Figure("a", "<svg/>"), Figure("b", "<svg/>")]))
     assert html.count('<div class="figures">') == 1
