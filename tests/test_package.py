@@ -35,7 +35,14 @@ def test_the_sdist_holds_the_tests_and_examples(dist):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"README.md", "CHANGELOG.md", "LICENSE", "constraints.txt", "tests/conftest.py", "docs/choosing.md"} <= names
-    assert {"CONTRIBUTING.md", "SECURITY.md", "RELEASE.md", "CITATION.cff", "mkdocs.yml", ".github/workflows/ci.yml"} <= names
+    assert {
+        "CONTRIBUTING.md",
+        "SECURITY.md",
+        "RELEASE.md",
+        "CITATION.cff",
+        "mkdocs.yml",
+        ".github/workflows/ci.yml",
+    } <= names
 
 
 def test_the_wheel_installs_into_an_empty_environment(dist, tmp_path):
