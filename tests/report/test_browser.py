@@ -17,6 +17,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this ma
 
 
 OPEN_ALL = "document.querySelectorAll('details').forEach(element => element.open = true)"
+CLOSE_ALL = OPEN_ALL.replace("true", "false")
 
 
 @pytest.fixture(scope="module")
@@ -39,15 +40,22 @@ def report(request, tmp_path_factory):
     return write_replay(replay(Rollouts(folder)), folder)[0]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def open_page(browser, report):
-    """Opens the report and collects what the browser complains about, and what the page asks the network for."""
-    contexts = []
+    """Opens the report and collects what the browser complains about, and what the page asks the network for.
+
+    A page stays open for the tests that follow, with everything folded again.
+    """
+    pages = {}
 
     def open_it(width, scheme="light"):
-        context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
-        contexts.append(context)
-        page = context.new_page()
+        if (width, scheme) not in pages:
+            pages[width, scheme] = opened(width, scheme)
+        pages[width, scheme].evaluate(CLOSE_ALL)
+        return pages[width, scheme]
+
+    def opened(width, scheme):
+        page = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme).new_page()
         page.complaints, page.requested = [], []
         page.on("console", lambda message: page.complaints.append(message.text))
         page.on("pageerror", lambda error: page.complaints.append(str(error)))
@@ -57,8 +65,8 @@ def open_page(browser, report):
         return page
 
     yield open_it
-    for context in contexts:
-        context.close()
+    for page in pages.values():
+        page.context.close()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -164,9 +172,9 @@ def test_the_keyboard_reaches_everything_that_does_something(open_page):
     assert page.evaluate("reached.size") >= wanted
 
 
-@pytest.mark.parametrize("report", ["replay"], indirect=True)
-def test_a_replay_of_every_estimator_takes_five_screens_while_nothing_is_opened(open_page):
-    assert open_page(1280).evaluate("document.documentElement.scrollHeight") <= 5 * 800
+def test_it_takes_few_screens_while_nothing_is_opened(open_page, request):
+    screens = {"replay": 5, "comparison": 8}[request.node.callspec.params["report"]]
+    assert open_page(1280).evaluate("document.documentElement.scrollHeight") <= screens * 800
 
 
 def test_a_replays_first_screen_has_the_advice_and_the_command(browser, tmp_path):
