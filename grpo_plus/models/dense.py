@@ -29,7 +29,10 @@ class DenseForward:
 @contextmanager
 def dense_weights(module: nn.Module) -> Iterator[None]:
     """Keep the weights of the module's 4-bit layers dequantized, inside."""
-    layers: list[Any] = [part for part in module.modules() if type(part).__name__ == "Linear4bit"]
+    # PEFT's layer around one has the same name, but is no nn.Linear.
+    layers: list[Any] = [
+        part for part in module.modules() if type(part).__name__ == "Linear4bit" and isinstance(part, nn.Linear)
+    ]
     layers = [layer for layer in layers if "forward" not in vars(layer)]
     for layer in layers:
         layer.forward = DenseForward(layer)

@@ -172,6 +172,18 @@ def test_a_4_bit_weight_is_dequantized_once_per_pass_through_a_layer(tmp_path, m
     }
 
 
+def test_an_evaluation_above_4_bits_goes_through_pefts_own_layers(tmp_path):
+    """They are named as the layers in 4 bits that they hold."""
+    model: Any = load_nf4(save_base(tmp_path))
+    get_peft_model(model, lora(init_lora_weights=False))
+    model.eval()
+    with torch.no_grad():
+        expected = model(input_ids=IDS % 20, use_cache=False).logits
+        with Tiles(TILE).of(model):
+            tiled = model(input_ids=IDS % 20, use_cache=False).logits
+    assert_close("logits", tiled.float(), expected.float(), rtol=2e-2)
+
+
 def loss_and_gradient(model: Any, changed: Any) -> Tensor:
     model.zero_grad()
     with changed:
