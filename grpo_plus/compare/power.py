@@ -2,12 +2,14 @@
 
 The interval of one pair leaves zero out where |d| > t se. For a true difference D, the ratio d / se has a noncentral
 t distribution with S - 1 degrees of freedom and the shift D / se (Cohen, "Statistical Power Analysis for the Behavioral
-Sciences", 1988, chapter 2). The standard error of S seeds is
+Sciences", 1988, chapter 2). The standard error of S seeds is that of the intervals,
 
-    se(S)² = between / S + items
+    se(S)² = (between + chance) / S + (items + chance / S) * S / (S - 1)
 
 `between` is the variance of the paired difference between seeds. `items` is the part of the error that more seeds leave
-as it is: the held-out items are the same for every seed.
+as it is: some items suit a variant on every seed, and the items are the same for all seeds. `chance` is what a single
+item on a single seed adds. The crossed resampling counts chance three times: in `between`, with the items, and by itself
+(Owen, "The pigeonhole bootstrap").
 
 The difference that was seen is not the true one, and the winner's is more often too large than too small (Hoenig and
 Heisey, "The Abuse of Power", 2001). A number of seeds from here is the least that makes sense, no promise.
@@ -18,6 +20,7 @@ from bisect import bisect_left
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from grpo_plus.compare.intervals import FEWEST_SEEDS, LEVEL, t_quantile
 
@@ -27,28 +30,34 @@ MOST = 100  # seeds; beyond, seeds are not what is missing
 
 @dataclass(frozen=True)
 class Spread:
-    """What is known of the error of a paired difference: its variance between seeds, and what the items add."""
+    """What is known of the error of a paired difference: its variance between seeds, by items, and by chance."""
 
     between: float
     items: float
+    chance: float = 0.0
 
     def error(self, seeds: int) -> float:
         """The standard error of the difference over so many seeds."""
-        return math.sqrt(self.between / seeds + self.items)
+        resampled = (self.items + self.chance / seeds) * seeds / (seeds - 1)
+        return math.sqrt((self.between + self.chance) / seeds + resampled)
 
 
-def spread_of(by_seed: torch.Tensor, margin: float, comparisons: int) -> Spread:
+def spread_of(apart: Tensor, margin: float, comparisons: int) -> Spread:
     """The spread that fits an interval.
 
     Args:
-        by_seed: (S,) the paired difference on each seed.
+        apart: (S, I) the paired difference of each item on each seed.
         margin: half the width of the interval.
         comparisons: among which the interval holds.
     """
-    seeds = len(by_seed)
+    seeds, items = apart.shape
     error = margin / t_quantile(seeds - 1, 1 - (1 - LEVEL) / comparisons)
-    between = by_seed.double().var().item()
-    return Spread(between, max(0.0, error**2 - between / seeds))
+    by_seed = apart.double().mean(1, keepdim=True)
+    left = apart - by_seed - apart.mean(0) + by_seed.mean()
+    chance = left.square().sum().item() / ((seeds - 1) * max(items - 1, 1) * items)
+    between = by_seed.var().item()
+    resampled = (error**2 - (between + chance) / seeds) * (seeds - 1) / seeds
+    return Spread(between, max(0.0, resampled - chance / seeds), chance)
 
 
 def seeds_needed(difference: float, spread: Spread, *, comparisons: int = 1) -> int | None:

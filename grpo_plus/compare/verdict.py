@@ -68,9 +68,9 @@ class ScoreVerdict:
 
     def seeds_to_tell(self, first: str, second: str) -> int | None:
         """How many seeds would tell the two apart, compared alone, if the true difference is the one seen."""
-        interval, by_seed = self.against(first)[second], self.by_seed
+        interval, scores = self.against(first)[second], self.comparison.scores(self.score)
         margin = (interval.high - interval.low) / 2
-        spread = spread_of(by_seed[first] - by_seed[second], margin, len(self.differences))
+        spread = spread_of(scores[first] - scores[second], margin, len(self.differences))
         return seeds_needed(interval.estimate, spread)
 
 

@@ -47,7 +47,7 @@ def test_nothing_is_separated_where_every_interval_holds_zero(tmp_path):
     apart = torch.tensor(a) - torch.tensor(b)
     size = float(found.verdict.split("` of ")[1].split()[0])
     assert size == pytest.approx(4.303 * apart.std().item() / 3**0.5, rel=0.05)
-    needed = seeds_needed(apart.mean().item(), spread_of(apart, size, 1))
+    needed = seeds_needed(apart.mean().item(), spread_of(apart[:, None].expand(3, 40), size, 1))
     assert found.step.variants == ("a", "b")
     assert found.step.seeds == pytest.approx(needed, abs=1)
     assert (
