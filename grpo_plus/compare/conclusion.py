@@ -82,10 +82,11 @@ def _from_differences(verdict: ScoreVerdict) -> Conclusion:
         step = NextStep(f"Train with `{best}`.", winner=best)
         return Conclusion("One is ahead", _won(verdict, best, against), step, settled=True)
     rival = max(unclear, key=lambda label: verdict.means[label].estimate)
-    if all(interval.low == interval.high == 0 for interval in against.values()):
-        text = f"Nothing separates the variants: they have the same `{verdict.score}` on every held-out item."
-        return Conclusion("No answer", text, NextStep("More steps, or another score, may tell them apart."))
     step = _to_tell(verdict, best, rival)
+    if against[rival].low == against[rival].high == 0:
+        same = f"`{best}` and `{rival}` have the same `{verdict.score}` on every held-out item."
+        text = f"{_largest(verdict)} {same}" if verdict.shown() else same
+        return Conclusion("No answer", text, NextStep("More steps, or another score, may tell them apart."))
     if not verdict.shown():
         seeds = count(len(verdict.comparison.paired_seeds), "seed")
         text = (
@@ -102,7 +103,9 @@ def _won(verdict: ScoreVerdict, best: str, against: dict[str, Interval]) -> str:
     nearest = min(against, key=lambda label: against[label].estimate)
     lead = f"by {_value(against[nearest])} in `{verdict.score}`"
     if len(against) == 1:
-        return f"`{best}` is ahead of `{nearest}` {lead}."
+        others = [label for label in verdict.means if label not in (best, nearest)]
+        alone = f" Only `{nearest}` was compared with each: `{best}` has the highest mean, and may not be the best."
+        return f"`{best}` is ahead of `{nearest}` {lead}.{alone if others else ''}"
     return f"`{best}` is ahead of all others: of `{nearest}`, the nearest, {lead}."
 
 
@@ -153,7 +156,8 @@ def _best(verdict: ScoreVerdict) -> str:
 
 def _smallest(verdict: ScoreVerdict) -> float:
     """No smaller difference would be shown for any pair: half the width of the narrowest interval."""
-    return min((i.high - i.low) / 2 for i in (difference.interval for difference in verdict.differences))
+    widths = [(i.high - i.low) / 2 for i in (difference.interval for difference in verdict.differences)]
+    return min(width for width in widths if width > 0)  # no training differs from its twin, and that shows nothing
 
 
 def _reached(verdict: ScoreVerdict, label: str) -> str:

@@ -65,8 +65,24 @@ def test_a_difference_that_no_number_of_seeds_would_show_asks_for_none(tmp_path)
 def test_arms_that_score_alike_on_every_item_are_not_told_to_train_more_seeds(tmp_path):
     same = [[0.0, 1.0], [1.0, 1.0], [0.0, 0.0]]
     found = concluded(tmp_path, {"a": same, "b": same})
-    assert "they have the same `accuracy` on every held-out item." in found.verdict
+    assert found.verdict == "`a` and `b` have the same `accuracy` on every held-out item."
     assert found.step == NextStep("More steps, or another score, may tell them apart.")
+
+
+@pytest.mark.parametrize("baseline", [None, "a"])
+@pytest.mark.parametrize("worst", [[[0.0, 1.0], [1.0, 0.0], [0.0, 0.0]], [[-9.0, -9.0]] * 3])
+def test_of_arms_that_score_alike_a_third_one_is_not_said_to(tmp_path, baseline, worst):
+    same = [[0.0, 1.0], [1.0, 1.0], [0.0, 0.0]]
+    found = concluded(tmp_path, {"b": same, "a": same, "c": worst}, baseline)
+    assert found.verdict.endswith("`b` and `a` have the same `accuracy` on every held-out item.")
+    assert ("is ahead of `c`" in found.verdict) == (worst[0][0] < 0)
+    assert found.step == NextStep("More steps, or another score, may tell them apart.")
+
+
+def test_twins_do_not_make_small_differences_visible(tmp_path):
+    low = [[0.0, 1.0], [1.0, 0.0], [0.0, 0.0]]
+    found = concluded(tmp_path, {"a": [[0.0, 1.0], [1.0, 1.0], [0.0, 0.0]], "b": low, "c": low})
+    assert "3 seeds can show differences in `accuracy` of 1.9" in found.verdict
 
 
 @pytest.mark.parametrize("seeds", [1, 2])
@@ -111,6 +127,8 @@ def test_a_baseline_is_compared_with_each_other_and_a_wrong_one_is_refused(tmp_p
     comparison = comparison_of(tmp_path, {"a": noisy(0.2, 3), "b": noisy(0.3, 3), "c": noisy(0.4, 3)})
     verdict = ScoreVerdict(comparison, "accuracy", "b")
     assert [(d.first, d.second) for d in verdict.differences] == [("a", "b"), ("c", "b")]
-    assert conclusion(verdict).verdict.startswith("`c` is ahead of `b` by 0.099 [")
+    found = conclusion(verdict).verdict
+    assert found.startswith("`c` is ahead of `b` by 0.099 [")
+    assert found.endswith("Only `b` was compared with each: `c` has the highest mean, and may not be the best.")
     with pytest.raises(ValueError, match="There is no variant 'd'"):
         checked_baseline(comparison, "d")
