@@ -11,7 +11,7 @@ from typing import Any
 from grpo_plus.rewards.completions import Completion, text_of
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
-_FORM = re.compile(r"\s*<think>.*</think>\s*<answer>.*\S.*</answer>\s*", re.DOTALL)
+_FORM = re.compile(r"\s*<think>.*</think>\s*<answer>\s*+\S.*</answer>\s*", re.DOTALL)
 
 
 def think_answer_format(completions: Sequence[Completion], *, opened: bool = False, **_: Any) -> list[float]:

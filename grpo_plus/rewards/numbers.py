@@ -37,7 +37,8 @@ _LATEX = (
     (re.compile(r"\\[dt]?frac\s*\{\s*(-?\d+)\s*\}\s*\{\s*(\d+)\s*\}"), r"\1/\2"),
 )
 _UNIT = re.compile(r"\\(?:text|mathrm|textbf)\{[^{}]*\}")
-_AROUND = re.compile(r"^(?:[A-Za-z]\w*\s*=)?[\s$€£¥]*|[\s$€£¥%.]*$")
+# Behind another such sign none begins: a model that writes dots for ever would cost the square of their number.
+_AROUND = re.compile(r"^(?:[A-Za-z]\w*\s*=)?[\s$€£¥]*|(?<![\s$€£¥%.])[\s$€£¥%.]+$")
 
 
 def last_number_in(text: str) -> Fraction | None:

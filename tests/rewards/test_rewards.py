@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import time
 
 import pytest
 from datasets import Dataset
@@ -11,6 +12,7 @@ from trl import rewards as trl_rewards
 
 from grpo_plus import rewards
 from grpo_plus.config.data import check_data
+from grpo_plus.rewards import boxed_answer, tagged_answer, think_answer_format
 
 GSM8K = "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\nShe sold 48+24 = <<48+24=72>>72 altogether.\n#### 72"
 MATH = r"The sum is $\frac{1}{2} + \frac{1}{6}$, that is $\boxed{\frac{2}{3}}$."
@@ -173,6 +175,21 @@ def test_every_reward_is_none_or_a_share(function, content):
     assert len(values) == 7
     assert all(value is None or 0 <= value <= 1 for value in values)
     assert values == function(completions=[*forms, asked], **given)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<think>a</think><answer>" + "x" * 40_000 + "</answer> x",
+        "<answer>" + "." * 40_000 + "x</answer>",
+        r"\boxed{" + " ." * 20_000 + "x}",
+    ],
+)
+def test_a_model_that_repeats_a_sign_for_ever_is_judged_at_once(text):
+    began = time.process_time()
+    rewards = [think_answer_format([text]), tagged_answer([text], ["1"]), boxed_answer([text], ["1"])]
+    assert rewards == [[0.0], [0.0], [0.0]]
+    assert time.process_time() - began < 1  # it took the square of the length: 3 s and more
 
 
 def test_a_number_that_a_tool_has_said_is_no_answer():
