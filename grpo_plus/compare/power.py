@@ -8,7 +8,7 @@ Sciences", 1988, chapter 2). The standard error of S seeds is that of the interv
 
 `between` is the variance of the paired difference between seeds. `items` is the part of the error that more seeds leave
 as it is: some items suit a variant on every seed, and the items are the same for all seeds. `chance` is what a single
-item on a single seed adds. The crossed resampling counts chance three times: in `between`, with the items, and by itself
+item on a single seed adds. The crossed resampling counts chance three times: in `between`, with the items, and alone
 (Owen, "The pigeonhole bootstrap").
 
 The difference that was seen is not the true one, and the winner's is more often too large than too small (Hoenig and
