@@ -36,7 +36,9 @@ def launch(folder: Path) -> None:
     # `--cpu` would ask for MPI; this launcher is torchrun, and use_cpu=True makes the processes meet over gloo.
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    command += ["-m", "tests.processes.worker", str(folder), json.dumps(JOBS)]
+    # A command ends its process group, and a second group may meet addresses of the first: commands come last.
+    ordered = dict(sorted(JOBS.items(), key=lambda entry: "command" in entry[1]))
+    command += ["-m", "tests.processes.worker", str(folder), json.dumps(ordered)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
