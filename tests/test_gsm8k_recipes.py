@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from grpo_plus import cli
+from grpo_plus.cli.plan_config import asked
 from grpo_plus.demo.tiny import tiny_model, tiny_tokenizer
 from grpo_plus.planner import shape_of
 from tests.recipes import MODELS, NAMES, RECIPES, card_of, planned, read
@@ -33,6 +34,14 @@ def test_a_recipe_fits_its_card_by_what_it_says(name):
     assert config.per_device_eval_batch_size % config.num_generations == 0  # or `grpo-plus compare` refuses it
     limit = own.reward_kwargs["get_soft_overlong_punishment"]["max_completion_len"]
     assert limit == config.max_completion_length
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_plan_reads_a_recipe_as_trls_parser_does(name):
+    read_by_plan = asked(str(RECIPES / name), {}, model=None, revision=None, qlora=False)
+    given = planned(name).run.changed_from(read_by_plan.run)
+    assert given.pop("steps_per_generation") == read_by_plan.run.gradient_accumulation_steps  # TRL's default, filled in
+    assert (given, read_by_plan.notes) == ({}, ())
 
 
 @pytest.mark.parametrize(("smaller", "name"), itertools.pairwise(NAMES))

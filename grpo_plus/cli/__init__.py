@@ -70,7 +70,9 @@ def _parser(verbs: dict[str, ModuleType]) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"grpo-plus {__version__}")
-    commands = parser.add_subparsers(dest="verb", required=True, metavar="VERB", help=argparse.SUPPRESS)
+    commands = parser.add_subparsers(
+        dest="verb", required=True, metavar="VERB", help=argparse.SUPPRESS, prog="grpo-plus"
+    )
     for verb, module in verbs.items():
         command = commands.add_parser(verb, description=module.HELP, add_help=verb not in HELPED, allow_abbrev=False)
         module.add_arguments(command)

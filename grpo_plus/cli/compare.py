@@ -18,39 +18,68 @@ if TYPE_CHECKING:
 
 HELP = "Train estimators over seeds from one start, and say which learned more."
 EXAMPLE = "grpo-plus compare --estimators grpo,rloo --seeds 5"
-ABOUT = (
-    "Train every named estimator (and loss) over several seeds from the same start, and write one report. On the "
-    "demo's task, or with TRL's flags on yours: --model_name_or_path, --dataset_name, --reward_funcs and every other "
-    "one of `grpo-plus train`."
-)
+USAGE = "grpo-plus compare [--estimators NAMES] [--FLAG VALUE ...]"
+ABOUT = """Train every named estimator (and loss) over several seeds from the same
+start, and write one report.
+
+On the demo's task, which needs nothing:
+  grpo-plus compare --estimators grpo,rloo --seeds 5
+On yours:
+  grpo-plus compare --estimators grpo,rloo --config run.yaml --max_steps 100
+
+Every flag of `grpo-plus train` works here, TRL's among them:
+`grpo-plus train --help` lists them."""
 ESTIMATORS = "grpo,dr_grpo,rloo,gdpo"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What is compared; the rest is TRL's."""
-    parser.description = ABOUT
-    parser.add_argument("--estimators", default=ESTIMATORS, help=f"names or dotted paths; default: {ESTIMATORS}")
-    parser.add_argument("--losses", help="names, each trained with each estimator; default: the task's one loss")
-    parser.add_argument("--seeds", type=int, default=3, help="how many; 3 or more for intervals; default: 3")
-    parser.add_argument("--max_steps", type=int, help="GRPO steps of every arm; default: 120 on the demo's task")
-    parser.add_argument(
-        "--advantage_kwargs", type=json.loads, default={}, help="""by estimator: '{"passk": {"k": 4}}'"""
+    parser.usage, parser.description, parser.formatter_class = USAGE, ABOUT, argparse.RawDescriptionHelpFormatter
+    compared = parser.add_argument_group("what is compared")
+    compared.add_argument(
+        "--estimators", metavar="NAMES", default=ESTIMATORS, help=f"names or dotted paths; default: {ESTIMATORS}"
     )
-    parser.add_argument(
+    compared.add_argument(
+        "--losses", metavar="NAMES", help="each trained with each estimator; default: the task's one loss"
+    )
+    compared.add_argument(
+        "--advantage_kwargs",
+        type=json.loads,
+        default={},
+        metavar="JSON",
+        help="""keywords by estimator: '{"passk": {"k": 4}}'""",
+    )
+    compared.add_argument(
+        "--max_steps", type=int, metavar="N", help="GRPO steps of every arm; default: 120 on the demo's task"
+    )
+    judged = parser.add_argument_group("how it is judged")
+    judged.add_argument(
+        "--seeds", type=int, default=3, metavar="N", help="how many; 3 or more for intervals; default: 3"
+    )
+    judged.add_argument(
+        "--num_held_out",
+        type=int,
+        metavar="N",
+        help="prompts to judge each arm by; default: 500 on the demo's task, or 128",
+    )
+    judged.add_argument(
+        "--baseline", metavar="NAME", help="an estimator to compare the others with; default: all pairs"
+    )
+    sweep = parser.add_argument_group("sweep", "Each variant at its own best setting.")
+    sweep.add_argument(
         "--sweep",
         action="append",
         metavar="FIELD=VALUES",
-        help="learning_rate=1e-5,3e-5,1e-4: each variant at its own best setting; several times for a grid. Other "
-        "seeds and one half of the held-out prompts choose it, the other half judges",
+        help="learning_rate=1e-5,3e-5,1e-4; several times for a grid. Other seeds and one half of the held-out prompts "
+        "choose, the other half judges",
     )
-    parser.add_argument("--sweep_seeds", type=int, help="how many other seeds choose the settings; default: 2")
-    parser.add_argument(
-        "--num_held_out", type=int, help="prompts to judge each arm by; default: 500 on the demo's task, or 128"
+    sweep.add_argument(
+        "--sweep_seeds", type=int, metavar="N", help="how many other seeds choose the settings; default: 2"
     )
-    parser.add_argument("--baseline", help="an estimator to compare the others with; default: all pairs")
-    parser.add_argument(
+    parser.add_argument_group("output").add_argument(
         "--output_dir",
         default="grpo_plus_comparison",
+        metavar="DIR",
         help="default: grpo_plus_comparison; what it holds of this comparison already is not trained again",
     )
 

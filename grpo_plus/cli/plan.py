@@ -4,15 +4,20 @@ import argparse
 from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Any
 
+from grpo_plus.cli.words import for_terminal
+
 if TYPE_CHECKING:
+    from grpo_plus.cli.plan_config import Asked
     from grpo_plus.planner import MemoryPlan, Run
 
 HELP = "Say what GPU memory a run needs, what fits, and what to change."
+USAGE = "grpo-plus plan [MODEL] [--config run.yaml] [--gpu CARD] [--FLAG VALUE ...]"
 EXAMPLE = "grpo-plus plan Qwen/Qwen3-4B --gpu 12GB --qlora"
 
 EPILOG = """Examples:
   grpo-plus plan Qwen/Qwen3-4B --gpu 12GB --qlora --max_completion_length 1024
   grpo-plus plan Qwen/Qwen3-4B --gpu 8GB,12GB,16GB,24GB --qlora
+  grpo-plus plan --config run.yaml --gpu 12GB
 
 The settings have the names and defaults of `grpo-plus train`, but that --lora_r stands for --use_peft with adapters on
 all linear layers, and --prompt_length for the dataset's longest prompt. Sizes are for full-length completions. What
@@ -24,8 +29,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The model, the card and the settings of `Run`."""
     from grpo_plus.planner.run import Run
 
-    parser.epilog, parser.formatter_class = EPILOG, argparse.RawDescriptionHelpFormatter
-    parser.add_argument("model", metavar="MODEL", help="a local folder, a config.json, or a name on the hub")
+    parser.usage, parser.epilog, parser.formatter_class = USAGE, EPILOG, argparse.RawDescriptionHelpFormatter
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        nargs="?",
+        help="a local folder, a config.json, or a name on the hub; default: the file's",
+    )
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="YAML of `grpo-plus train`, planned as it is; the command line goes before it. What takes memory and is "
+        "not planned is said",
+    )
     parser.add_argument(
         "--gpu",
         metavar="CARD",
@@ -67,15 +83,14 @@ def _boolean(text: str) -> bool:
 
 def run(args: argparse.Namespace, rest: list[str]) -> int:
     """Print the table; with --gpu, what fits and what to change. Exit status 1 where the run does not fit."""
-    from grpo_plus.planner import QLORA, Constants, Run, card, load_constants, load_shape, plan
+    from grpo_plus.planner import Constants, card, load_constants, load_shape, plan
 
     cards = [card(name) for name in args.gpu.split(",")] if args.gpu is not None else []
     constants = load_constants(args.calibrate) if args.calibrate is not None else Constants()
-    given = {entry.name: value for entry in fields(Run) if (value := getattr(args, entry.name)) is not None}
-    settings = Run(**((QLORA if args.qlora else {}) | given))
-    planned = plan(load_shape(args.model, revision=args.revision), settings, constants=constants)
-    for note in planned.shape.notes:
-        print(note)
+    asked = _asked(args)
+    planned = plan(load_shape(asked.model, revision=asked.revision), asked.run, constants=constants)
+    for note in (*planned.shape.notes, *asked.notes):
+        print(for_terminal(note))
     print(_header(planned))
     notes = [gpu.note for gpu in cards if gpu.note]
     if len(cards) > 1:
@@ -87,6 +102,15 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
     print("".join(f"{note}\n" for note in notes), end="")
     print(_verdict(planned, cards[0].size))
     return 0 if planned.fits(cards[0].size) else 1
+
+
+def _asked(args: argparse.Namespace) -> "Asked":
+    """The command line before the file, and the file before the settings of --qlora."""
+    from grpo_plus.cli.plan_config import asked
+    from grpo_plus.planner import Run
+
+    given = {entry.name: value for entry in fields(Run) if (value := getattr(args, entry.name)) is not None}
+    return asked(args.config, given, model=args.model, revision=args.revision, qlora=args.qlora)
 
 
 def _header(planned: "MemoryPlan") -> str:

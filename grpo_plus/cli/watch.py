@@ -33,7 +33,8 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
         with Live(console=console, auto_refresh=False) as live:
             while True:
                 log = read_log(folder)
-                live.update(frame(folder, log, width=console.width, now=time.time()), refresh=True)
+                size = {"width": console.width, "height": console.height}
+                live.update(frame(folder, log, now=time.time(), **size), refresh=True)
                 if log is not None and log.ended:
                     return 0
                 time.sleep(args.every)

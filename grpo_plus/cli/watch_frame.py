@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 NOT_TABLE = ("step", "prompt", "completion", "advantage", "group", "task")
-COMPLETIONS, LONGEST = 3, 300  # shown, and signs of each
+COMPLETIONS, LINES = 3, 3  # shown, and lines of each
+LATE, A_MINUTE = 10, 60.0  # steps and seconds without a log, after which a run may have stopped
+AROUND = 7  # lines that are neither a figure nor a completion
 
 
 @dataclass(frozen=True)
@@ -25,8 +27,8 @@ class Completion:
     """A row of the newest table of completions.
 
     Attributes:
-        prompt: its end.
-        text: of the completion, its beginning.
+        prompt: on one line.
+        text: of the completion, on one line.
         rewards: by the name of the function.
     """
 
@@ -35,12 +37,13 @@ class Completion:
     rewards: dict[str, float]
 
 
-def frame(folder: Path, log: RunLog | None, *, width: int, now: float) -> "Group":
+def frame(folder: Path, log: RunLog | None, *, width: int, now: float, height: int | None = None) -> "Group":
     """What is known of a run.
 
     Args:
         log: None where the run has written none.
         width: columns of the terminal.
+        height: its lines, into which as many completions go as have room. None: all of them.
         now: seconds since 1970.
     """
     from rich.console import Group
@@ -52,8 +55,11 @@ def frame(folder: Path, log: RunLog | None, *, width: int, now: float) -> "Group
             "callbacks=[grpo_plus.RunLogCallback()] does, and every checkpoint holds the log up to then.",
         )
     completions = last_completions(folder)
-    parts: list[Any] = [_head(folder, log, width, now), _figures(log, width)]
-    return Group(*parts, *([_completions(completions)] if completions else []))
+    figures = _figures(log, width)
+    if height is not None:
+        completions = completions[: max(height - AROUND - figures.row_count, 0) // (LINES + 1)]
+    parts: list[Any] = [_head(folder, log, width, now), figures]
+    return Group(*parts, *([_completions(completions, width)] if completions else []))
 
 
 def last_completions(folder: Path) -> list[Completion]:
@@ -84,14 +90,17 @@ def _head(folder: Path, log: RunLog, width: int, now: float) -> "Text":
         head.append("━" * (max(width // 4, 10) - done), style="dim")
     if log.ended:
         head.append("\nfinished", style="not bold green")
-    else:
-        left = "" if log.seconds_left is None else f", {duration(log.seconds_left)} left"
-        head.append(f"\n{duration(log.seconds_per_step)} per step{left}", style="not bold")
+        return head.append("\n")
     last = log.entries[-1].time if log.entries else None
-    if last is not None:
-        head.append(f", last log {duration(max(now - last, 0))} ago", style="not bold dim")
-    head.append("\n")
-    return head
+    silence = 0.0 if last is None else max(now - last, 0)
+    silent = silence > max(LATE * (log.seconds_per_step or 0), A_MINUTE)
+    left = "" if log.seconds_left is None or silent else f", {duration(log.seconds_left)} left"
+    head.append(f"\n{duration(log.seconds_per_step)} per step{left}", style="not bold")
+    if silent:
+        head.append(f", nothing logged for {duration(silence)}: it may have stopped", style="not bold yellow")
+    elif last is not None:
+        head.append(f", last log {duration(silence)} ago", style="not bold dim")
+    return head.append("\n")
 
 
 def _figures(log: RunLog, width: int) -> "Table":
@@ -107,33 +116,42 @@ def _figures(log: RunLog, width: int) -> "Table":
     return table
 
 
-def _completions(completions: list[Completion]) -> "Table":
+def _completions(completions: list[Completion], width: int) -> "Table":
     from rich.table import Table
 
     table = Table(box=None, padding=(1, 2, 0, 0), header_style="dim", expand=True)
     table.add_column("prompt", ratio=2)
     table.add_column("completion", ratio=4)
-    table.add_column("rewards", ratio=2)
+    table.add_column("rewards", ratio=2, overflow="fold")
+    signs = LINES * (width // 2 - 12)  # of a completion's column, with room for the ends of its lines
     for row in completions:
         rewards = ", ".join(f"{_text(name)} {figure(value)}" for name, value in row.rewards.items())
-        table.add_row(_text(row.prompt), _text(row.text), rewards)
+        table.add_row(_text(_end(row.prompt, signs // 2)), _text(_beginning(row.text, signs)), rewards)
     return table
 
 
 def _completion(row: dict[str, Any]) -> Completion:
     numbers = {name: value for name, value in row.items() if isinstance(value, float) and math.isfinite(value)}
     rewards = {name: value for name, value in numbers.items() if name not in NOT_TABLE}
-    return Completion(_said(row["prompt"])[-LONGEST // 3 :], _said(row["completion"])[:LONGEST], rewards)
+    return Completion(_said(row["prompt"]), _said(row["completion"]), rewards)
+
+
+def _beginning(text: str, signs: int) -> str:
+    return text if len(text) <= signs else f"{text[: signs - 1].rstrip()}…"
+
+
+def _end(text: str, signs: int) -> str:
+    return text if len(text) <= signs else f"…{text[1 - signs :].lstrip()}"
 
 
 def _said(value: Any) -> str:
     """The text of a prompt or a completion: of its last message where it is a conversation."""
     if isinstance(value, list):
         value = value[-1].get("content", "") if value and isinstance(value[-1], dict) else ""
-    return str(value)
+    return " ".join(str(value).split())
 
 
 def _text(value: Any) -> str:
     from rich.markup import escape
 
-    return escape(for_terminal(" ".join(str(value).split(" "))))
+    return escape(for_terminal(str(value)))

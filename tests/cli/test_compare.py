@@ -40,6 +40,19 @@ def test_the_demos_task_is_compared_and_the_same_command_goes_on(tmp_path, monke
     assert held_out["seed"].tolist() == [0, 1]
 
 
+def test_the_help_has_groups_and_says_where_trls_flags_are(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        cli.main(["compare", "--help"])
+    output = capsys.readouterr().out
+    titles = ["usage: grpo-plus compare", "what is compared:", "how it is judged:", "\nsweep:", "\noutput:"]
+    places = [output.index(title) for title in titles]
+    assert places == sorted(places)
+    assert output.count("grpo-plus train --help") == 1
+    assert [line for line in output.splitlines() if len(line) > 80] == []
+    assert f"\n  {cli.compare.EXAMPLE}\n" in output
+
+
 def test_a_users_own_model_data_and_rewards(workplace, capsys):
     """With adapters, two reward functions, two losses, and held-out rows from the end of the only split."""
     (workplace / "my_rewards.py").write_text(

@@ -83,6 +83,45 @@ def test_more_tokens_than_a_model_has_positions_are_said(model, tmp_path, capsys
     assert "The model knows 40,960 positions." in capsys.readouterr().out
 
 
+def test_a_file_of_train_is_planned_under_the_command_line(model, tmp_path, capsys):
+    """It names the model, its adapters are QLoRA's, and what takes memory beside the plan is said."""
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        f"model_name_or_path: {model}\nqlora: true\nmax_completion_length: 1024\nlearning_rate: 1e-5\nbeta: 4e-2\n"
+        "mlp_tile_tokens: 0\ngeneration_batch_size: 32\nuse_vllm: true\nfsdp: ''\n"
+    )
+    assert cli.main(["plan", "--config", str(file), "--max_completion_length", "2048"]) == 0
+    settings = QLORA | {"beta": 0.04, "mlp_tile_tokens": None, "steps_per_generation": 4}
+    output = capsys.readouterr().out
+    assert plan(load_shape(model), Run(**settings, max_completion_length=2048)).table() in output
+    assert f"Not planned, though in {file}, and it changes the memory: use_vllm.\n" in output
+
+
+def test_adapters_of_a_file_have_trls_dropout_and_need_use_peft(model, tmp_path, capsys):
+    file = tmp_path / "run.yaml"
+    for use_peft, trained, rows in (("true", "LoRA r=16", "padding_free"), ("false", "all weights", "shared_prompt")):
+        file.write_text(f"lora_r: 16\nuse_peft: {use_peft}\n")
+        assert cli.main(["plan", model, f"--config={file}"]) == 0
+        output = capsys.readouterr().out
+        assert f"trains {trained}" in output
+        assert f"rows: {rows}" in output
+        assert ("lora_target_modules" in output) == (use_peft == "true")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("beta: 0.04", "run.yaml' has no model_name_or_path"),
+        ("- beta", "run.yaml' holds no flags"),
+        ("beta: [", "run.yaml' cannot be read as YAML"),
+    ],
+)
+def test_a_file_that_names_no_run_is_one_line(tmp_path, capsys, content, message):
+    (tmp_path / "run.yaml").write_text(content)
+    assert cli.main(["plan", "--config", str(tmp_path / "run.yaml")]) == 1
+    assert message in capsys.readouterr().err
+
+
 def test_flags_override_the_recipe(model, capsys):
     assert cli.main(["plan", model, "--qlora", "--lora_r", "64"]) == 0
     assert "LoRA r=64" in capsys.readouterr().out
@@ -112,6 +151,11 @@ def test_bad_input_is_one_line(model, capsys, arguments, message):
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
+
+
+def test_a_file_without_its_flag_is_told_the_flag(capsys):
+    assert cli.main(["plan", "run.yaml"]) == 1
+    assert "Write --config run.yaml." in capsys.readouterr().err
 
 
 def test_an_unknown_architecture_is_one_line(tmp_path, capsys):

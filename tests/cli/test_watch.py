@@ -1,15 +1,18 @@
 """A running training in the terminal, from files that are written while they are read."""
 
+import io
 import json
 import time
 import warnings
 
 import pandas as pd
 import pytest
+from rich.console import Console
 from transformers import TrainerState, TrainingArguments
 
 from grpo_plus import RunLogCallback, cli
 from grpo_plus.cli.figures import duration, figure, sparkline
+from grpo_plus.cli.watch_frame import frame as drawn
 from grpo_plus.report.run_log import LOG_FILE, append_line, read_log
 
 
@@ -51,6 +54,25 @@ def test_a_frame_shows_how_far_the_run_is(tmp_path, capsys, monkeypatch, width):
     assert "right 0" in printed
     assert "\x1b[2J" not in printed
     assert max(map(len, printed.splitlines())) <= width
+
+
+@pytest.mark.parametrize(("height", "shown"), [(16, 2), (12, 1), (8, 0)])
+def test_a_frame_has_as_many_completions_as_the_terminal_has_room_for(tmp_path, height, shown):
+    log(tmp_path, [0.1, 0.2])
+    table(tmp_path, 2, "a long\n\ncompletion " * 50)
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(drawn(tmp_path, read_log(tmp_path), width=80, height=height, now=time.time()))
+    lines = console.export_text().splitlines()
+    assert len(lines) <= height
+    assert sum(line.endswith(("right 0", "right 1")) for line in map(str.rstrip, lines)) == shown
+    assert any("…" in line for line in lines) == (shown > 0)
+
+
+def test_a_run_that_has_fallen_silent_has_no_time_left(tmp_path, capsys, monkeypatch):
+    log(tmp_path, [0.1, 0.2], ago=1200)
+    printed = frame(tmp_path, capsys, monkeypatch)
+    assert "2.0 s per step, nothing logged for 20 min: it may have stopped" in printed
+    assert " left" not in printed
 
 
 def test_files_that_are_being_written_do_no_harm(tmp_path, capsys, monkeypatch):
