@@ -3,14 +3,29 @@
 import argparse
 import platform
 import warnings
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, NamedTuple
 
 from grpo_plus.version import __version__
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 HELP = "Print versions and active parts, and check that the installed TRL fits."
 EXAMPLE = "grpo-plus doctor"
 
 PACKAGES = ("trl", "transformers", "torch", "accelerate", "datasets", "peft", "bitsandbytes", "triton", "vllm")
+MISSING = "not installed"
+STYLES = {"on": "green", "at your word": "cyan", "off": "yellow"}
+
+
+class Part(NamedTuple):
+    """A part of the package on this machine: its name, a key of `STYLES`, and what it does or why it is off."""
+
+    name: str
+    state: str
+    text: str
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,27 +34,62 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, rest: list[str]) -> int:
     """Print the report; exit status 1 if the installed TRL is outside the tested window or has changed."""
-    print(f"grpo_plus {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}")
-    print("\nVersions")
-    for package in PACKAGES:
-        print(f"  {package:13} {_version(package)}")
-    print("\nDevice")
-    print(f"  {_device()}")
-    print("\nActive")
-    for line in _active():
-        print(f"  {line}")
-    print("\nSeam to TRL")
-    changes = _seam()
-    for line in changes or [f"as tested: trl {version('trl')}"]:
-        print(f"  {line}")
+    from rich.console import Console
+
+    from grpo_plus.cli.words import for_terminal
+
+    console, changes = Console(highlight=False), _seam()
+    groups = {
+        "Versions": _table(("grpo_plus", __version__), *((package, _version(package)) for package in PACKAGES)),
+        "This machine": _table(
+            ("Python", f"{platform.python_version()}, {platform.system()} {platform.machine()}"), ("device", _device())
+        ),
+        "What is active, with the defaults": _parts(_active()),
+        "Log-probabilities of a frozen head (logprob_backend='auto')": _parts(_heads()),
+        "LoRA layers (lora_backend='auto')": _parts(_lora()),
+    }
+    for title, table in groups.items():
+        console.print(f"[bold]{title}[/]")
+        console.print(table)
+        console.print()
+    console.print("[bold]Does TRL fit?[/]")
+    for change in changes:
+        console.print(f"  no: {for_terminal(change)}", style="red", markup=False)
+    if not changes:
+        console.print(f"  [green]yes[/]: as tested, trl {version('trl')}")
     return 1 if changes else 0
+
+
+def _table(*rows: tuple[str, str]) -> "Table":
+    """Names, and what is known of each; a package that is missing stands back."""
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column()
+    for name, text in rows:
+        table.add_row(f"  {name}", text, style="dim" if text == MISSING else "")
+    return table
+
+
+def _parts(parts: Iterable[Part]) -> "Table":
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for _ in ("name", "state"):
+        table.add_column(no_wrap=True)
+    table.add_column()
+    for name, state, text in parts:
+        table.add_row(f"  {name}", f"[{STYLES[state]}]{state}[/]", escape(text))
+    return table
 
 
 def _version(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:
-        return "not installed"
+        return MISSING
 
 
 def _device() -> str:
@@ -52,27 +102,28 @@ def _device() -> str:
     return f"{name}, {total:.0f} GiB, compute capability {'.'.join(map(str, torch.cuda.get_device_capability()))}"
 
 
-def _active() -> list[str]:
+def _active() -> list[Part]:
+    import torch
+
     from grpo_plus.advantages import ESTIMATORS
     from grpo_plus.losses import LOSSES, TRL_LOSSES
 
+    others = len(LOSSES) - len(TRL_LOSSES)
+    gpu = "on" if torch.cuda.is_available() else "off"
+    no_gpu = "" if gpu == "on" else "No GPU here. On one: "
     return [
-        f"advantages: TRL's by default; {len(ESTIMATORS)} more by name (grpo-plus ls advantages)",
-        f"losses: TRL's {len(TRL_LOSSES)}, and {len(LOSSES) - len(TRL_LOSSES)} that it lacks (grpo-plus ls losses)",
-        "forward: packed where a check on the first rows finds it exact (packing), without zero-advantage rows",
-        "generation by transformers: each prompt once, and finished rows leave (generation_loop)",
-        "memory: on a GPU, an update that does not fit takes several passes (max_tokens_per_pass); under gradient",
-        "  checkpointing, long rows go through MLPs in tiles (mlp_tile_tokens)",
-        "on a GPU, forms, heads and LoRA layers that are 'auto' are timed in the first update; the fastest is taken",
-        "log-probabilities (logprob_backend='auto'):",
-        *(f"  {line}" for line in _heads()),
-        "LoRA layers (lora_backend='auto'):",
-        "  torch   chosen for plain adapters without dropout, on 4-bit and unquantized layers",
-        "  peft    for the others, with a warning that names the reason",
+        Part("advantages", "on", f"TRL's; {len(ESTIMATORS)} more by name (grpo-plus ls advantages)"),
+        Part("losses", "on", f"TRL's {len(TRL_LOSSES)}; {others} more by name (grpo-plus ls losses)"),
+        Part("packing", "on", "Rows are packed where a check on the first rows finds it exact."),
+        Part("skip_zero_advantage", "on", "Rows without a gradient are left out."),
+        Part("generation_loop", "on", "By transformers: each prompt once, and finished rows leave."),
+        Part("mlp_tile_tokens", "on", "Under gradient checkpointing, long rows go through MLPs in tiles."),
+        Part("max_tokens_per_pass", gpu, f"{no_gpu}an update that does not fit takes several passes."),
+        Part("timing of 'auto'", gpu, f"{no_gpu}the first update times forms, heads and LoRA layers."),
     ]
 
 
-def _heads() -> list[str]:
+def _heads() -> list[Part]:
     """What 'auto' takes for a frozen head on this machine, and why not the others."""
     import torch
 
@@ -81,13 +132,29 @@ def _heads() -> list[str]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     reason = why_not_on("triton", device)
     if device == "cpu":
-        lines = ["torch   chosen for a frozen head: a single pass over it, measured on CPUs"]
-        lines.append("trl     where the head or an entropy bonus trains")
+        parts = [
+            Part("torch", "on", "One pass over the head, measured on CPUs."),
+            Part("trl", "on", "Where the head or an entropy bonus trains."),
+        ]
     else:
-        lines = ["trl     where the head or an entropy bonus trains, and where the first update finds it the faster"]
-        lines.append("torch   at your word, for a frozen head")
-    at_your_word = "at your word" if device == "cpu" else "where the first update finds it the faster"
-    return [*lines, f"triton  not here: {reason}" if reason else f"triton  {at_your_word}, for a frozen head"]
+        parts = [
+            Part("trl", "on", "Where the head or an entropy bonus trains, or the first update finds it faster."),
+            Part("torch", "at your word", "For a frozen head."),
+        ]
+    if reason:
+        return [*parts, Part("triton", "off", f"{reason}.")]
+    if device == "cpu":
+        return [*parts, Part("triton", "at your word", "For a frozen head.")]
+    return [*parts, Part("triton", "on", "Where the first update finds it faster.")]
+
+
+def _lora() -> list[Part]:
+    if _version("peft") == MISSING:
+        return [Part("peft", "off", "It is not installed: pip install peft.")]
+    return [
+        Part("torch", "on", "Plain adapters without dropout, on 4-bit and unquantized layers."),
+        Part("peft", "on", "The others, with a warning that names the reason."),
+    ]
 
 
 def _seam() -> list[str]:

@@ -74,13 +74,16 @@ def test_ls_explains_what_shares_a_name_and_suggests_the_nearest(capsys):
     assert "There is nothing called 'rlo'. Did you mean 'rloo'?" in capsys.readouterr().err
 
 
-def test_doctor_prints_versions_and_the_seam(capsys):
+def test_doctor_prints_versions_and_the_seam(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     assert cli.main(["doctor"]) == 0
     output = capsys.readouterr().out
     assert "transformers  5." in output
-    assert "as tested: trl 1." in output
-    assert "    torch   chosen for a frozen head" in output
-    assert "    triton  not here: Triton " in output
+    assert "yes: as tested, trl 1." in output
+    assert "  torch   on   One pass over the head" in output
+    assert "  triton  off  Triton " in output
+    assert max(map(len, output.splitlines())) <= 80
+    assert "\x1b" not in output  # colors are for terminals
 
 
 def test_doctor_fails_when_trl_has_changed(capsys, monkeypatch):
