@@ -200,7 +200,8 @@ def near_ties(e: Evidence) -> str | None:
 )
 def small_groups(e: Evidence) -> str | None:
     """Graded rewards in groups of very few."""
-    return None if e.size > FEW or e.binary else f"A group has {e.size} completions, and rewards are graded"
+    graded = e.high > e.low and not e.binary
+    return None if e.size > FEW or not graded else f"A group has {e.size} completions, and rewards are graded"
 
 
 @rule(

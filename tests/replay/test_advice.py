@@ -101,6 +101,7 @@ def test_where_no_rule_fits_the_advice_is_to_stay():
     both_earned = [[(1, 1)] * 11 + [(0.2, 0.1)]] * 2
     assert found_in(log(*both_earned, tasks=("x", "y"))) == {}
     assert found_in(log([0, 0, 0, 0, 0, 0])).keys() == {"mostly_dead"}
+    assert found_in(log([0, 0, 0])).keys() == {"mostly_dead"}
     assert found_in(PLAIN) == {}
     advice = advise(evidence_of(PLAIN), current="gdpo")
     assert (advice.candidates, advice.reasons, advice.unsuited) == ({}, (), {})
