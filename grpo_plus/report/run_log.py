@@ -5,6 +5,7 @@ trainer_state.json of its newest checkpoint.
 """
 
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -84,8 +85,12 @@ def append_line(folder: str | Path, line: Mapping[str, Any], *, anew: bool = Fal
     """Add a line to the log in `folder`, or begin the file anew."""
     path = Path(folder, LOG_FILE)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w" if anew else "a", encoding="utf-8") as file:
-        file.write(json.dumps(line, default=str) + "\n")
+    with path.open("wb+" if anew else "ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":  # a killed process has left half a line, which must not swallow this one
+                file.write(b"\n")
+        file.write(json.dumps(line, default=str).encode() + b"\n")
 
 
 def read_log(folder: str | Path) -> RunLog | None:

@@ -96,6 +96,15 @@ def test_a_resumed_run_stands_there_once(tmp_path):
     assert read_log(tmp_path).series("reward") == [(1, 0.9)]
 
 
+def test_half_a_line_of_a_killed_process_does_not_swallow_the_next_one(tmp_path):
+    append_line(tmp_path, {"event": "begin", "step": 0, "max_steps": 10})
+    append_line(tmp_path, {"event": "log", "step": 5, "figures": {"reward": 0.5}})
+    with (tmp_path / LOG_FILE).open("a") as file:
+        file.write('{"event": "log", "st')
+    append_line(tmp_path, {"event": "begin", "step": 4, "max_steps": 10})
+    assert (read_log(tmp_path).since, read_log(tmp_path).entries) == (4, ())
+
+
 def test_a_run_of_trls_is_read_from_its_newest_checkpoint(tmp_path, capsys, monkeypatch):
     assert "No log yet" in frame(tmp_path / "later", capsys, monkeypatch)
     for step in (9, 10):
