@@ -5,9 +5,11 @@ without the repository, so every linked file becomes a part of the site, under r
 """
 
 import ast
+import json
 import posixpath
 import re
 from pathlib import Path
+from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
@@ -17,6 +19,7 @@ ROOT = Path(__file__).parents[2]
 OUTSIDE = "repository"
 BLOCK_OF_CODE = re.compile(r"(^```.*?^```)", flags=re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"(\]\(|src=\"|srcset=\")(?!\w+:|#)([^)\s\"#]+)")
+NOTEBOOK = ".ipynb"
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".cff": "yaml", "": ""}
 STARTS = ("CONTRIBUTING.md", "CHANGELOG.md")
 ESTIMATORS = ("group", "unnormalized", "batch", "binary", "ranking", "multi_reward", "running", "process")
@@ -94,18 +97,39 @@ def linked_files(pages: dict[str, str]) -> set[str]:
         for path in {place(home, link) for _, link in LINK.findall(prose(text))} - found:
             if (ROOT / path).is_file() and not path.startswith("docs/"):
                 found.add(path)
-                if path.endswith(".md"):
-                    waiting.append((path, read(path)))
+                if path.endswith((".md", NOTEBOOK)):
+                    waiting.append((path, notebook(path) if path.endswith(NOTEBOOK) else read(path)))
     return found
 
 
 def file_of(path: str, config: MkDocsConfig) -> File:
-    """A file of the repository as a file of the site: code as a page, anything else as it is."""
+    """A file of the repository as a file of the site: code and notebooks as pages, anything else as it is."""
     target, suffix = site_uri(path), Path(path).suffix
+    if suffix == NOTEBOOK:
+        return File.generated(config, target, content=notebook(path))
     if suffix in LANGUAGES:
         fence = f"# {path}\n\n````{LANGUAGES[suffix]}\n{read(path)}\n````\n"
         return File.generated(config, target, content=fence)
     return File.generated(config, target, abs_src_path=str(ROOT / path))
+
+
+def notebook(path: str) -> str:
+    """A notebook of the repository as Markdown: its texts, its code, and what it printed and drew."""
+    parts: list[str] = []
+    for cell in json.loads(read(path))["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        parts += [shown(output) for output in cell.get("outputs", ())]
+    return "\n\n".join(parts) + "\n"
+
+
+def shown(output: dict[str, Any]) -> str:
+    """One output of a cell: a picture where there is one, or its text."""
+    data = output.get("data", {})
+    if "image/png" in data:
+        return f"![figure](data:image/png;base64,{data['image/png'].strip()})"
+    text = "".join(output.get("text") or data.get("text/plain", ""))
+    return f"```text\n{text.rstrip()}\n```"
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
@@ -140,7 +164,7 @@ def site_uri(path: str) -> str:
     """Source path in the site of a file of the repository."""
     if path.startswith("docs/"):
         return path.removeprefix("docs/")
-    return f"{OUTSIDE}/{path}.md" if Path(path).suffix in LANGUAGES else f"{OUTSIDE}/{path}"
+    return f"{OUTSIDE}/{path}.md" if Path(path).suffix in {*LANGUAGES, NOTEBOOK} else f"{OUTSIDE}/{path}"
 
 
 def prose(text: str) -> str:
