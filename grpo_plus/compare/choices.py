@@ -127,7 +127,7 @@ def wider(values: Sequence[float], side: str) -> float | None:
     """The next value beyond a sweep, as far from its edge as the edge is from its neighbor.
 
     By ratio where all values are positive, by difference otherwise. None below a 0, which switches something off, and
-    where rounding leads back to the edge.
+    where rounding leads back to the edge or inside.
     """
     ordered = sorted(values, reverse=side == SMALLEST)
     before, edge = ordered[-2:]
@@ -135,4 +135,4 @@ def wider(values: Sequence[float], side: str) -> float | None:
         return None
     beyond = edge * edge / before if min(values) > 0 else edge + (edge - before)
     rounded = round(beyond) if isinstance(edge, int) else float(f"{beyond:.2g}")
-    return None if rounded == edge else rounded
+    return rounded if (rounded < edge if side == SMALLEST else rounded > edge) else None

@@ -148,6 +148,7 @@ def test_an_item_that_some_setting_has_no_score_for_chooses_nothing():
     ([0.0, 0.04], SMALLEST, None),
     ([100, 101], LARGEST, 102),
     ([1000.0, 1001.0], SMALLEST, None),  # rounds to the edge
+    ([101.0, 102.0], LARGEST, None),  # 103 rounds to 100
 ])  # fmt: skip
 def test_a_wider_sweep_goes_as_far_beyond_its_edge_as_the_edge_from_its_neighbor(values, side, expected):
     assert wider(values, side) == expected
