@@ -1,14 +1,12 @@
 """Tables of README.md and of pages in docs, made from registries and results: `python -m tests.readme` writes them."""
 
-import inspect
 import json
 import re
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from grpo_plus.advantages import MODIFIERS
-from grpo_plus.cli.ls import advantage_rows, loss_rows, reward_rows
+from grpo_plus.cli.ls import advantage_rows, loss_rows, modifier_rows, reward_rows
 from grpo_plus.replay.rules import RULES
 from tests import recipes
 
@@ -16,22 +14,6 @@ README = Path(__file__).parents[1] / "README.md"
 DOCS = README.parent / "docs"
 PAGES = (README, *sorted(DOCS.glob("*.md")), recipes.RECIPES / "README.md")
 RESULTS = README.parent / "benchmarks" / "results"
-
-
-def modifier_rows() -> list[tuple[str, ...]]:
-    """What each modifier does, and its keywords."""
-    header = ("modifier", "what it does", "keywords")
-    return [
-        header,
-        *((name, described(name)[0], ", ".join(f"`{key}`" for key in described(name)[1:])) for name in MODIFIERS),
-    ]
-
-
-def described(name: str) -> list[str]:
-    """A modifier's summary and the names of its keywords."""
-    function = MODIFIERS[name]
-    keywords = inspect.signature(function).parameters.values()
-    return [(function.__doc__ or "").splitlines()[0], *(one.name for one in keywords if one.kind is one.KEYWORD_ONLY)]
 
 
 def step_rows() -> list[tuple[str, ...]]:

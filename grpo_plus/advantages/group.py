@@ -24,6 +24,10 @@ def grpo(rewards: Rewards, *, ddof: int = 1, eps: float = 1e-4) -> Tensor:
     The paper does not say which std it means. Implementations differ in `ddof` and `eps` (TRL 1, 1e-4; verl 1, 1e-6;
     OpenRLHF 1, 1e-9; articles and numpy 0, 0). A group without spread gets exactly 0.
     Shao et al., "DeepSeekMath" (https://huggingface.co/papers/2402.03300), section 4.1.2.
+
+    Args:
+        ddof: the sum of squares is divided by G − ddof.
+        eps: added to the std.
     """
     return zscore(rewards.total(), ddof=ddof, eps=eps)
 

@@ -11,9 +11,11 @@ if TYPE_CHECKING:
 HELP = "Train a tiny model on the CPU in about a minute; downloads nothing."
 EXAMPLE = "grpo-plus demo --advantage_estimator rloo"
 
-NEXT = """Written to {output_dir}: the model and its tokenizer{merged}, log.jsonl, learning_curve.png, summary.json.
+NEXT = """Written to {output_dir}: the model and its tokenizer{merged}, log.jsonl, learning_curve.png, summary.json,
+completions.
 
 Try next:
+  grpo-plus replay {output_dir:<29}what other estimators would have made of its completions
   grpo-plus demo --advantage_estimator {other:<9}the same run with other advantages
   {qlora}
   grpo-plus ls advantages                       all of them, with their papers

@@ -4,14 +4,17 @@ import argparse
 import inspect
 from typing import Any
 
-HELP = "List estimators, losses and reward functions, or explain one of them."
+HELP = "List estimators, modifiers, losses and rewards, or explain one of them."
 EXAMPLE = "grpo-plus ls rloo"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the optional kind or name."""
     parser.add_argument(
-        "name", nargs="?", metavar="NAME", help="advantages, losses or rewards, or one name, such as rloo; default: all"
+        "name",
+        nargs="?",
+        metavar="NAME",
+        help="advantages, modifiers, losses or rewards, or one name, such as rloo; default: all",
     )
 
 
@@ -22,9 +25,12 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
 
     from grpo_plus.cli.ls_entry import described, explained
 
-    tables = {"advantages": advantage_rows, "losses": loss_rows, "rewards": reward_rows}
+    tables = {"advantages": advantage_rows, "modifiers": modifier_rows, "losses": loss_rows, "rewards": reward_rows}
     if args.name not in (None, *tables):
-        Console(highlight=False).print(*map(described, explained(args.name)))
+        console = Console(highlight=False)
+        for entry in explained(args.name):
+            console.print(described(entry))
+            console.print(*entry.lines, "", sep="\n", style="cyan", markup=False, soft_wrap=True)
         return 0
     for kind, rows in tables.items():
         if args.name in (None, kind):
@@ -34,6 +40,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
             for name, *details in body:
                 table.add_row(f"[bold]{name}[/]", "\n".join(filter(None, details)))
             Console(highlight=False).print(table)
+    print("`grpo-plus ls NAME` explains one of them, with a line to copy.")
     return 0
 
 
@@ -45,6 +52,18 @@ def advantage_rows() -> list[tuple[str, ...]]:
     for name in ESTIMATORS:
         estimator = ESTIMATORS[name]
         rows.append((name, estimator.summary, _defaults(estimator.keywords), estimator.paper))
+    return rows
+
+
+def modifier_rows() -> list[tuple[str, ...]]:
+    """A header, then one row per modifier of advantages."""
+    from grpo_plus.advantages import MODIFIERS
+
+    rows: list[tuple[str, ...]] = [("modifier", "what it does", "keywords")]
+    for name, function in MODIFIERS.items():
+        parameters = inspect.signature(function).parameters.values()
+        keywords = [f"`{one.name}`" for one in parameters if one.kind is one.KEYWORD_ONLY]
+        rows.append((name, (function.__doc__ or "").partition("\n")[0], ", ".join(keywords)))
     return rows
 
 

@@ -29,6 +29,8 @@ FACTS: dict[tuple[str, Any], str] = {
     ("reads_sampling_ratio", True): "contains the ratio to the sampler in its formula",
 }
 
+A_LENGTH = 512  # for the one keyword that has no default, `max_len` of a reward of TRL: as max_completion_length
+
 
 @dataclass(frozen=True)
 class Explained:
@@ -59,14 +61,14 @@ def explained(name: str) -> list[Explained]:
     """
     found = [make(name) for known, make in _kinds() if name in known]
     if not found:
-        everything = [known for names, _ in _kinds() for known in names]
+        everything = dict.fromkeys(known for names, _ in _kinds() for known in names)
         near = suggestion(name, everything).partition(" Known:")[0]
         raise ValueError(f"There is nothing called {name!r}.{near} `grpo-plus ls` lists all names.")
     return found
 
 
 def described(entry: Explained) -> "Group":
-    """The entry for the terminal."""
+    """The entry for the terminal, without its lines to copy: a line that is wrapped cannot be copied."""
     from rich.console import Group
     from rich.text import Text
 
@@ -77,8 +79,7 @@ def described(entry: Explained) -> "Group":
         parts += [_table(entry.keywords, meanings), Text()]
     if entry.facts:
         parts += [Text("\n".join(f"- {fact}" for fact in entry.facts)), Text()]
-    parts += [Text(line, style="cyan") for line in entry.lines]
-    return Group(*parts, Text())
+    return Group(*parts)
 
 
 def split_arguments(documentation: str) -> tuple[str, dict[str, str]]:
@@ -109,8 +110,9 @@ def _table(keywords: Mapping[str, Any], meanings: Mapping[str, str]) -> "Table":
     from rich.table import Table
 
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for column in ("keyword", "default", "meaning"):
-        table.add_column(column, no_wrap=column != "meaning")
+    table.add_column("keyword", no_wrap=True)
+    table.add_column("default", no_wrap=True)
+    table.add_column("meaning" if meanings else "", overflow="fold")  # an address stays whole
     for name, default in keywords.items():
         shown = "needed" if default is ... else repr(default)
         table.add_row(escape(name), escape(shown), escape(meanings.get(name, "")))
@@ -192,9 +194,10 @@ def _reward(name: str) -> Explained:
 
 
 def _chosen(setting: str, name: str, keywords_of: str, keywords: Mapping[str, Any]) -> tuple[str, str]:
-    """The setting in Python and as a flag, with the first keyword at its default as an example."""
+    """The setting in Python and as a flag, with the keywords that it needs, or the first one as an example."""
+    needed: dict[str, Any] = {key: A_LENGTH for key, default in keywords.items() if default is ...}
     given = {key: value for key, value in keywords.items() if isinstance(value, int | float | str)}
-    example = dict(list(given.items())[:1])
+    example = needed or dict(list(given.items())[:1])
     python = f", {keywords_of}={json.dumps(example)}" if example else ""
     table = {name: example} if setting == "reward_funcs" else example
     shell = f" --{keywords_of} '{json.dumps(table)}'" if example else ""

@@ -45,10 +45,14 @@ def write_summary(result: DemoResult, directory: Path) -> None:
     unfinished.replace(directory / SUMMARY)
 
 
-def discard_summary(directory: Path) -> Path:
-    """Create the directory and remove the summary of an earlier run: where there is one, the run is complete."""
+def discard_earlier_run(directory: Path) -> Path:
+    """Create the directory and remove an earlier run's summary and completions, which would pass for this run's.
+
+    Where there is a summary, the run is complete.
+    """
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / SUMMARY).unlink(missing_ok=True)
+    for path in (directory / SUMMARY, *directory.glob("completions/completions_*.parquet")):
+        path.unlink(missing_ok=True)
     return directory
 
 

@@ -23,7 +23,7 @@ from transformers import (
 
 from grpo_plus.config import GRPOPlusConfig
 from grpo_plus.demo import task
-from grpo_plus.demo.outputs import DemoResult, discard_summary, draw_learning_curve, write_log, write_summary
+from grpo_plus.demo.outputs import DemoResult, discard_earlier_run, draw_learning_curve, write_log, write_summary
 from grpo_plus.demo.progress import HeldOutAccuracy, RewardsOnTheBar
 from grpo_plus.demo.tiny import tiny_model, tiny_tokenizer
 from grpo_plus.demo.warmup import warm_up
@@ -105,7 +105,7 @@ def one_thread() -> Iterator[None]:
 
 
 def _run(config: GRPOPlusConfig, output_dir: Path, warm_up_steps: int, recipe: QLoRA | None) -> DemoResult:
-    directory = discard_summary(output_dir)
+    directory = discard_earlier_run(output_dir)
     started = time.perf_counter()
     tokenizer = tiny_tokenizer()
     model = warmed_up_model(tokenizer, config.seed, warm_up_steps)
@@ -156,6 +156,8 @@ def demo_config(
         max_steps=max_steps,
         advantage_estimator=advantage_estimator,
         loss_type=loss_type,
+        log_completions=True,  # for `grpo-plus replay`
+        num_completions_to_print=0,
         **SETTINGS,
     )
 

@@ -36,7 +36,7 @@ def advice_lines(replay: Replay) -> list[str]:
     lines = [reason_line(reason) for reason in advice.reasons]
     untrained = [name for name in advice.unsuited if name not in replay.refused]
     if unlike := [name for name in untrained if not any(name in r.rule.against for r in advice.reasons)]:
-        lines.append(f"More groups than now would teach nothing under {_listed(unlike)}.")
+        lines.append(f"Under {_listed(unlike)}, fewer groups would teach than in this run.")
     if "opo" in advice.candidates and replay.rollouts.length_unit == "characters":
         lines.append("Lengths are in characters, for the log has no token counts, so what they show is approximate.")
     if advice.assumed:

@@ -54,7 +54,7 @@ def _advice(replay: Replay) -> list[Block]:
         Number(
             str(len(evidence.rewards)), "reward that counts" if len(evidence.rewards) == 1 else "rewards that count"
         ),
-        Number(str(len(replay.families)), f"updates by {replayed} estimators"),
+        Number(str(len(replay.families)), f"different updates, of {replayed} estimators"),
     )
     answer = Answer(
         verdict=headline(advice),

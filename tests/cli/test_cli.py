@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from grpo_plus import GRPOPlusConfig, cli
-from grpo_plus.advantages import ESTIMATORS
+from grpo_plus.advantages import ESTIMATORS, MODIFIERS
 from grpo_plus.cli.ls_entry import explained
 from grpo_plus.cli.reward_functions import REWARD_NAMES
 from grpo_plus.losses import TRL_LOSSES
@@ -35,7 +35,7 @@ def test_a_word_that_is_no_verb_is_refused_with_the_nearest_verb(capsys):
 def test_ls_names_everything(capsys):
     assert cli.main(["ls"]) == 0
     output = capsys.readouterr().out
-    assert [name for name in (*ESTIMATORS, *TRL_LOSSES, *REWARD_NAMES) if f"{name} " not in output] == []
+    assert [name for name in (*ESTIMATORS, *MODIFIERS, *TRL_LOSSES, *REWARD_NAMES) if f"{name} " not in output] == []
     assert "https://huggingface.co/papers/2503.20783" in output
 
 
@@ -72,6 +72,21 @@ def test_ls_explains_what_shares_a_name_and_suggests_the_nearest(capsys):
     assert explained("last_number")[0].kind == "reward function of grpo_plus.rewards"
     assert cli.main(["ls", "rlo"]) == 1
     assert "There is nothing called 'rlo'. Did you mean 'rloo'?" in capsys.readouterr().err
+    assert cli.main(["ls", "grop"]) == 1  # a loss and an estimator are called grpo
+    assert "Did you mean 'grpo' or 'ngrpo'?" in capsys.readouterr().err
+
+
+def test_a_line_to_copy_is_not_wrapped_and_holds_what_is_needed(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    assert cli.main(["ls", "get_cosine_scaled_reward"]) == 0
+    flags = '--reward_kwargs \'{"get_cosine_scaled_reward": {"max_len": 512}}\''
+    assert f"\n--reward_funcs get_cosine_scaled_reward {flags}\n" in capsys.readouterr().out
+
+
+def test_the_usage_of_a_verb_begins_with_what_is_typed(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["replay", "--help"])
+    assert capsys.readouterr().out.startswith("usage: grpo-plus replay [-h]")
 
 
 def test_doctor_prints_versions_and_the_seam(capsys, monkeypatch):

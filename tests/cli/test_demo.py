@@ -39,6 +39,7 @@ def test_it_prints_a_table_and_what_to_try_next(tmp_path, monkeypatch, capsys):
     assert "after 2 steps" in printed.out
     assert summary["examples"][0]["prompt"].strip() in printed.out
     assert str(output_dir) in printed.out
+    assert f"grpo-plus replay {output_dir}" in printed.out
     assert "--advantage_estimator rloo" in printed.out  # another than the one that was used
     assert "{'loss'" not in printed.out + printed.err  # no dictionary per step
     assert "GRPO: 100%" in printed.err

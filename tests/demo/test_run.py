@@ -12,6 +12,7 @@ from grpo_plus.demo import run
 from grpo_plus.demo.run import run_demo
 from grpo_plus.demo.task import complete
 from grpo_plus.demo.tiny import tiny_tokenizer
+from grpo_plus.replay import replay
 from tests.training import NOT_REPRODUCIBLE
 
 SUMMARY_KEYS = {
@@ -114,11 +115,19 @@ def test_a_wrong_value_is_refused_before_any_work_is_done(wrong, message, tmp_pa
     assert "warm-up" not in capsys.readouterr().err
 
 
-def test_a_run_that_fails_leaves_no_summary_of_an_earlier_one(tmp_path):
+def test_a_replay_reads_the_completions(short_run):
+    replayed = replay(short_run[0], ["grpo", "dr_grpo"])
+    assert (replayed.steps, replayed.same) == ((1, 2), ["dr_grpo"])
+
+
+def test_a_run_that_fails_leaves_nothing_of_an_earlier_one(tmp_path):
+    (tmp_path / "completions").mkdir()
+    (tmp_path / "completions" / "completions_00009.parquet").touch()
     (tmp_path / "summary.json").write_text("{}")
     with pytest.raises(RuntimeError, match="-5"):
         run_demo(tmp_path, max_steps=2, warm_up_steps=-5)
     assert not (tmp_path / "summary.json").exists()
+    assert not list((tmp_path / "completions").iterdir())
 
 
 def test_grpo_learns_to_sort_prompts_that_it_never_saw_and_saves_the_model_that_can(tmp_path, warm_up_shared):
