@@ -12,7 +12,7 @@ from grpo_plus.demo import run
 from grpo_plus.demo.run import run_demo
 from grpo_plus.demo.task import complete
 from grpo_plus.demo.tiny import tiny_tokenizer
-from grpo_plus.replay import replay
+from grpo_plus.replay import Rollouts, replay
 from tests.training import NOT_REPRODUCIBLE
 
 SUMMARY_KEYS = {
@@ -116,8 +116,9 @@ def test_a_wrong_value_is_refused_before_any_work_is_done(wrong, message, tmp_pa
 
 
 def test_a_replay_reads_the_completions(short_run):
-    replayed = replay(short_run[0], ["grpo", "dr_grpo"])
-    assert (replayed.steps, replayed.same) == ((1, 2), ["dr_grpo"])
+    replayed = replay(Rollouts(short_run[0]))
+    assert (replayed.steps, replayed.advice.current) == ((1, 2), "dr_grpo")
+    assert "dr_grpo" in replayed.same
 
 
 def test_a_run_that_fails_leaves_nothing_of_an_earlier_one(tmp_path):
