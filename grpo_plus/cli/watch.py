@@ -24,7 +24,7 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
     from grpo_plus.report.run_log import read_log
 
     folder, console = Path(args.run_dir), Console(highlight=False)
-    if args.every <= 0:
+    if not 0 < args.every < float("inf"):
         raise ValueError(f"--every {args.every:g} is no time between two looks. Use a second or more.")
     if args.once:
         console.print(frame(folder, read_log(folder), width=console.width, now=time.time()))

@@ -82,12 +82,16 @@ def last_completions(folder: Path) -> list[Completion]:
 def _head(folder: Path, log: RunLog, width: int, now: float) -> "Text":
     from rich.text import Text
 
-    head = Text(for_terminal(str(folder)), style="bold")
-    head.append(f"  step {log.step}" + (f" of {log.max_steps}" if log.max_steps else ""), style="not bold")
+    step = f"  step {log.step}" + (f" of {log.max_steps}" if log.max_steps else "")
+    bar = max(width // 4, 10)
+    room = max(width - len(step) - 2 - bar, 10)
+    name = for_terminal(str(folder))
+    head = Text(name if len(name) <= room else "…" + name[1 - room :], style="bold")  # the end tells runs apart
+    head.append(step, style="not bold")
     if log.max_steps:
-        done = round(min(log.step / log.max_steps, 1) * max(width // 4, 10))
+        done = round(min(log.step / log.max_steps, 1) * bar)
         head.append("  " + "━" * done, style="green")
-        head.append("━" * (max(width // 4, 10) - done), style="dim")
+        head.append("━" * (bar - done), style="dim")
     if log.ended:
         head.append("\nfinished", style="not bold green")
         return head.append("\n")

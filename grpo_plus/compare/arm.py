@@ -1,5 +1,6 @@
 """One arm: a trainer on the restored start, its log, its scores, and what it cost."""
 
+import math
 import signal
 import time
 from dataclasses import asdict
@@ -98,6 +99,9 @@ def held_out_scores(task: Task, trainer: GRPOPlusTrainer, seed: int) -> dict[str
     scores = {name: [float(score) for score in values] for name, values in task.evaluate(trainer).items()}
     if not scores or not all(scores.values()):
         raise ValueError("The task's evaluate returned no scores. Return {name: [one number per held-out item]}.")
+    for name, values in scores.items():
+        if any(map(math.isinf, values)):
+            raise ValueError(f"A held-out {name!r} is infinite and has no mean. Return finite numbers, NaN for none.")
     return scores
 
 

@@ -1,5 +1,6 @@
 """Which setting of a sweep each variant is judged at, and whether a wider sweep could find a better one."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -91,12 +92,15 @@ def choose(sweep: Sweep, found: Sequence[Candidate], scores: Mapping[Arm, Sequen
 
 
 def _trials(sweep: Sweep, found: Sequence[Candidate], scores: Mapping[Arm, Sequence[float]]) -> list[Trial]:
-    """Every candidate with its mean by seed, over the items that have a score in all of them."""
+    """Every candidate with its mean by seed, over the items that have a score in all of them.
+
+    A candidate without any score on one of the seeds has no mean, so that it does not leave the others without items.
+    """
     arms = [[Arm(candidate.variant, seed) for seed in sweep.seeds] for candidate in found]
     finished = {
         candidate.variant: [scores[arm] for arm in of_one]
         for candidate, of_one in zip(found, arms, strict=True)
-        if all(arm in scores for arm in of_one)
+        if not any(all(map(math.isnan, scores.get(arm, ()))) for arm in of_one)
     }
     if not finished:
         return [Trial(candidate, []) for candidate in found]

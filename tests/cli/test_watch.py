@@ -75,6 +75,14 @@ def test_a_run_that_has_fallen_silent_has_no_time_left(tmp_path, capsys, monkeyp
     assert " left" not in printed
 
 
+def test_a_long_folder_leaves_the_first_line_whole(tmp_path, capsys, monkeypatch):
+    folder = tmp_path / ("long-" * 30) / "run-of-today"
+    log(folder, [0.1, 0.2, 0.4, 0.8])
+    first = frame(folder, capsys, monkeypatch).splitlines()[0]
+    assert first.startswith("…")
+    assert "run-of-today  step 4 of 10" in first
+
+
 def test_files_that_are_being_written_do_no_harm(tmp_path, capsys, monkeypatch):
     log(tmp_path, [0.5, 0.6])
     with (tmp_path / LOG_FILE).open("a") as file:
@@ -129,7 +137,8 @@ def test_it_ends_with_the_run_or_by_ctrl_c(tmp_path, monkeypatch, capsys):
     append_line(tmp_path, {"event": "end", "step": 10, "max_steps": 10, "time": 0})
     assert cli.main(["watch", str(tmp_path)]) == 0
     assert looks == [3.0]
-    assert cli.main(["watch", str(tmp_path), "--every", "0"]) == 1
+    for every in ("0", "nan", "inf"):
+        assert cli.main(["watch", str(tmp_path), "--every", every]) == 1
 
 
 def test_a_log_that_cannot_be_written_ends_nothing(tmp_path):

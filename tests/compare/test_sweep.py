@@ -134,8 +134,14 @@ def test_a_setting_without_all_its_seeds_is_not_chosen():
 def test_an_item_that_some_setting_has_no_score_for_chooses_nothing():
     choices = chosen([[[1, NAN], [0, 0]], [[0, 1], [0, 1]], [[0, 0], [0, 0]]])
     assert choices.chosen["a"].setting == {"beta": 1.0}  # on the first item alone
-    assert chosen([[[NAN]] * 2, [[1]] * 2, [[1]] * 2]).chosen == {}
+    assert chosen([[[NAN, 1]] * 2, [[1, NAN]] * 2, [[1, 1]] * 2]).chosen == {}
     assert chosen([[None] * 2] * 3).chosen == {}
+
+
+def test_a_setting_that_nothing_judged_leaves_the_choice_to_the_others():
+    choices = chosen([[[NAN, NAN], [1, 1]], [[0, 1], [1, 1]], [[0, 0], [0, 1]]])
+    assert choices.chosen["a"].setting == {"beta": 2.0}
+    assert choices.trials[0].by_seed == []
 
 
 @pytest.mark.parametrize(("values", "side", "expected"), [
