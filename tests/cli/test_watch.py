@@ -65,7 +65,7 @@ def test_a_frame_has_as_many_completions_as_the_terminal_has_room_for(tmp_path, 
     lines = console.export_text().splitlines()
     assert len(lines) <= height
     assert sum(line.endswith(("right 0", "right 1")) for line in map(str.rstrip, lines)) == shown
-    assert any("…" in line for line in lines) == (shown > 0)
+    assert any("…" in line for line in lines[1:]) == (shown > 0)
 
 
 def test_a_run_that_has_fallen_silent_has_no_time_left(tmp_path, capsys, monkeypatch):
