@@ -32,6 +32,14 @@ FACTS: dict[tuple[str, Any], str] = {
 A_LENGTH = 512  # for the one keyword that has no default, `max_len` of a reward of TRL: as max_completion_length
 
 
+# Keywords that mean the same wherever they occur, and are explained where a docstring leaves them out.
+SHARED = {
+    "ddof": "1: the sample standard deviation; 0: the population's",
+    "eps": "added to the divisor, so that a tiny spread does not give huge advantages",
+    "decay": "share of the running mean and std that stays when a batch comes in",
+}
+
+
 @dataclass(frozen=True)
 class Explained:
     """Everything that is said of one name.
@@ -105,10 +113,11 @@ def paragraphs(text: str) -> Iterator[str]:
         yield re.sub(r"(?<=\S) {3,}(?=\S)", "\n    ", paragraph) if by_line else " ".join(lines)
 
 
-def _table(keywords: Mapping[str, Any], meanings: Mapping[str, str]) -> "Table":
+def _table(keywords: Mapping[str, Any], meanings: dict[str, str]) -> "Table":
     from rich.markup import escape
     from rich.table import Table
 
+    meanings = {name: text for name, text in (SHARED | meanings).items() if name in keywords}
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("keyword", no_wrap=True)
     table.add_column("default", no_wrap=True)

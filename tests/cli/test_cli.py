@@ -54,6 +54,7 @@ def test_ls_explains_one_name_with_a_line_to_copy(capsys, monkeypatch):
     assert f"\n{formula}\n" in output
     assert "https://huggingface.co/papers/2508.10751" in output
     assert re.search(r"\nk +2 +attempts, from 1 to num_generations", output)
+    assert re.search(r"\neps +1e-06 +added to the divisor", output)  # not in the docstring
     assert "- needs rewards of 0 or 1" in output
     assert """--advantage_estimator passk --advantage_kwargs '{"k": 2}'""" in output
 
