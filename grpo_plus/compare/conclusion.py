@@ -120,6 +120,8 @@ def _to_tell(verdict: ScoreVerdict, best: str, rival: str) -> NextStep:
     """What would tell the two highest apart."""
     seeds, needed = len(verdict.comparison.paired_seeds), verdict.seeds_to_tell(best, rival)
     difference = verdict.against(best)[rival].estimate
+    if abs(difference) < 1e-12:  # but for rounding
+        return NextStep(f"`{best}` and `{rival}` have the same mean. Train with either.", winner=best)
     if needed is None:
         action = (
             f"More than {MOST} seeds would be needed to tell `{best}` and `{rival}` apart, if the true difference is "

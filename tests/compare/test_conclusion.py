@@ -62,6 +62,11 @@ def test_a_difference_that_no_number_of_seeds_would_show_asks_for_none(tmp_path)
     assert found.step.winner == "b"
 
 
+def test_equal_means_of_unequal_scores_name_no_number_of_seeds(tmp_path):
+    found = concluded(tmp_path, {"a": of_seeds(0.5, 0.6, 0.4), "b": of_seeds(0.6, 0.4, 0.5)})
+    assert found.step.action.endswith("have the same mean. Train with either.")
+
+
 def test_arms_that_score_alike_on_every_item_are_not_told_to_train_more_seeds(tmp_path):
     same = [[0.0, 1.0], [1.0, 1.0], [0.0, 0.0]]
     found = concluded(tmp_path, {"a": same, "b": same})
