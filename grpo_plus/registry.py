@@ -277,6 +277,10 @@ def import_function(kind: str, path: str, known: Iterable[str] = ()) -> Callable
 def suggestion(name: str, known: Iterable[str]) -> str:
     """End of an error message about an unknown name: " Did you mean ...? Known: ..."."""
     known = list(known)
-    near = difflib.get_close_matches(name, known, n=2)
-    did_you_mean = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
-    return f"{did_you_mean} Known: {', '.join(known) or 'none'}."
+    return f"{did_you_mean(name, known)} Known: {', '.join(known) or 'none'}."
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The nearest of the known names, for an error message; empty where none is near."""
+    near = difflib.get_close_matches(name, list(known), n=2)
+    return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""

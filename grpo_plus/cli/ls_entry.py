@@ -31,7 +31,6 @@ FACTS: dict[tuple[str, Any], str] = {
 
 A_LENGTH = 512  # for the one keyword that has no default, `max_len` of a reward of TRL: as max_completion_length
 
-
 # Keywords that mean the same wherever they occur, and are explained where a docstring leaves them out.
 SHARED = {
     "ddof": "1: the sample standard deviation; 0: the population's",

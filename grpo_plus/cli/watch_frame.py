@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 
 from grpo_plus.cli.figures import duration, figure, rows, sparkline
 from grpo_plus.cli.words import for_terminal
+from grpo_plus.report.completions import NOT_REWARDS
 from grpo_plus.report.run_log import RunLog
 
 if TYPE_CHECKING:
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-NOT_TABLE = ("step", "prompt", "completion", "advantage", "group", "task")
 COMPLETIONS, LINES = 3, 3  # shown, and lines of each
 LATE, A_MINUTE = 10, 60.0  # steps and seconds without a log, after which a run may have stopped
 AROUND = 7  # lines that are neither a figure nor a completion
@@ -85,8 +85,7 @@ def _head(folder: Path, log: RunLog, width: int, now: float) -> "Text":
     step = f"  step {log.step}" + (f" of {log.max_steps}" if log.max_steps else "")
     bar = max(width // 4, 10)
     room = max(width - len(step) - 2 - bar, 10)
-    name = for_terminal(str(folder))
-    head = Text(name if len(name) <= room else "…" + name[1 - room :], style="bold")  # the end tells runs apart
+    head = Text(_end(for_terminal(str(folder)), room), style="bold")  # the end tells runs apart
     head.append(step, style="not bold")
     if log.max_steps:
         done = round(min(log.step / log.max_steps, 1) * bar)
@@ -136,7 +135,7 @@ def _completions(completions: list[Completion], width: int) -> "Table":
 
 def _completion(row: dict[str, Any]) -> Completion:
     numbers = {name: value for name, value in row.items() if isinstance(value, float) and math.isfinite(value)}
-    rewards = {name: value for name, value in numbers.items() if name not in NOT_TABLE}
+    rewards = {name: value for name, value in numbers.items() if name not in NOT_REWARDS}
     return Completion(_said(row["prompt"]), _said(row["completion"]), rewards)
 
 

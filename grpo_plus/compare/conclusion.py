@@ -1,12 +1,14 @@
 """The conclusion of a comparison in words: a verdict, how sure it is, and what to do next."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from grpo_plus.compare.intervals import FEWEST_SEEDS, LEVEL, Interval
 from grpo_plus.compare.power import MOST
 from grpo_plus.compare.sweep_report import choice_lines
-from grpo_plus.compare.verdict import ScoreVerdict, caveats, count
+from grpo_plus.compare.verdict import ScoreVerdict, caveats
+from grpo_plus.report.text import count
 
 GOOD_SEEDS = 5  # with fewer, only large differences can be shown
 
@@ -63,7 +65,7 @@ def _without_differences(verdict: ScoreVerdict) -> Conclusion | None:
     if len(verdict.means) == 1:
         return Conclusion(title, "One variant has finished: there is nothing to compare it with.", again)
     best = _best(verdict)
-    if verdict.means[best].estimate != verdict.means[best].estimate:
+    if math.isnan(verdict.means[best].estimate):
         other = NextStep("Judge by a score that every held-out item has, or by other items.")
         return Conclusion(title, f"No held-out item has a `{verdict.score}` in every arm.", other)
     if seeds < FEWEST_SEEDS:
@@ -82,11 +84,11 @@ def _from_differences(verdict: ScoreVerdict) -> Conclusion:
         step = NextStep(f"Train with `{best}`.", winner=best)
         return Conclusion("One is ahead", _won(verdict, best, against), step, settled=True)
     rival = max(unclear, key=lambda label: verdict.means[label].estimate)
-    step = _to_tell(verdict, best, rival)
     if against[rival].low == against[rival].high == 0:
         same = f"`{best}` and `{rival}` have the same `{verdict.score}` on every held-out item."
         text = f"{_largest(verdict)} {same}" if verdict.shown() else same
         return Conclusion("No answer", text, NextStep("More steps, or another score, may tell them apart."))
+    step = _to_tell(verdict, best, rival)
     if not verdict.shown():
         seeds = count(len(verdict.comparison.paired_seeds), "seed")
         text = (
@@ -118,16 +120,17 @@ def _largest(verdict: ScoreVerdict) -> str:
 
 def _to_tell(verdict: ScoreVerdict, best: str, rival: str) -> NextStep:
     """What would tell the two highest apart."""
-    seeds, needed = len(verdict.comparison.paired_seeds), verdict.seeds_to_tell(best, rival)
     difference = verdict.against(best)[rival].estimate
     if abs(difference) < 1e-12:  # but for rounding
         return NextStep(f"`{best}` and `{rival}` have the same mean. Train with either.", winner=best)
+    needed = verdict.seeds_to_tell(best, rival)
     if needed is None:
         action = (
             f"More than {MOST} seeds would be needed to tell `{best}` and `{rival}` apart, if the true difference is "
             f"the one seen ({difference:.2g}). Train with either."
         )
         return NextStep(action, winner=best)
+    seeds = len(verdict.comparison.paired_seeds)
     more = max(needed - seeds, 1)
     action = (
         f"To tell `{best}` and `{rival}` apart, train at least {count(more, 'more seed')} of the two, if the true "

@@ -15,7 +15,6 @@ first rule: the means are too high if all seeds choose and judge, and the interv
 judged at the setting that the other seeds chose.
 """
 
-import difflib
 import hashlib
 import itertools
 import math
@@ -26,6 +25,7 @@ from typing import Any, get_args, get_type_hints
 from grpo_plus.compare.plan import OWN_FIELDS, Variant
 from grpo_plus.compare.task import Scores
 from grpo_plus.config import GRPOPlusConfig
+from grpo_plus.registry import did_you_mean
 
 FIRST_SWEEP_SEED = 1000  # far from the seeds that people count from 0
 SWEEP_SEEDS = (FIRST_SWEEP_SEED, FIRST_SWEEP_SEED + 1)
@@ -86,9 +86,8 @@ def _kind_of(name: str) -> type[int] | type[float]:
     hints = get_type_hints(GRPOPlusConfig)
     known = [field.name for field in fields(GRPOPlusConfig)]
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=2)
-        did_you_mean = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
-        raise ValueError(f"A sweep over {name!r} is impossible: GRPOPlusConfig has no such field.{did_you_mean}")
+        near = did_you_mean(name, known)
+        raise ValueError(f"A sweep over {name!r} is impossible: GRPOPlusConfig has no such field.{near}")
     kinds = {*(get_args(hints[name]) or (hints[name],))}
     if not kinds & {int, float}:
         raise ValueError(f"A sweep over {name} is impossible: the field is not numeric. Compare variants instead.")

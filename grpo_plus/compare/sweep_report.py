@@ -8,6 +8,7 @@ from grpo_plus.compare.comparison import Comparison
 from grpo_plus.compare.sweep import shown
 from grpo_plus.report.page import Block, Figure, Table, Text
 from grpo_plus.report.sweeps import Tried, by_value
+from grpo_plus.report.text import count
 
 OPEN_ROWS = 12  # of a table that is shown without being asked for
 
@@ -16,9 +17,11 @@ def choice_lines(choices: Choices | None) -> list[str]:
     """The chosen settings, and what stands in the way of a better choice, as sentences. None without a sweep."""
     if choices is None:
         return []
-    count = len(choices.sweep.settings)
+    settings = len(choices.sweep.settings)
     at = "; ".join(f"`{label}` at {shown(candidate.setting)}" for label, candidate in choices.chosen.items())
-    lines = [f"Each variant is judged at its own best of {count} settings, chosen in other trainings: {at or 'none'}."]
+    lines = [
+        f"Each variant is judged at its own best of {settings} settings, chosen in other trainings: {at or 'none'}."
+    ]
     failed = [f"`{t.candidate.label}` at {shown(t.candidate.setting)}" for t in choices.trials if not t.by_seed]
     if failed:
         lines.append(f"Not eligible, because a training is missing or nothing was judged: {'; '.join(failed)}.")
@@ -60,14 +63,13 @@ def _edge_line(edge: Edge) -> str:
 
 def _method(choices: Choices, judging: Sequence[int]) -> str:
     choosing = choices.sweep.seeds
-    trainings = "training" if len(choosing) == 1 else "trainings"
     return (
         f"Each variant was trained at every setting on {_seeds(choosing)}, and is judged at the setting with the "
         f"highest mean `{choices.score}` there; of equal means, at the first. The choice read one half of the held-out "
         "items, drawn at random once and for all. Everything outside this section is about other trainings, on "
         f"{_seeds(judging)}, and about the other half of the items. So neither a lucky training nor an item that "
         "happens to suit makes a chosen setting look better than it is. The price is half of the items. A choice rests "
-        f"on {len(choosing)} {trainings} per setting, and may miss the best one where several are close."
+        f"on {count(len(choosing), 'training')} per setting, and may miss the best one where several are close."
     )
 
 

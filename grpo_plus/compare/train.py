@@ -37,6 +37,7 @@ from grpo_plus.compare.sweep import SWEEP_SEEDS, Candidate, Setting, Sweep, cand
 from grpo_plus.compare.task import Scores, Task
 from grpo_plus.config import GRPOPlusConfig
 from grpo_plus.report.secrets import masked_text, secrets_of
+from grpo_plus.report.text import count
 
 COMPARISON, ARM = "comparison.json", "arm.json"
 # Fields of a configuration that do not change what is learned.
@@ -74,7 +75,7 @@ def compare(
     if sweep is not None:
         return _swept(trainings, chosen, seeds, Sweep(sweep, sweep_seeds))
     trainings.check(trainings.arms)
-    trainings.announce(f"{_count(chosen, 'variant')} x {_count(seeds, 'seed')}", len(trainings.arms))
+    trainings.announce(f"{count(len(chosen), 'variant')} x {count(len(seeds), 'seed')}", len(trainings.arms))
     trainings.train(trainings.arms)
     return trainings.comparison(trainings.arms)
 
@@ -86,9 +87,9 @@ def _swept(trainings: "_Trainings", variants: list[Variant], seeds: Sequence[int
     swept = [candidate.variant for candidate in found]
     choosing = planned_arms(swept, sweep.seeds)
     trainings.check([*choosing, *planned_arms(swept, seeds)])
-    many = _count(variants, "variant")
-    to_choose = f"{many} x {_count(sweep.settings, 'setting')} x {_count(sweep.seeds, 'seed')} to choose"
-    to_judge = f"{many} x {_count(seeds, 'seed')} to judge"
+    many = count(len(variants), "variant")
+    to_choose = f"{many} x {count(len(sweep.settings), 'setting')} x {count(len(sweep.seeds), 'seed')} to choose"
+    to_judge = f"{many} x {count(len(seeds), 'seed')} to judge"
     trainings.announce(f"{to_choose} + {to_judge}", len(choosing) + len(trainings.arms))
     trainings.measure_start()
     check_items(trainings.start_scores)
@@ -153,7 +154,7 @@ class _Trainings:
         """Say how many trainings there will be, those that are finished included."""
         self.total = total
         if self.progress:
-            print(f"{how} = {total} training{'' if total == 1 else 's'}", flush=True)
+            print(f"{how} = {count(total, 'training')}", flush=True)
 
     def train(self, arms: Sequence[Arm]) -> None:
         """Train the arms that nobody has trained; wait for those that another process is training."""
@@ -258,10 +259,6 @@ class _Trainings:
 def _brief(result: ArmResult) -> str:
     name, scores = next(iter(result.scores.items()))
     return f"{name} {sum(scores) / len(scores):.3f}"
-
-
-def _count(things: Sequence[Any], what: str) -> str:
-    return f"{len(things)} {what}{'' if len(things) == 1 else 's'}"
 
 
 def _until_claimed(folder: Path) -> Iterator[None]:

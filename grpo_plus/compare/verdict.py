@@ -11,6 +11,7 @@ from grpo_plus.compare.intervals import Difference, Interval, differences, means
 from grpo_plus.compare.plan import Arm, Variant
 from grpo_plus.compare.power import seeds_needed, spread_of
 from grpo_plus.registry import suggestion
+from grpo_plus.report.text import count
 
 
 @dataclass(eq=False)
@@ -131,8 +132,3 @@ def _swapped(difference: Difference) -> Difference:
 
 def _turned(difference: Difference) -> Difference:
     return difference if difference.interval.estimate > 0 else _swapped(difference)
-
-
-def count(number: int, what: str) -> str:
-    """The number with its noun: 1 seed, 2 seeds."""
-    return f"{number} {what}{'' if number == 1 else 's'}"

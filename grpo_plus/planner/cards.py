@@ -1,10 +1,10 @@
 """The memory of a card by its name: "4090", "rtx 3060", "T4", "A100 80GB"; or by a size: "12GB", "12"."""
 
-import difflib
 import re
 from dataclasses import dataclass
 
 from grpo_plus.planner.run import parse_bytes
+from grpo_plus.registry import did_you_mean
 
 GIB = 2**30
 MAKERS = re.compile(
@@ -69,16 +69,11 @@ def card(text: str) -> Card:
         return Card(first * GIB, f"{text}: {first} GB{sold}")
     if re.fullmatch(r"[-+]?\d+(\.\d+)?", lowered):
         if float(lowered) > LARGEST_BARE:
-            raise ValueError(f"gpu={text!r} is no known card.{_near(key)} A size has a unit: --gpu 24GB.")
+            raise ValueError(f"gpu={text!r} is no known card.{did_you_mean(key, CARDS)} A size has a unit: --gpu 24GB.")
         return Card(parse_bytes(f"{lowered}GB"))
     match = SIZE.search(lowered)
     if match and MAKERS.sub("", lowered[: match.start()]) in CARDS:
         return Card(int(match[1]) * GIB, f"{text}: {match[1]} GB")
     if re.match(r"[-+\d.]", lowered) and re.fullmatch(r"[-+]?[\d.]+\s*[a-z]{0,3}", lowered):
         return Card(parse_bytes(text))
-    raise ValueError(f"gpu={text!r} is no known card.{_near(key)} Write its memory, for example 24GB.")
-
-
-def _near(name: str) -> str:
-    near = difflib.get_close_matches(name, CARDS, n=2)
-    return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+    raise ValueError(f"gpu={text!r} is no known card.{did_you_mean(key, CARDS)} Write its memory, for example 24GB.")

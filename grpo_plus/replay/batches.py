@@ -17,9 +17,9 @@ from grpo_plus.advantages.steps import Steps
 from grpo_plus.replay.columns import plain_text
 from grpo_plus.replay.grouping import cut_groups, labelled_groups, shows_no_groups
 from grpo_plus.replay.tables import TableError, converted, counts, numbers
+from grpo_plus.report.completions import LENGTH, STEP_COLUMNS
 
 NAME = re.compile(r"completions_(\d+)\.parquet")
-LENGTH, STEP_COLUMNS = "completion_length", ("step_rewards", "step_ends")
 LARGEST = torch.finfo(torch.float32).max  # of a reward: the trainer computes in float32
 
 

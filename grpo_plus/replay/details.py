@@ -128,19 +128,11 @@ def _histograms(replay: Replay) -> Figure:
 
 def _shares_of(replay: Replay) -> list[Block]:
     """Tables of the shares of rewards and tasks."""
-    s = replay.statistics
     tables: list[Block] = []
-    if len(s.names) > 1:
-        by_reward = {
-            family.label: dict(zip(s.names, s.reward_share()[family.index].tolist(), strict=True))
-            for family in replay.families
-        }
+    if len(replay.statistics.names) > 1:
+        by_reward = {family.label: line for family, line in replay.shares_of_rewards.items()}
         tables.append(_shares("Share of Σ|A| by reward", "reward", by_reward))
-    if tasks := s.task_share():
-        by_task = {
-            family.label: {task: share[family.index].item() for task, share in tasks.items()}
-            for family in replay.families
-        }
+    if by_task := {family.label: line for family, line in replay.shares_of_tasks.items()}:
         tables.append(_shares("Share of Σ|A| by task", "task", by_task))
     return tables
 

@@ -123,15 +123,9 @@ def _figures(replay: Replay) -> list[Block]:
         )
     ]
     if len(s.names) > 1:
-        shares = {
-            family.short: dict(zip(s.names, s.reward_share()[family.index].tolist(), strict=True))
-            for family in families
-        }
+        shares = {family.short: line for family, line in replay.shares_of_rewards.items()}
         drawn.append(Figure("Share of Σ|A| that each reward accounts for.", stacked(shares, label="share of Σ|A|")))
-    if tasks := s.task_share():
-        by_task = {
-            family.short: {task: share[family.index].item() for task, share in tasks.items()} for family in families
-        }
+    if by_task := {family.short: line for family, line in replay.shares_of_tasks.items()}:
         drawn.append(Figure("Share of Σ|A| by task.", stacked(by_task, label="share of Σ|A| by task")))
     return drawn
 

@@ -125,6 +125,19 @@ class Replay:
         )
 
     @property
+    def shares_of_rewards(self) -> dict[Family, dict[str, float]]:
+        """By family, the share of Σ|A| that each reward accounts for."""
+        shares = self.statistics.reward_share()
+        names = self.statistics.names
+        return {f: dict(zip(names, shares[f.index].tolist(), strict=True)) for f in self.families}
+
+    @property
+    def shares_of_tasks(self) -> dict[Family, dict[str, float]]:
+        """By family, the share of Σ|A| of each task. Empty without tasks."""
+        tasks = self.statistics.task_share()
+        return {f: {task: share[f.index].item() for task, share in tasks.items()} for f in self.families if tasks}
+
+    @property
     def next_command(self) -> str:
         """The command that trains what `advice` wants compared."""
         return compare_command(self.advice, self.rollouts, self.recipes[self.own] if self.own else None)

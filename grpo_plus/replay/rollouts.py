@@ -22,9 +22,7 @@ from tqdm import tqdm
 from grpo_plus.advantages.checks import check_weights
 from grpo_plus.registry import suggestion
 from grpo_plus.replay.batches import (
-    LENGTH,
     NAME,
-    STEP_COLUMNS,
     Finding,
     RolloutBatch,
     TableReader,
@@ -33,10 +31,10 @@ from grpo_plus.replay.batches import (
 from grpo_plus.replay.columns import plain_text
 from grpo_plus.replay.grouping import Sample, Size, label_size, logged_dead, size_of_groups
 from grpo_plus.replay.tables import TableError, converted, numbers, read_table
+from grpo_plus.report.completions import LENGTH, NOT_REWARDS
 from grpo_plus.report.files import read_json
 from grpo_plus.report.run_file import RunRecord, read_run
 
-NOT_REWARDS = {"step", "prompt", "completion", "advantage", "group", "task", LENGTH, *STEP_COLUMNS}
 READ_AHEAD = 4
 SAMPLED = 16  # tables that are asked for the size of the groups
 

@@ -5,6 +5,7 @@ The trainer writes the file, a replay reads it, and the model card quotes it.
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,3 +63,10 @@ def read_run(folder: str | Path) -> RunRecord | None:
 
 def _table(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
+
+
+def numbered(output_dir: Path) -> dict[int, Path]:
+    """The folders `checkpoint-<step>` in a folder, by step, the newest first."""
+    found = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in output_dir.glob("checkpoint-*")}
+    steps = {int(name[1]): path for path, name in found.items() if name}
+    return dict(sorted(steps.items(), reverse=True))

@@ -6,13 +6,13 @@ trainer_state.json of its newest checkpoint.
 
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from grpo_plus.report.files import read_json
+from grpo_plus.report.run_file import numbered
 
 LOG_FILE = "grpo_plus_log.jsonl"
 BEGIN, LOG, END = "begin", "log", "end"
@@ -129,8 +129,7 @@ def _joined(lines: Iterator[dict[str, Any]]) -> RunLog:
 
 def _of_checkpoint(folder: Path) -> RunLog | None:
     """The log in the newest checkpoint that has one."""
-    numbered = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in folder.glob("checkpoint-*")}
-    for path in sorted((path for path, found in numbered.items() if found), key=_number, reverse=True):
+    for path in numbered(folder).values():
         state = read_json(path / "trainer_state.json")
         if isinstance(state, dict) and isinstance(state.get("log_history"), list):
             history = [line for line in state["log_history"] if isinstance(line, dict)]
@@ -138,7 +137,3 @@ def _of_checkpoint(folder: Path) -> RunLog | None:
             steps = state.get("max_steps")
             return RunLog(tuple(entries), steps if isinstance(steps, int) else 0)
     return None
-
-
-def _number(path: Path) -> int:
-    return int(path.name.rpartition("-")[2])

@@ -14,10 +14,9 @@ from fractions import Fraction
 from typing import Any
 
 from grpo_plus.rewards.completions import Completion, answering_part, text_of
-from grpo_plus.rewards.numbers import last_number_in, whole_number_of
+from grpo_plus.rewards.numbers import WRAPPED, last_number_in, whole_number_of
 
 _TAGGED = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
-_WRAPPED = re.compile(r"\\(?:text|mathrm|textbf)\{([^{}]*)\}")
 _IDLE = re.compile(r"\\left|\\right|\\[!,;]|[$\s]|\.\s*$")
 
 
@@ -100,7 +99,7 @@ def _same(found: str | None, expected: str) -> float | None:
 
 
 def _bare(text: str) -> str:
-    text = _IDLE.sub("", _WRAPPED.sub(r"\1", text)).replace("dfrac", "frac").casefold()
+    text = _IDLE.sub("", WRAPPED.sub(r"\1", text)).replace("dfrac", "frac").casefold()
     return text[1:-1] if len(text) == 3 and text[0] + text[-1] == "()" else text
 
 

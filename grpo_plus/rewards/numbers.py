@@ -36,7 +36,7 @@ _LATEX = (
     (re.compile(r"(?<=\d)(?=\\[dt]?frac)"), " "),  # 2\frac{1}{2} is not 21/2
     (re.compile(r"\\[dt]?frac\s*\{\s*(-?\d+)\s*\}\s*\{\s*(\d+)\s*\}"), r"\1/\2"),
 )
-_UNIT = re.compile(r"\\(?:text|mathrm|textbf)\{[^{}]*\}")
+WRAPPED = re.compile(r"\\(?:text|mathrm|textbf)\{([^{}]*)\}")  # words inside a formula
 # Behind another such sign none begins: a model that writes dots for ever would cost the square of their number.
 _AROUND = re.compile(r"^(?:[A-Za-z]\w*\s*=)?[\s$€£¥]*|(?<![\s$€£¥%.])[\s$€£¥%.]+$")
 
@@ -61,7 +61,7 @@ def whole_number_of(text: str) -> Fraction | None:
         >>> whole_number_of(r"x = 18 \text{ dollars}"), whole_number_of(r"2\sqrt{3}")
         (Fraction(18, 1), None)
     """
-    bare = _AROUND.sub("", _plain(_UNIT.sub("", text)))
+    bare = _AROUND.sub("", _plain(WRAPPED.sub("", text)))
     bare = re.sub(r"^-[$€£¥\s]+", "-", bare)
     match = _NUMBER.fullmatch(bare)
     return None if match is None else _value(match)

@@ -10,7 +10,6 @@
 
 import json
 import logging
-import re
 import shutil
 import zipfile
 from collections.abc import Container, Iterator
@@ -21,8 +20,8 @@ from typing import Any, Literal
 
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from grpo_plus.report.run_file import numbered
 from grpo_plus.trainer.manifest import MANIFEST, SENTINEL, UNFINISHED, manifest_of, mismatch
 
 STATE_FILE = "grpo_plus_state.json"
@@ -119,13 +118,6 @@ def rotate(output_dir: Path, limit: int | None, *, keep: Container[Path]) -> Non
     kept = len(folders) - len(others)
     for folder in others[: max(len(folders) - max(limit, kept), 0)]:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def numbered(output_dir: Path) -> dict[int, Path]:
-    """The folders `checkpoint-<step>` in a folder, by step, the newest first."""
-    found = {path: re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name) for path in output_dir.glob("*-*")}
-    steps = {int(name[1]): path for path, name in found.items() if name}
-    return dict(sorted(steps.items(), reverse=True))
 
 
 def _newest(output_dir: Path) -> Path:

@@ -17,6 +17,7 @@ from packaging.specifiers import SpecifierSet
 from torch import Tensor
 from trl import GRPOTrainer, prepare_multimodal_messages
 
+from grpo_plus.report.completions import STEP_COLUMNS
 from grpo_plus.trainer.refill_rows import Padding
 
 TESTED_TRL = SpecifierSet(">=1.15,<1.17")
@@ -56,9 +57,6 @@ KEPT_COUNTS, KEPT_LISTS, ONLY_LISTS = "kept_counts", "kept_lists", "kept_only_li
 
 # A column of ours in TRL's dictionaries: what transformers' generation gave the tokens it drew. NaN is unknown.
 SAMPLED_LOGPS = "sampled_logps"
-
-# Columns of TRL's completions table that a reward function may fill through `log_extra` with lists, one per completion.
-STEP_COLUMNS = ("step_rewards", "step_ends")
 
 # Images and what belongs to them, under the names that TRL's dictionaries and its forward share.
 MULTIMODAL = tuple(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)[8:]

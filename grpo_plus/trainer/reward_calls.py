@@ -19,7 +19,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import nn
 
-from grpo_plus.trainer.names import STEP_COLUMNS
+from grpo_plus.report.completions import STEP_COLUMNS
 
 if TYPE_CHECKING:
     from grpo_plus.trainer.seam import TRLSeam

@@ -156,3 +156,13 @@ def test_numbers_and_times_are_short():
     assert sparkline([float("nan")], 9) == ""
     assert [figure(value) for value in (0.0, 0.5, 1234.5, 2.5e-4, 12.0)] == ["0", "0.500", "1,234", "2.50e-04", "12"]
     assert [duration(value) for value in (1.25, 42, 600, 7500)] == ["1.2 s", "42 s", "10 min", "2 h 05 min"]
+
+
+def test_a_length_that_a_reward_function_logs_is_no_reward(tmp_path, capsys, monkeypatch):
+    log(tmp_path, [0.1, 0.2])
+    (tmp_path / "completions").mkdir()
+    rows = {"step": [2], "prompt": ["1+1="], "completion": ["2"], "right": [1.0], "completion_length": [3.5]}
+    pd.DataFrame(rows).to_parquet(tmp_path / "completions" / "completions_00002.parquet")
+    printed = frame(tmp_path, capsys, monkeypatch)
+    assert "right 1" in printed
+    assert "3.5" not in printed
