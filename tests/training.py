@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, ProcessorMixin
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import GRPOConfig, GRPOTrainer
 
@@ -55,6 +55,7 @@ def make_trainer(
     train_dataset: Dataset = PROMPTS,
     trainer_arguments: dict[str, Any] | None = None,
     model: PreTrainedModel | None = None,
+    processing_class: ProcessorMixin | None = None,
     **config: Any,
 ) -> GRPOTrainer:
     tokenizer = tiny_tokenizer()
@@ -78,7 +79,7 @@ def make_trainer(
         reward_funcs=list(reward_funcs),
         args=config_class(**(defaults | config)),
         train_dataset=train_dataset,
-        processing_class=tokenizer,
+        processing_class=processing_class or tokenizer,
         **(trainer_arguments or {}),
     )
     trainer.remove_callback(PrinterCallback)

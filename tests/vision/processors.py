@@ -1,0 +1,92 @@
+"""Tokenizers and processors of vision families, built in memory: no hub, no torchvision.
+
+Image processors are transformers' own for PIL. A processor whose class also wants a video processor does without:
+transformers' video processors need torchvision.
+"""
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+from tokenizers import AddedToken
+from transformers import PreTrainedTokenizerFast, ProcessorMixin
+from transformers.models.smolvlm import processing_smolvlm
+
+from grpo_plus.demo.tiny import tiny_tokenizer
+
+
+@dataclass(frozen=True)
+class Turns:
+    """How a family's chat template writes a conversation.
+
+    Attributes:
+        opening: stands before the content of a message; "{}" is its role.
+        picture: stands for an image, before the processor repeats it.
+        closing: stands after the content of a message.
+        answer: stands before a completion.
+    """
+
+    opening: str
+    picture: str
+    closing: str
+    answer: str
+
+    def template(self) -> str:
+        before, after = self.opening.split("{}")
+        return (
+            "{% for message in messages %}"
+            f"{{{{ {before!r} + message['role'] + {after!r} }}}}"
+            "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+            "{% for part in message['content'] %}"
+            f"{{{{ {self.picture!r} if part['type'] == 'image' else part['text'] }}}}"
+            "{% endfor %}{% endif %}"
+            f"{{{{ {self.closing!r} }}}}"
+            "{% endfor %}"
+            f"{{% if add_generation_prompt %}}{{{{ {self.answer!r} }}}}{{% endif %}}"
+        )
+
+
+class OfTextAndImages:
+    """Lets a processor have an image processor and a tokenizer alone, whatever its class asks for."""
+
+    video_processor = SimpleNamespace(num_frames=1, fps=1)  # SmolVLM's chat template reads both, without a video too
+
+    @classmethod
+    def get_attributes(cls) -> list[str]:
+        return ["image_processor", "tokenizer"]
+
+
+def tokenizer_with(named: dict[str, str], tokens: tuple[str, ...]) -> PreTrainedTokenizerFast:
+    """The demo's tokenizer of characters with more special tokens.
+
+    Args:
+        named: tokens that the tokenizer gives out as attributes, such as `image_token`.
+    """
+    plain = tiny_tokenizer()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=plain.backend_tokenizer,
+        **plain.special_tokens_map,
+        extra_special_tokens=named,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
+    )
+    added = [AddedToken(token, normalized=False, special=True) for token in (*named.values(), *tokens)]
+    tokenizer.add_special_tokens({"extra_special_tokens": added})
+    return tokenizer
+
+
+def processor_of(
+    processor_class: type[ProcessorMixin],
+    image_processor: Any,
+    tokenizer: PreTrainedTokenizerFast,
+    turns: Turns,
+    **settings: Any,
+) -> ProcessorMixin:
+    made = type(processor_class.__name__, (OfTextAndImages, processor_class), {})
+    # SmolVLM's class asks for a package that spells the number of a video's frames.
+    with patch.object(processing_smolvlm, "num2words", str):
+        if "video_processor" in processor_class.get_attributes():
+            settings["video_processor"] = None
+        return made(image_processor=image_processor, tokenizer=tokenizer, chat_template=turns.template(), **settings)
