@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import GRPOConfig, GRPOTrainer
 
@@ -55,7 +55,7 @@ def make_trainer(
     train_dataset: Dataset = PROMPTS,
     trainer_arguments: dict[str, Any] | None = None,
     model: PreTrainedModel | None = None,
-    processing_class: ProcessorMixin | None = None,
+    processing_class: ProcessorMixin | PreTrainedTokenizerFast | None = None,
     **config: Any,
 ) -> GRPOTrainer:
     tokenizer = tiny_tokenizer()

@@ -33,6 +33,7 @@ from grpo_plus.advantages import (  # noqa: F401  (they register themselves)
     process,
     ranking,
     running,
+    turns,
     unnormalized,
 )
 from grpo_plus.advantages.checks import (

@@ -38,6 +38,7 @@ class Estimator(Described):
             JSON with strings as keys.
         needs_prompts: the function recognizes a prompt that an earlier batch has shown.
         needs_steps: the function reads rewards of the completions' steps and returns an advantage per token.
+        needs_turns: the steps are the turns of a tool loop or an environment, with the states that they start from.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Estimator(Described):
     stateful: bool = False
     needs_prompts: bool = False
     needs_steps: bool = False
+    needs_turns: bool = False
 
     def __call__(self, rewards: Rewards, keywords: Mapping[str, Any], state: State) -> Tensor:
         """Advantages by the function. A stateful function updates `state`."""

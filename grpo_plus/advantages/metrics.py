@@ -7,6 +7,7 @@ from torch import Tensor
 
 from grpo_plus.advantages.reductions import RESOLUTION, center, has_spread, zscore
 from grpo_plus.advantages.rewards import Rewards
+from grpo_plus.advantages.steps import Steps
 
 LOGGED_TASK_SHARE = "advantages/task_share/"
 
@@ -27,7 +28,7 @@ def advantage_metrics(
         advantages: (P, G) advantages that reach the loss.
         limit: largest |A| that the `clip` modifier let through; (P, G) if later modifiers changed it. None without it.
         normalizes_each: whether the estimator divides each reward function by its own spread before the sum.
-        by_steps: whether the estimator judges the rewards of steps, not what the function returned.
+        by_steps: whether the estimator judges the rewards of steps alone, not what the function returned.
         rounded: whether the estimator leaves rounding where rewards have no spread, as TRL does. Ours give exactly 0.
     """
     size = advantages.abs()
@@ -49,6 +50,8 @@ def advantage_metrics(
         metrics |= {f"task_share/{task}": share for task, share in task_shares(rewards.tasks, advantages).items()}
     if rewards.lengths is not None:
         metrics["length_correlation"] = correlation(advantages, rewards.lengths, rewards.judged)
+    if rewards.steps is not None and rewards.steps.states is not None:
+        metrics["turns_shared"] = turns_shared(rewards.steps, rewards.judged)
     return metrics
 
 
@@ -75,7 +78,7 @@ def zero_spread(rewards: Rewards, *, by_steps: bool = False) -> dict[str, float]
     """
     columns = {name: rewards.values[..., k] for k, name in enumerate(rewards.names)} | {"total": rewards.total()}
     if by_steps and rewards.steps is not None:
-        steps = rewards.steps.rewards.masked_fill(~rewards.judged.unsqueeze(-1), torch.nan).flatten(1)
+        steps = rewards.steps.scored(rewards.total()).flatten(1)
         columns |= dict.fromkeys([*_counting(rewards), "total"], steps)
     judged = {name: values[~values.isnan().all(-1)] for name, values in columns.items()}
     return {name: (~has_spread(values)).double().mean().item() for name, values in judged.items() if len(values)}
@@ -146,6 +149,16 @@ def correlation(advantages: Tensor, lengths: Tensor, judged: Tensor) -> float:
     centered = center(pairs)
     covariance, variances = centered.prod(0).sum(), centered.square().sum(-1)
     return (covariance / variances.prod().sqrt()).clamp(-1, 1).item()
+
+
+def turns_shared(steps: Steps, judged: Tensor) -> float:
+    """Share of the turns that start from a state from which another turn of the group starts, too.
+
+    The other turns have nobody to be compared with: they get the advantage of their completion alone.
+    """
+    keys, _ = steps.by_state(judged)
+    _, counts = keys.unique(return_counts=True)
+    return counts[counts > 1].sum().item() / max(1, len(keys))
 
 
 def contributions(rewards: Rewards, *, normalizes_each: bool = False) -> Tensor:

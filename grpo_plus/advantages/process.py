@@ -40,7 +40,7 @@ def process(rewards: Rewards, *, ddof: int = 1, eps: float = 1e-4) -> Tensor:
             "advantage_estimator='process' needs rewards of steps, and no reward function gave any. In one of them "
             "call log_extra('step_rewards', ...) and log_extra('step_ends', ...), each with one list per completion."
         )
-    steps = rewards.steps.rewards.masked_fill(~rewards.judged.unsqueeze(-1), torch.nan)
+    steps = rewards.steps.scored(rewards.total())
     prompts, generations, _ = steps.shape
     advantages = process_advantages(
         steps.flatten(0, 1),

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from grpo_plus.advantages.reductions import RESOLUTION
-from grpo_plus.advantages.steps import Row, Steps
+from grpo_plus.advantages.steps import Row, States, Steps
 from grpo_plus.registry import suggestion
 
 
@@ -76,14 +76,14 @@ class Rewards:
         lengths: Tensor | None = None,
         tasks: Sequence[str] | None = None,
         prompts: Sequence[str] | None = None,
-        steps: tuple[Sequence[Row], Sequence[Row]] | None = None,
+        steps: tuple[Sequence[Row], Sequence[Row]] | tuple[Sequence[Row], Sequence[Row], States] | None = None,
         full_lengths: Tensor | None = None,
     ) -> "Rewards":
         """Group a (P*G, K) table whose groups are blocks of `num_generations` rows. Labels come one per row.
 
         The values become float64 on the CPU. For a few thousand numbers exact sums matter more than speed, and every
         process must compute the same advantages to the last bit. `steps` are the rewards and the ends of each
-        completion's steps, as in `Steps.from_rows`. Steps need `lengths`.
+        completion's steps, and the states that they start from, as in `Steps.from_rows`. Steps need `lengths`.
         """
         rows, functions = rewards_per_func.shape
         if rows % num_generations:
@@ -187,5 +187,6 @@ def sample_rewards(
     values[0, 0] = low
     counts = torch.tensor([1.0] * len(names) if weights is None else weights, dtype=torch.float64) != 0
     shares = counts / counts.sum().clamp(min=1).double()
-    steps = Steps(values[..., :1], torch.zeros(2, num_generations, 1, dtype=torch.long))
+    first = torch.zeros(2, num_generations, 1, dtype=torch.long)
+    steps = Steps(values[..., :1], first, first, torch.zeros(2, num_generations, dtype=torch.bool))
     return Rewards(values, shares, tuple(names), torch.ones(2, num_generations), steps=steps)

@@ -1,4 +1,4 @@
-"""Rewards of a completion's steps, as a reward function reports them."""
+"""Rewards of a completion's steps, as a reward function reports them, and the states that the steps start from."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 Row = Sequence[float] | Tensor | None
+States = Sequence[Sequence[str]]
 
 
 @dataclass(frozen=True)
@@ -16,34 +17,78 @@ class Steps:
     Attributes:
         rewards: (P, G, J) float64. NaN where a completion has fewer steps.
         ends: (P, G, J) index of each step's last token in the completion, from 0. -1 where there is no step.
+        states: (P, G, J) number of the state that each step starts from. Within a group, equal numbers are equal
+            states. -1 where there is no step. None where nobody asked for states.
+        at_end: (P, G) whether the completion's own reward falls on its last step, as nobody gave rewards of its steps.
+            None without states.
     """
 
     rewards: Tensor
     ends: Tensor
+    states: Tensor | None = None
+    at_end: Tensor | None = None
 
     @classmethod
-    def from_rows(cls, rewards: Sequence[Row], ends: Sequence[Row], *, lengths: Tensor) -> "Steps":
-        """Pad the steps that a reward function gave for each completion, in the order of the reward table.
+    def from_rows(
+        cls, rewards: Sequence[Row], ends: Sequence[Row], states: States | None = None, *, lengths: Tensor
+    ) -> "Steps":
+        """Pad the steps of each completion, in the order of the reward table.
 
         Args:
-            rewards: one list of rewards per completion. None or an empty list for a completion without steps.
+            rewards: one list of rewards per completion. None or an empty list for a completion without steps. With
+                `states`, None leaves the completion's own reward to its last step.
             ends: one list of token indices per completion.
+            states: one list per completion, of the states that its steps start from.
             lengths: (P, G) completion lengths in tokens.
 
         Raises:
-            ValueError: a completion has more or fewer rewards than ends, an infinite reward, or a step that ends
-                outside the completion.
+            ValueError: a completion has more or fewer rewards or states than ends, an infinite reward, or a step that
+                ends outside the completion. With states: the ends do not rise.
         """
-        columns = [
-            (_as_row("step_rewards", row, values), _as_row("step_ends", row, indices))
-            for row, (values, indices) in enumerate(zip(rewards, ends, strict=True))
+        indices = [_as_row("step_ends", row, given) for row, given in enumerate(ends)]
+        outcomes = [states is not None and given is None for given in rewards]
+        values = [
+            torch.zeros_like(its_ends) if outcome else _as_row("step_rewards", row, given)
+            for row, (given, its_ends, outcome) in enumerate(zip(rewards, indices, outcomes, strict=True))
         ]
-        for row, (values, indices) in enumerate(columns):
-            _check_row(row, values, indices, int(lengths.flatten()[row]))
+        for row, (its_rewards, its_ends) in enumerate(zip(values, indices, strict=True)):
+            if states is not None:
+                _check_turns(row, its_rewards, its_ends, states[row])
+            _check_row(row, its_rewards, its_ends, int(lengths.flatten()[row]))
         return cls(
-            _padded([values for values, _ in columns], torch.nan).view(*lengths.shape, -1),
-            _padded([indices for _, indices in columns], -1.0).view(*lengths.shape, -1).long(),
+            _padded(values, torch.nan).view(*lengths.shape, -1),
+            _padded(indices, -1.0).view(*lengths.shape, -1).long(),
+            None if states is None else _padded(_numbered(states), -1.0).view(*lengths.shape, -1).long(),
+            None if states is None else torch.tensor(outcomes).view(lengths.shape),
         )
+
+    def scored(self, total: Tensor) -> Tensor:
+        """Rewards of the steps of judged completions, (P, G, J). NaN elsewhere.
+
+        Args:
+            total: (P, G) rewards of the completions, which fall on the last step where `at_end` says so.
+        """
+        rewards = self.rewards.masked_fill(total.isnan().unsqueeze(-1), torch.nan)
+        if self.at_end is None:
+            return rewards
+        last = (self.ends >= 0).sum(-1, keepdim=True) - 1
+        outcome = torch.zeros_like(rewards).scatter(-1, last.clamp(min=0), total.unsqueeze(-1).nan_to_num())
+        return rewards + outcome * self.at_end.unsqueeze(-1)
+
+    def by_state(self, judged: Tensor) -> tuple[Tensor, Tensor]:
+        """The steps of judged completions: a number per group and state, (n,), and where these steps are, (P, G, J).
+
+        Args:
+            judged: (P, G) bool.
+
+        Raises:
+            ValueError: the steps come without states.
+        """
+        if self.states is None:
+            raise ValueError("These steps come without the states that they start from.")
+        taken = (self.states >= 0) & judged.unsqueeze(-1)
+        first = torch.arange(len(self.states)).view(-1, 1, 1) * (self.states.max() + 1)
+        return (self.states + first)[taken], taken
 
 
 def _as_row(column: str, row: int, given: Row) -> Tensor:
@@ -59,6 +104,24 @@ def _padded(rows: list[Tensor], value: float) -> Tensor:
     for row, values in enumerate(rows):
         padded[row, : len(values)] = values
     return padded
+
+
+def _numbered(states: States) -> list[Tensor]:
+    """Numbers in place of the states: equal states have equal numbers."""
+    numbers: dict[str, int] = {}
+    return [torch.tensor([numbers.setdefault(state, len(numbers)) for state in row]).double() for row in states]
+
+
+def _check_turns(row: int, rewards: Tensor, ends: Tensor, states: Sequence[str]) -> None:
+    found = ends.flatten().tolist()
+    if rewards.shape != ends.shape or len(states) != len(found):
+        raise ValueError(
+            f"Completion {row} has {len(found)} turns, with the ends {found}, but {rewards.numel()} step_rewards and "
+            f"{len(states)} step_states. Give one of each per turn. Without step_ends, a turn is a run of tokens that "
+            "the policy wrote: an assistant's message of a tool loop, a run of ones in env_mask."
+        )
+    if not (ends.flatten().diff() > 0).all():
+        raise ValueError(f"Completion {row} has step_ends {found}. Give the ends of turns in rising order.")
 
 
 def _check_row(row: int, rewards: Tensor, ends: Tensor, length: int) -> None:

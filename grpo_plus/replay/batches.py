@@ -17,7 +17,7 @@ from grpo_plus.advantages.steps import Steps
 from grpo_plus.replay.columns import plain_text
 from grpo_plus.replay.grouping import cut_groups, labelled_groups, shows_no_groups
 from grpo_plus.replay.tables import TableError, converted, counts, numbers
-from grpo_plus.report.completions import LENGTH, STEP_COLUMNS
+from grpo_plus.report.completions import LENGTH, STATES, STEP_COLUMNS
 
 NAME = re.compile(r"completions_(\d+)\.parquet")
 LARGEST = torch.finfo(torch.float32).max  # of a reward: the trainer computes in float32
@@ -181,8 +181,9 @@ class TableReader:
 
 
 def has_steps(names: list[str]) -> bool:
-    """Whether a table with these columns holds rewards of single steps."""
-    return set(STEP_COLUMNS) <= set(names)
+    """Whether a table with these columns holds steps: their ends, and their rewards or the states they start from."""
+    rewards, ends = STEP_COLUMNS
+    return ends in names and (rewards in names or STATES in names)
 
 
 def lengths_of(path: Path, table: pa.Table) -> np.ndarray:
@@ -198,11 +199,13 @@ def lengths_of(path: Path, table: pa.Table) -> np.ndarray:
 def _steps_of(path: Path, table: pa.Table, rows: np.ndarray, lengths: Tensor) -> Steps | None:
     if not has_steps(table.column_names):
         return None
-    flat = table.select(STEP_COLUMNS).take(pa.array(rows.ravel())).to_pydict()
+    names = [name for name in (*STEP_COLUMNS, STATES) if name in table.column_names]
+    flat = table.select(names).take(pa.array(rows.ravel())).to_pydict()
+    rewards, ends, states = (flat.get(name) for name in (*STEP_COLUMNS, STATES))
     try:
-        return Steps.from_rows(*flat.values(), lengths=lengths)
+        return Steps.from_rows(rewards or [None] * rows.size, ends, states, lengths=lengths)
     except (ValueError, TypeError, OverflowError) as error:
-        columns = " and ".join(map(repr, STEP_COLUMNS))
+        columns = " and ".join(map(repr, names))
         raise TableError("columns", f"{path.name}: the columns {columns} cannot be used: {error}") from error
 
 

@@ -17,7 +17,6 @@ from packaging.specifiers import SpecifierSet
 from torch import Tensor
 from trl import GRPOTrainer, prepare_multimodal_messages
 
-from grpo_plus.report.completions import STEP_COLUMNS
 from grpo_plus.trainer.refill_rows import Padding
 
 TESTED_TRL = SpecifierSet(">=1.15,<1.17")
@@ -205,26 +204,14 @@ def _with_images(row: dict[str, Any]) -> Any:
     return prepare_multimodal_messages(row["prompt"], images=images) if images else row["prompt"]
 
 
-def gathered_steps(trainer: GRPOTrainer, rows: int) -> tuple[list, list] | None:
-    """What the reward functions of all processes passed to `log_extra` as step rewards and ends; None for none."""
-    columns = [trainer._pending_extra_logs.get(name) for name in STEP_COLUMNS]
-    present = None not in columns
-    problems = [
-        f"log_extra({name!r}, ...) got {len(column)} lists for {rows} completions. Give one for each completion, from "
-        "one reward function, and an empty one where there are no steps."
-        for name, column in zip(STEP_COLUMNS, columns, strict=True)
-        if present and len(column) != rows
-    ]
-    # Every process takes part, whether its own completions have steps or not: a gather waits for all.
-    own = list(zip(*columns, strict=True)) if present and not problems else [None] * rows
-    everyone = gather_object([(own, problems)])
-    for rank, (_, found) in enumerate(everyone):
-        if found:
-            raise ValueError(problems[0] if problems else f"Process {rank}: {found[0]}")
-    pairs = [pair for process, _ in everyone for pair in process]
-    if not any(pairs):
-        return None
-    return [pair and pair[0] for pair in pairs], [pair and pair[1] for pair in pairs]
+def reported(trainer: GRPOTrainer, column: str) -> list | None:
+    """What this process's reward functions passed to `log_extra` for a column in this batch; None for nothing."""
+    return trainer._pending_extra_logs.get(column)
+
+
+def set_reported(trainer: GRPOTrainer, column: str, values: list) -> None:
+    """Show these values in a column of the table of completions, in place of what a reward function reported."""
+    trainer._pending_extra_logs[column] = values
 
 
 def complete_table_columns(trainer: GRPOTrainer, rows: int) -> list[str]:

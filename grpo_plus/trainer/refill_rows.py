@@ -115,10 +115,15 @@ def _join_steps(old: Rewards, new: Rewards, groups: Tensor) -> Steps | None:
     if old.steps is None and new.steps is None:
         return None
     first, second = (rewards.steps or _no_steps(rewards) for rewards in (old, new))
-    return Steps(
+    joined = Steps(
         join_rows(first.rewards, second.rewards, groups, Padding("right", torch.nan)),
         join_rows(first.ends, second.ends, groups, Padding("right", -1)),
     )
+    # An estimator compares states of one group only: numbers of two batches may be the same.
+    if first.states is None or second.states is None or first.at_end is None or second.at_end is None:
+        return joined
+    states = join_rows(first.states, second.states, groups, Padding("right", -1))
+    return replace(joined, states=states, at_end=join_rows(first.at_end, second.at_end, groups, None))
 
 
 def _no_steps(rewards: Rewards) -> Steps:

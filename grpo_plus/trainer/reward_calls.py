@@ -19,7 +19,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import nn
 
-from grpo_plus.report.completions import STEP_COLUMNS
+from grpo_plus.report.completions import STATES, STEP_COLUMNS
 
 if TYPE_CHECKING:
     from grpo_plus.trainer.seam import TRLSeam
@@ -166,7 +166,7 @@ class RewardCalls:
                 log_metric(_text(figure), float(value))
 
         def extra(column: str, values: Any) -> None:
-            if column in STEP_COLUMNS:  # the estimator reads these: a wrong one is an error
+            if column in (*STEP_COLUMNS, STATES):  # the estimator reads these: a wrong one is an error
                 log_extra(column, values)
                 return
             with figures.guarded(f"log_extra({column!r}, ...) of the reward function {name!r}"):

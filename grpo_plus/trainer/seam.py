@@ -36,7 +36,6 @@ from grpo_plus.trainer.names import (
     dataset_prompts,
     gathered_labels,
     gathered_lengths,
-    gathered_steps,
     is_multimodal,
     log_advantages_anew,
     logged_advantages,
@@ -53,6 +52,7 @@ from grpo_plus.trainer.sampler_ratio import SamplerRatio
 from grpo_plus.trainer.scoring import ScoringSeam
 from grpo_plus.trainer.speed import speed_of
 from grpo_plus.trainer.step_figures import step_figures_of
+from grpo_plus.trainer.steps import gathered_steps, own_turns, reads_turns
 
 
 class TRLSeam(ScoringSeam):
@@ -108,6 +108,10 @@ class TRLSeam(ScoringSeam):
         if tasks[0] is not None and "task" not in (*self._pending_extra_logs, *self.reward_func_names):
             self._log_completion_extra("task", tasks)
         lengths, full_lengths = gathered_lengths(self, completion_ids_list, self._tool_masks)
+        turns = None
+        if reads_turns(self.plus):
+            turns = own_turns(self, prompts, completions, completion_ids_list, self._tool_masks)
+        steps = gathered_steps(self, inputs, turns)
         prompts = dataset_prompts(self, inputs, prompts)
         self.rewards = Rewards.from_table(
             rewards_per_func,
@@ -117,7 +121,7 @@ class TRLSeam(ScoringSeam):
             lengths=lengths,
             tasks=gathered_labels(tasks),
             prompts=gathered_labels([self.prompt_key(prompt) for prompt in prompts]),
-            steps=gathered_steps(self, len(prompts)),
+            steps=steps,
             full_lengths=full_lengths,
         )
         if columns := complete_table_columns(self, len(prompts)):

@@ -10,8 +10,6 @@ The story of a step:
 """
 
 import copy
-import hashlib
-import json
 import warnings
 from functools import cached_property
 from typing import Any
@@ -37,6 +35,7 @@ from grpo_plus.models.adapters import has_adapters
 from grpo_plus.qlora.frozen import FrozenAdapterCallback
 from grpo_plus.qlora.settings import log_setting_check
 from grpo_plus.trainer.checkpoints import STATE_FILE
+from grpo_plus.trainer.digests import digest
 from grpo_plus.trainer.manifest import MANIFEST
 from grpo_plus.trainer.record import add_to_card, record_of, write_record
 from grpo_plus.trainer.seam import TRLSeam
@@ -144,7 +143,7 @@ class GRPOPlusTrainer(TRLSeam):
             advantages,
             limit=clip_limits(rewards, modifiers),
             normalizes_each=trl_normalizes_each if estimator is None else estimator.normalizes_each,
-            by_steps=estimator is not None and estimator.needs_steps,
+            by_steps=estimator is not None and estimator.needs_steps and not estimator.needs_turns,
             rounded=trls,
         )
 
@@ -162,7 +161,13 @@ class GRPOPlusTrainer(TRLSeam):
         name = self.plus.advantage_estimator
         if name is None or not ESTIMATORS[name].needs_prompts:
             return None
-        return hashlib.sha256(json.dumps(prompt, sort_keys=True, default=_content).encode()).hexdigest()[:16]
+        try:
+            return digest(prompt)
+        except ValueError as error:
+            raise ValueError(
+                f"A prompt {error}, which cannot be recognized in a later batch. Use text and images, override "
+                "prompt_key, or take an advantage_estimator that does not remember prompts."
+            ) from error
 
     def running_state(self) -> dict[str, Any]:
         """What the estimator remembers, where beta has moved to, and which way of computing was the fastest."""
@@ -232,14 +237,3 @@ class GRPOPlusTrainer(TRLSeam):
             max_length=self.max_completion_length,
             accumulation_steps=accumulation_steps,
         )
-
-
-def _content(part: Any) -> list[Any]:
-    """What tells apart a part of a prompt that is no JSON: an image or an array by its bytes."""
-    if not callable(getattr(part, "tobytes", None)):
-        raise ValueError(
-            f"A prompt holds a {type(part).__name__}, which cannot be recognized in a later batch. Use text and "
-            "images, override prompt_key, or take an advantage_estimator that does not remember prompts."
-        )
-    shape = [getattr(part, name, None) for name in ("mode", "size", "dtype", "shape")]
-    return [str(shape), hashlib.sha256(part.tobytes()).hexdigest()]

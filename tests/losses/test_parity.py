@@ -147,9 +147,10 @@ def test_a_loss_is_trls_right_after_generation(tmp_path, loss_type: str):
 @pytest.mark.parametrize("loss_type", TRL_LOSSES)
 def test_a_loss_is_trls_in_float32_and_under_a_tool_mask(tmp_path, loss_type: str):
     trainer = trainer_with(tmp_path, loss_type=loss_type, beta=0.05)
-    inputs = step_inputs(4, 9, per_token=False, dtype=torch.float32)
-    inputs["tool_mask"] = torch.tensor([1, 1, 0, 1, 0, 1, 1, 1, 1]).repeat(4, 1)
-    assert_same(trainer, inputs, rtol=1e-5)
+    for per_token in (False, True):
+        inputs = step_inputs(4, 9, per_token=per_token, dtype=torch.float32)
+        inputs["tool_mask"] = torch.tensor([1, 1, 0, 1, 0, 1, 1, 1, 1]).repeat(4, 1)
+        assert_same(trainer, inputs, rtol=1e-5)
 
 
 @pytest.mark.parametrize("columns", [1, 5])

@@ -16,7 +16,7 @@ from accelerate import PartialState
 from peft import LoraConfig
 
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer, cli
-from grpo_plus.trainer.names import STEP_COLUMNS
+from grpo_plus.report.completions import STEP_COLUMNS
 from tests.refilling import MIXED, Judge
 from tests.training import PROMPTS, brevity, make_trainer, stepwise, vowels, weights_of
 

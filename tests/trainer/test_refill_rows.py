@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from grpo_plus.advantages import Rewards, Steps
+from grpo_plus.advantages import Rewards, Steps, estimate
 from grpo_plus.trainer.refill_rows import (
     Padding,
     draw_prompts,
@@ -85,6 +85,20 @@ def test_steps_move_with_their_completion():
     without = join_rewards(replace(old, steps=None), new, torch.tensor([0])).steps
     assert without.ends.tolist() == [[[-1, -1], [-1, -1]]]
     assert join_rewards(replace(old, steps=None), replace(new, steps=None), torch.tensor([1])).steps is None
+
+
+def test_turns_move_with_the_states_that_they_start_from():
+    def batch(returned: list, states: list, rewards: list) -> Rewards:
+        ends = [list(range(len(row))) for row in states]
+        plain = rewards_of([returned], lengths=[9, 9])
+        return replace(plain, steps=Steps.from_rows(rewards, ends, states, lengths=plain.lengths))
+
+    old = batch([1, 0], [["a"], ["a"]], [None, None])
+    new = batch([3, 1], [["b", "c"], ["b"]], [None, [1.0]])
+    for groups, batches in (([0], [old]), ([1], [new]), ([0, 1], [old, new])):
+        joined = join_rewards(old, new, torch.tensor(groups))
+        expected = [estimate("turns", each) for each in batches]
+        assert torch.equal(estimate("turns", joined), torch.cat(expected))
 
 
 def test_no_prompt_is_drawn_twice_before_all_had_a_turn():

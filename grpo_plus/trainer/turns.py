@@ -1,0 +1,58 @@
+"""Turns of completions: where each one ends among the tokens, and the state that it starts from, as a text."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+from grpo_plus.trainer.digests import digest
+
+PROMPT = "prompt"  # the state of a first turn, where all completions of a group read the same prompt
+
+
+@dataclass(frozen=True)
+class Turns:
+    """Turns of one completion, the runs of tokens that the policy wrote.
+
+    Attributes:
+        ends: index of each turn's last token in the completion.
+        states: what each turn starts from.
+    """
+
+    ends: list[int]
+    states: list[str]
+
+
+def turns_of(ids: Sequence[int], mask: Sequence[int], completion: Any, *, start: str = PROMPT) -> Turns:
+    """Turns of a completion. A state is what a tool or the environment wrote since the turn before.
+
+    Args:
+        ids: the completion's tokens, the policy's and the others'.
+        mask: 0 at the tokens that a tool or the environment wrote.
+        completion: a text or messages. Messages of tools may hold pictures, which the tokens do not tell apart.
+        start: the state before the completion's first token.
+    """
+    ends: list[int] = []
+    states: list[str] = []
+    observed, pictures = start, _pictures_before(completion)
+    for by_policy, run in groupby(range(len(ids)), key=lambda place: bool(mask[place])):
+        places = list(run)
+        if not by_policy:
+            written = digest([ids[place] for place in places])
+            observed = written if ends else start + written
+            continue
+        seen = pictures[len(ends)] if len(ends) < len(pictures) else []
+        states.append(observed + digest(seen) if seen else observed)
+        ends.append(places[-1])
+    return Turns(ends, states)
+
+
+def _pictures_before(completion: Any) -> list[list[Any]]:
+    """The pictures in what tools said before each message of the policy."""
+    before: list[list[Any]] = [[]]
+    for message in completion if isinstance(completion, list) else []:
+        if message["role"] == "assistant":
+            before.append([])
+        elif isinstance(message["content"], list):
+            before[-1] += [part["image"] for part in message["content"] if part.get("type") == "image"]
+    return before

@@ -1,0 +1,275 @@
+"""Turns of TRL's tool loop, of its environments and of a rollout function: where they end, and from which states."""
+
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from datasets import Dataset
+from PIL import Image
+
+from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
+from grpo_plus.demo.tiny import tiny_tokenizer
+from grpo_plus.replay import Rollouts, replay
+from grpo_plus.trainer.turns import PROMPT, Turns, turns_of
+from tests.training import make_trainer, vowels
+
+OURS: dict[str, Any] = {"config_class": GRPOPlusConfig, "max_steps": 1, "advantage_estimator": "turns"}
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message.role + ': ' + message.content }}"
+    "{% for call in message.tool_calls or [] %}{{ '<call>' + call.function | tojson + '</call>' }}{% endfor %}"
+    "{{ eos_token if message.role == 'assistant' else '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+RESPONSE_TEMPLATE = {
+    "defaults": {"role": "assistant"},
+    "start_anchor": "assistant: ",
+    "fields": {
+        "tool_calls": {
+            "open": "<call>",
+            "close": "</call>",
+            "content": "json",
+            "repeats": True,
+            "transform": {"type": "function", "function": "{content}"},
+        },
+        "content": {"close": "<eos>", "content": "text"},
+    },
+}
+
+
+def tries(door: int) -> str:
+    return f'<call>{{"name": "try_door", "arguments": {{"door": {door}}}}}</call>'
+
+
+# What the policy writes, turn by turn, in the completions of two prompts.
+SCRIPT = [
+    ["0" + tries(1), "win"],
+    ["1" + tries(1), "lose"],
+    ["2" + tries(2), tries(1), "win"],
+    ["3lose"],
+    *[["lose"]] * 4,
+]
+OPEN, SHUT = (f"tool: {word}\nassistant: " for word in ("open", "shut"))
+
+
+def try_door(door: int) -> str:
+    """Try a door.
+
+    Args:
+        door: The door's number.
+    """
+    return {1: "open", 2: "shut"}[door]
+
+
+class Scripted(GRPOPlusTrainer):
+    """A policy that follows SCRIPT. All that goes on between its turns is TRL's."""
+
+    def _generate_single_turn(self, prompt_ids, *_, **__):
+        histories = [self.processing_class.decode(ids).split("assistant: ")[1:] for ids in prompt_ids]
+        scripts = [SCRIPT[int(first[0]) if first else row] for row, (first, *_) in enumerate(histories)]
+        texts = [script[len(history) - 1] + "<eos>" for script, history in zip(scripts, histories, strict=True)]
+        return self.processing_class(texts)["input_ids"], None
+
+    def compute_loss(self, model, inputs, *arguments, **keywords):
+        self.seen = inputs
+        return super().compute_loss(model, inputs, *arguments, **keywords)
+
+
+def won(completions: list[Any], **_: Any) -> list[float]:
+    return [float(messages[-1]["content"] == "win") for messages in completions]
+
+
+def playing(output_dir: Any, **config: Any) -> Any:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template, tokenizer.response_template = CHAT_TEMPLATE, RESPONSE_TEMPLATE
+    rows = [{"prompt": [{"role": "user", "content": f"game {game}"}]} for game in range(2)]
+    trainer = make_trainer(
+        output_dir,
+        trainer_class=Scripted,
+        reward_funcs=config.pop("reward_funcs", [won]),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        max_completion_length=400,
+        trainer_arguments=config.pop("trainer_arguments", {"tools": [try_door]}),
+        **OURS | config,
+    )
+    trainer.train()
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def played(tmp_path_factory) -> Any:
+    folder = tmp_path_factory.mktemp("run")
+    return playing(folder, advantage_kwargs={"gamma": 0.5, "scale": False}, log_completions=True)
+
+
+def test_turns_end_where_the_policy_stops_and_start_from_what_the_tool_said(played):
+    steps = played.rewards.steps
+    texts = [["0" + tries(1), OPEN, "win"], ["1" + tries(1), OPEN, "lose"]]
+    texts += [["2" + tries(2), SHUT, tries(1), OPEN, "win"], ["3lose"]]
+    ends = []
+    for row in texts:
+        lengths = [len(text) + (0 if text in (OPEN, SHUT) else 1) for text in row]  # a turn ends with <eos>
+        ends.append([sum(lengths[: turn + 1]) - 1 for turn in range(0, len(row), 2)])
+    assert [[end for end in row if end >= 0] for row in steps.ends[0].tolist()] == ends
+    prompt, opened, shut, none = 0, 1, 2, -1
+    expected = [[prompt, opened, none], [prompt, opened, none], [prompt, shut, opened], [prompt, none, none]]
+    assert steps.states.tolist() == [expected, [[prompt, none, none]] * 4]
+
+
+def test_each_turn_reaches_the_loss_with_its_advantage(played):
+    # A_E of 1, 0, 1, 0: 1/2 and -1/2. Returns under gamma 1/2: .5, 1 and 0, 0 and .25, .5, 1 and 0.
+    # From the prompt: mean .1875. From an open door 1, 0, 1: mean 2/3. The shut door occurs once.
+    by_turn = [
+        [0.5 + 0.3125, 0.5 + 1 / 3],
+        [-0.5 - 0.1875, -0.5 - 2 / 3],
+        [0.5 + 0.0625, 0.5, 0.5 + 1 / 3],
+        [-0.5 - 0.1875],
+    ]
+    reached = []
+    trained = (played.seen["completion_mask"] * played.seen["tool_mask"]).bool()
+    for advantages, of_policy in zip(played.seen["advantages"], trained, strict=True):
+        reached.append(advantages[of_policy].unique_consecutive().tolist())
+    expected = sorted([*by_turn, *[[0.0]] * 4])  # TRL shuffles the rows of a batch
+    assert sorted(reached) == [pytest.approx(row, abs=1e-6) for row in expected]
+    logged = played.state.log_history[0]
+    assert logged["advantages/turns_shared"] == pytest.approx(11 / 12)
+    assert logged["tools/call_frequency"] == 0.5
+
+
+def test_the_log_holds_the_turns_so_that_a_replay_judges_them_as_the_training_did(played):
+    folder = Path(played.args.output_dir)
+    table = pd.read_parquet(next((folder / "completions").glob("*.parquet")))
+    assert [len(states) for states in table["step_states"]] == [2, 2, 3, 1, 1, 1, 1, 1]
+    assert table["step_states"][2][2] == table["step_states"][0][1] != table["step_states"][2][1]
+    found = replay(Rollouts(folder), {"turns": {"gamma": 0.5, "scale": False}, "process": {}})
+    assert found.difference["turns"] == pytest.approx(0.0, abs=1e-6)
+    assert not found.refused
+
+
+class House:
+    """An environment whose first two games of eight begin in the north, and the others in the south."""
+
+    resets = count()
+
+    def reset(self, **_: Any) -> str:
+        self.tried: list[int] = []
+        return " north" if next(self.resets) % 8 < 2 else " south"
+
+    def try_door(self, door: int) -> str:
+        """Try a door.
+
+        Args:
+            door: The door's number.
+        """
+        self.tried.append(door)
+        return try_door(door)
+
+
+def test_an_environments_first_words_are_the_state_of_the_first_turn(tmp_path):
+    trainer = playing(tmp_path, trainer_arguments={"environment_factory": House})
+    north, opened, south, shut, none = 0, 1, 2, 3, -1
+    expected = [[north, opened, none], [north, opened, none], [south, shut, opened], [south, none, none]]
+    assert trainer.rewards.steps.states[0].tolist() == expected
+
+
+def reporting(completions: list[Any], environments: list[House], log_extra: Any, **_: Any) -> list[float]:
+    """A point for a shut door. The state of a game is the doors that were tried."""
+    turns = [sum(message["role"] == "assistant" for message in messages) for messages in completions]
+    games = list(zip(environments, turns, strict=True))
+    log_extra("step_rewards", [[float(door == 2) for door in (*house.tried, 0)] for house, _ in games])
+    log_extra("step_states", [[house.tried[:turn] for turn in range(number)] for house, number in games])
+    return won(completions)
+
+
+def test_a_reward_function_says_what_the_turns_earn_and_where_they_start(tmp_path):
+    trainer = playing(tmp_path, reward_funcs=[reporting], trainer_arguments={"environment_factory": House})
+    steps = trainer.rewards.steps
+    start, after_one, after_two, after_both, none = 0, 1, 2, 3, -1
+    expected = [[start, after_one, none], [start, after_one, none], [start, after_two, after_both], [start, none, none]]
+    assert steps.states[0].tolist() == expected
+    assert steps.rewards[0].nan_to_num(-1.0).tolist() == [[0, 0, -1], [0, 0, -1], [1, 0, 0], [0, -1, -1]]
+    assert not steps.at_end.any()
+
+
+def rollout(prompts: list[str], trainer: Any) -> dict[str, list]:
+    """Six tokens of which an environment writes the third, from the fourth completion on in other words."""
+    return {
+        "prompt_ids": [trainer.processing_class(prompt)["input_ids"] for prompt in prompts],
+        "completion_ids": [[5, 6, 7 if row < 3 else 8, 9, 10, 11] for row in range(len(prompts))],
+        "logprobs": [[-1.0] * 6] * len(prompts),
+        "env_mask": [[1, 1, 0, 1, 1, 1]] * len(prompts),
+        "step_rewards": [[0.5, float(row)] for row in range(len(prompts))],
+    }
+
+
+def test_a_rollout_function_gives_rewards_of_turns_in_a_column(tmp_path):
+    arguments = {"trainer_class": GRPOPlusTrainer, "reward_funcs": [vowels], "log_completions": True}
+    trainer = make_trainer(tmp_path, trainer_arguments={"rollout_func": rollout}, **arguments, **OURS)
+    trainer.train()
+    steps = trainer.rewards.steps
+    assert steps.ends.tolist() == [[[1, 5]] * 4] * 2
+    assert steps.rewards.flatten(0, 1).tolist() == [[0.5, row] for row in range(8)]
+    assert steps.states.tolist() == [[[0, 1]] * 3 + [[0, 2]], [[0, 2]] * 4]
+    table = pd.read_parquet(next((tmp_path / "completions").glob("*.parquet")))
+    assert table["step_rewards"][3].tolist() == [0.5, 3.0]
+
+
+def test_turns_are_runs_of_what_the_policy_wrote():
+    ids = [5, 6, 7, 8, 9, 7, 8, 4]
+    turns = turns_of(ids, [1, 1, 0, 0, 1, 0, 0, 1], "text")
+    assert turns.ends == [1, 4, 7]
+    assert turns.states[0] == PROMPT
+    assert turns.states[1] == turns.states[2]  # 7, 8 before both
+    assert turns_of([], [], "") == Turns([], [])
+    assert turns_of([7, 8], [0, 0], "") == Turns([], [])
+    # What an environment says before the first turn belongs to the prompt.
+    first = [turns_of(ids, [0, 0, 1], "", start=start).states for start in ("a", "b") for ids in ([7, 8, 5], [7, 9, 5])]
+    assert len({state for (state,) in first}) == 4
+
+
+def test_pictures_that_a_tool_shows_tell_states_apart():
+    def seen(color: str) -> list[str]:
+        shown = {"role": "tool", "content": [{"type": "image", "image": Image.new("RGB", (2, 2), color)}]}
+        messages = [{"role": "assistant", "content": "look"}, shown, {"role": "assistant", "content": "done"}]
+        return turns_of([5, 6, 7], [1, 0, 1], messages).states
+
+    assert seen("red") == seen("red")
+    assert seen("red")[0] == seen("blue")[0]
+    assert seen("red")[1] != seen("blue")[1]
+
+
+@pytest.fixture(scope="module")
+def judging(tmp_path_factory) -> Any:
+    arguments = {"trainer_class": GRPOPlusTrainer, "reward_funcs": [vowels]}
+    return make_trainer(tmp_path_factory.mktemp("run"), **arguments, **OURS)
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"step_rewards": [1.0, 2.0]}, "Completion 0 has 1 turns, .* but 2 step_rewards and 1 step_states. Give one"),
+        ({"step_states": []}, "Completion 0 has 1 turns, .* but 1 step_rewards and 0 step_states. Give one"),
+        ({"step_states": "room"}, "Completion 0 has step_states 'room', .*is one text and no list"),
+        (
+            {"step_states": [object()]},
+            r"Completion 0 has step_states \[<object .*cannot be compared \(holds a object\)",
+        ),
+        ({"step_ends": [0]}, r"Completion 0 has step_ends \[0\] and no step_states. Give the states"),
+        ({"step_ends": [7], "step_states": ["a"]}, r"Completion 0 has 3 tokens and step_ends \[7.0\]"),
+    ],
+)
+def test_columns_that_do_not_fit_the_turns_stop_the_run(judging, columns, message):
+    rows = [{"prompt": "1+1=", **columns}] * 8
+    judging._pending_extra_logs.clear()  # of the case before, which has ended in the middle of a batch
+    with pytest.raises(ValueError, match=message):
+        judging._calculate_rewards(rows, ["1+1="] * 8, ["abc"] * 8, [[5, 6, 7]] * 8)
+
+
+def test_a_run_of_another_estimator_looks_at_no_turns(tmp_path):
+    trainer = make_trainer(tmp_path, trainer_class=GRPOPlusTrainer, **OURS | {"advantage_estimator": "grpo"})
+    trainer._calculate_rewards([{"step_states": 0}] * 8, ["1+1="] * 8, ["abc"] * 8, [[5, 6, 7]] * 8)
+    assert trainer.rewards.steps is None
+    assert not trainer._pending_extra_logs
