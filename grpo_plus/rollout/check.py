@@ -2,10 +2,10 @@
 
 Three small rows of the batch's own tokens, two of them of one prompt, take two steps, and one row leaves between them.
 Each row alone, in one forward without a cache and without padding, is the truth. The logits of the steps may be off by
-a small multiple of what padding alone changes.
+a small multiple of what padding alone changes. A prefill in passes is compared in the same way.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,7 @@ from grpo_plus.models.memory import is_out_of_memory
 from grpo_plus.models.rounding import precision_of_products
 from grpo_plus.rollout.keeper import Keeper
 from grpo_plus.rollout.live import Moves
+from grpo_plus.rollout.passes import Pass
 from grpo_plus.rollout.prompts import Prompts
 from grpo_plus.rollout.steps import Steps
 
@@ -41,11 +42,28 @@ def why_not_exact(
         prompts: token ids of two prompts, or twice of one.
         config: of the generation.
     """
+    return _verdict(model, kind.words, lambda: _errors(model, kind, arguments, Probes.of(*prompts), config))
+
+
+def why_not_exact_in_passes(
+    model: PreTrainedModel, kind: type[Keeper], arguments: dict[str, Any], prompts: Sequence[Tensor]
+) -> str | None:
+    """Reason why prompts may not go through the model in passes, before steps with a keeper. None where they may.
+
+    The arguments are those of `why_not_exact`.
+    """
+    return _verdict(
+        model, "a prefill in passes", lambda: _errors_in_passes(model, kind, arguments, Probes.of(*prompts))
+    )
+
+
+def _verdict(model: PreTrainedModel, words: str, errors: Callable[[], tuple[float, float]]) -> str | None:
+    """Reason against what `words` name. `errors` measures the error and what is allowed."""
     device = model.device
     try:
         with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
             before = _generator_state(device)
-            error, allowed = _errors(model, kind, arguments, Probes.of(*prompts), config)
+            error, allowed = errors()
             if not torch.equal(_generator_state(device), before):
                 return f"{type(model).__name__} draws random numbers itself, others for fewer rows"
     except FAILURES as failure:
@@ -54,7 +72,7 @@ def why_not_exact(
         return f"the self-check failed: {type(failure).__name__}: {failure}"
     if error <= allowed:
         return None
-    return f"{kind.words} is not exact on {type(model).__name__}: logits differ by {error:.1e} (allowed {allowed:.1e})"
+    return f"{words} is not exact on {type(model).__name__}: logits differ by {error:.1e} (allowed {allowed:.1e})"
 
 
 @dataclass(frozen=True)
@@ -89,14 +107,38 @@ def _errors(
 ) -> tuple[float, float]:
     """The largest relative error of a row's logits, and what is allowed."""
     rows = probes.rows()
-    truth = torch.stack([_forward(model, arguments, [row])[0] for row in rows])
-    padded = _forward(model, arguments, rows, padding=PADDING)
-    floor, ceiling = LIMITS[precision_of_products(model)]
-    allowed = min(max(NOISE_FACTOR * _relative(padded, truth), floor), ceiling)
+    truth, allowed = _truth(model, arguments, rows)
     first, second = _steps(model, kind, arguments, probes, config)
     # The first row has one token, at the last place of its logits.
     expected = torch.cat([truth[:1, 1], truth[1:, 0]]), truth[[2, 1], 1]
     return _relative(torch.cat([first, second]), torch.cat(expected)), allowed
+
+
+def _errors_in_passes(
+    model: PreTrainedModel, kind: type[Keeper], arguments: dict[str, Any], probes: Probes
+) -> tuple[float, float]:
+    """The same for logits of a prefill in two passes, and of a step after it."""
+    step = probes.tokens[0]
+    rows = [torch.cat([row, step]) for row in probes.rows()]
+    truth, allowed = _truth(model, arguments, rows)
+    beginnings, rests = (tuple(tokens.cpu() for tokens in part) for part in (probes.prompts, probes.tokens))
+    cache = deepcopy(arguments["past_key_values"])
+    keeper = kind(model, cache)
+    steps = Steps(model, keeper, arguments | {"past_key_values": cache})
+    index = torch.arange(len(rows), device=step.device)
+    passes = (Pass(beginnings), Pass(rests, parents=(0, 0, 1)))
+    first = steps.prefill_in_passes(passes, Prompts(index, index))
+    with keeper.attached():
+        second = steps.step(step.expand(len(rows)))
+    return _relative(torch.stack([first, second], 1), truth), allowed
+
+
+def _truth(model: PreTrainedModel, arguments: dict[str, Any], rows: list[Tensor]) -> tuple[Tensor, float]:
+    """Logits (rows, 2, V) of the last two places of each row alone, and the relative error that is allowed."""
+    truth = torch.stack([_forward(model, arguments, [row])[0] for row in rows])
+    padded = _forward(model, arguments, rows, padding=PADDING)
+    floor, ceiling = LIMITS[precision_of_products(model)]
+    return truth, min(max(NOISE_FACTOR * _relative(padded, truth), floor), ceiling)
 
 
 def _steps(

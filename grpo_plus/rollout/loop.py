@@ -1,6 +1,6 @@
 """The decoding loop: distinct prompts go through the model once, and finished rows leave."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -8,6 +8,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 
 from grpo_plus.rollout.keeper import Keeper
 from grpo_plus.rollout.live import Live, Moves
+from grpo_plus.rollout.passes import Pass
 from grpo_plus.rollout.prompts import Prompts
 from grpo_plus.rollout.sampling import Sampling
 from grpo_plus.rollout.statistics import Statistics, Tally
@@ -29,6 +30,7 @@ def decode(
     *,
     prompts: Prompts,
     keeper: Keeper,
+    passes: Sequence[Pass] = (),
     late: bool | None = None,
     watch: Watch = nobody,
     **model_kwargs: Any,
@@ -38,6 +40,7 @@ def decode(
     Args:
         prompts: of the rows of `input_ids` (B, L).
         keeper: of the cache in `model_kwargs`.
+        passes: of the distinct prompts through the model. Empty: in one pass.
         late: whether a finished row takes part in one more step, so that the device has work while the host waits for
             the news. None: on CUDA.
         watch: is called after each token but the last, with what the batch has done so far.
@@ -45,12 +48,16 @@ def decode(
     Returns:
         Ids (B, L + T) as of transformers' own loop, and what was done.
     """
-    tally = Tally(len(input_ids), len(prompts.first))
+    sent = sum(one.tokens for one in passes) or len(prompts.first) * input_ids.shape[1]
+    tally = Tally(len(input_ids), len(prompts.first), given=input_ids.numel(), sent=sent)
     steps = Steps(model, keeper, model_kwargs)
     sampling = Sampling(input_ids, logits_processor, stopping_criteria, generation_config)
     live = Live(len(input_ids), input_ids.device)
     late = input_ids.is_cuda if late is None else late
-    logits = steps.prefill(input_ids, prompts, generation_config)
+    if passes:
+        logits = steps.prefill_in_passes(passes, prompts)
+    else:
+        logits = steps.prefill(input_ids, prompts, generation_config)
     with model._optimize_model_for_decode(), keeper.attached():
         while True:
             tokens = sampling.draw(live.whole(logits))

@@ -13,24 +13,29 @@ class Prompts:
     Attributes:
         first: (P,) the first row of each distinct prompt.
         index: (B,) the prompt of each row.
+        tokens: ids of each distinct prompt on the host, without padding. Empty where nobody has read them.
     """
 
     first: Tensor
     index: Tensor
+    tokens: tuple[Tensor, ...] = ()
 
     @classmethod
     def of(cls, input_ids: Tensor, attention_mask: Tensor | None) -> "Prompts":
         """Compare the padded rows (B, L). Two rows are equal where tokens, padding and mask are."""
-        rows = input_ids if attention_mask is None else torch.cat([input_ids, attention_mask.to(input_ids)], dim=1)
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids)
+        rows = torch.cat([input_ids, mask], dim=1).cpu()
         prompts: dict[bytes, int] = {}
         first: list[int] = []
         index: list[int] = []
-        for row, tokens in enumerate(rows.cpu().numpy()):
+        for row, tokens in enumerate(rows.numpy()):
             prompt = prompts.setdefault(tokens.tobytes(), len(first))
             if prompt == len(first):
                 first.append(row)
             index.append(prompt)
-        return cls(torch.tensor(first, device=input_ids.device), torch.tensor(index, device=input_ids.device))
+        ids, real = rows[first].split(input_ids.shape[1], dim=1)
+        tokens = tuple(row[shown.bool()] for row, shown in zip(ids, real, strict=True))
+        return cls(torch.tensor(first, device=input_ids.device), torch.tensor(index, device=input_ids.device), tokens)
 
     @property
     def shared(self) -> bool:

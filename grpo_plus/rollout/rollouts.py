@@ -2,20 +2,20 @@
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from grpo_plus.rollout.cache import Expanded
-from grpo_plus.rollout.check import why_not_exact
+from grpo_plus.rollout.check import why_not_exact, why_not_exact_in_passes
 from grpo_plus.rollout.graphs import Graphed
 from grpo_plus.rollout.installed import installed
 from grpo_plus.rollout.keeper import Keeper
 from grpo_plus.rollout.loop import Watch, decode, nobody
+from grpo_plus.rollout.passes import Pass, passes_of, why_not_passes
 from grpo_plus.rollout.prefix import SharedPrompts
 from grpo_plus.rollout.prompts import Prompts
 from grpo_plus.rollout.reasons import LOST, why_not_batch, why_not_config, why_not_worth
@@ -57,6 +57,7 @@ class Rollouts:
         self._watch: Watch = nobody
         self._told: set[str] = set()
         self._verdicts: dict[tuple[type[Keeper], bool], str | None] = {}  # also by whether the model trains
+        self._of_passes: dict[tuple[type[Keeper], bool], str | None] = {}  # of prefills in passes
 
     @contextmanager
     def decoding(self, model: Any, watch: Watch = nobody) -> Iterator[None]:
@@ -108,9 +109,13 @@ class Rollouts:
         if reason is not None:
             raise NotGroupedError(reason)
         prompts = Prompts.of(input_ids, model_kwargs.get("attention_mask"))
-        if reason := why_not_worth(prompts.shared, input_ids, generation_config, stopping_criteria):
+        passes = passes_of(prompts.tokens, model.device.type)
+        if reason := why_not_worth(prompts.shared or bool(passes), input_ids, generation_config, stopping_criteria):
             raise NotGroupedError(reason, quiet=True)
         keeper = self._keeper(model, input_ids, prompts, generation_config, model_kwargs)
+        room = generation_config.max_length - input_ids.shape[1]
+        if passes and self._why_not_passes(model, passes, room, type(keeper), prompts, model_kwargs):
+            passes = ()
         ids, statistics = decode(
             model,
             input_ids,
@@ -119,6 +124,7 @@ class Rollouts:
             generation_config,
             prompts=prompts,
             keeper=keeper,
+            passes=passes,
             watch=self._watch,
             **model_kwargs,
         )
@@ -139,8 +145,7 @@ class Rollouts:
             if (kind, model.training) not in self._verdicts:
                 reason = kind.why_not(model, cache)
                 if reason is None:
-                    ends = _without_padding(input_ids[prompts.first], arguments.get("attention_mask"), prompts)
-                    reason = why_not_exact(model, kind, arguments, (ends[-1], ends[0]), config)
+                    reason = why_not_exact(model, kind, arguments, _ends(prompts), config)
                 self._judge(kind, model, reason)
                 if reason is None:
                     line = (
@@ -151,6 +156,27 @@ class Rollouts:
                 return kind(model, cache)
             reasons.append(reason)
         raise NotGroupedError("; ".join(reasons))
+
+    def _why_not_passes(
+        self,
+        model: PreTrainedModel,
+        passes: Sequence[Pass],
+        new_tokens: int,
+        kind: type[Keeper],
+        prompts: Prompts,
+        arguments: dict[str, Any],
+    ) -> str | None:
+        """Reason why these prompts go through the model in one pass. It is told once, as is that there is none."""
+        reason, key = why_not_passes(model, passes, new_tokens, arguments), (kind, model.training)
+        if reason is None:
+            if key not in self._of_passes:
+                self._of_passes[key] = why_not_exact_in_passes(model, kind, arguments, _ends(prompts))
+            reason = self._of_passes[key]
+        fewer = Pass(prompts.tokens).tokens / sum(one.tokens for one in passes)
+        good = f"generation: what prompts begin with goes through once ({fewer:.3g}x fewer tokens)"
+        bad = f"generation: each prompt in one pass. {reason}."
+        self._say(bad if reason else good, about=reason or "passes")
+        return reason
 
     def _judge(self, kind: type[Keeper], model: PreTrainedModel, reason: str | None) -> None:
         """Remember whether later batches may use a keeper. A reason why not is told."""
@@ -165,7 +191,7 @@ class Rollouts:
             logger.info(line)
 
 
-def _without_padding(rows: Tensor, mask: Tensor | None, prompts: Prompts) -> list[Tensor]:
-    """The distinct prompts without padding, the longest last."""
-    kept = torch.ones_like(rows) if mask is None else mask[prompts.first]
-    return sorted((row[real.bool()] for row, real in zip(rows, kept, strict=True)), key=len)
+def _ends(prompts: Prompts) -> tuple[Tensor, Tensor]:
+    """The longest prompt and the shortest, on the device."""
+    longest, shortest = max(prompts.tokens, key=len), min(prompts.tokens, key=len)
+    return longest.to(prompts.index.device), shortest.to(prompts.index.device)

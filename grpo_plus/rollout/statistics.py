@@ -17,6 +17,8 @@ class Statistics:
         new_tokens: drawn for rows that were not finished.
         finished: rows that ended before the greatest length.
         seconds: from the prefill to the last token.
+        prompt_tokens: with padding, which transformers' own loop sends through the model.
+        prefilled: of these tokens, with padding, those that went through the model.
     """
 
     rows: int = 0
@@ -26,6 +28,8 @@ class Statistics:
     new_tokens: int = 0
     finished: int = 0
     seconds: float = 0.0
+    prompt_tokens: int = 0
+    prefilled: int = 0
 
     @classmethod
     def joined(cls, batches: Iterable["Statistics"]) -> "Statistics":
@@ -36,14 +40,19 @@ class Statistics:
 class Tally:
     """Counts a batch while it is generated. The clock starts with the tally.
 
+    Args:
+        given: tokens of the rows' prompts.
+        sent: tokens of the prefill.
+
     Attributes:
         unfinished: rows that go on, as far as the host knows.
     """
 
-    def __init__(self, rows: int, prompts: int) -> None:
+    def __init__(self, rows: int, prompts: int, *, given: int, sent: int) -> None:
         self.unfinished = rows
         self._rows = rows
         self._prompts = prompts
+        self._given, self._sent = given, sent
         self._steps = self._row_steps = self._new_tokens = 0
         self._started = perf_counter()
 
@@ -66,4 +75,6 @@ class Tally:
             new_tokens=self._new_tokens,
             finished=self._rows - self.unfinished,
             seconds=perf_counter() - self._started,
+            prompt_tokens=self._given,
+            prefilled=self._sent,
         )

@@ -1,5 +1,6 @@
 """The calls of the model in one rollout: the distinct prompts once, then one token of every live row at a time."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from transformers import PreTrainedModel
 
 from grpo_plus.rollout.keeper import Keeper
 from grpo_plus.rollout.live import Moves
+from grpo_plus.rollout.passes import Pass, prefill
 from grpo_plus.rollout.prompts import Prompts
 
 
@@ -31,6 +33,14 @@ class Steps:
         self._keeper.expand(prompts.index, distinct.get("attention_mask"))
         self._go_on(outputs)
         return _last(outputs, input_ids.device).index_select(0, prompts.index)
+
+    def prefill_in_passes(self, passes: Sequence[Pass], prompts: Prompts) -> Tensor:
+        """Logits (B, V) of each row's first token, where several prompts begin alike."""
+        outputs, columns = prefill(self._model, passes, self._arguments)
+        self._keeper.expand(prompts.index, columns["attention_mask"])
+        self._arguments = self._arguments | _rows_of(columns, prompts.index)
+        self._go_on(outputs)
+        return _last(outputs, prompts.index.device).index_select(0, prompts.index)
 
     def step(self, tokens: Tensor) -> Tensor:
         """Logits (live, V) after one more token (live,) of every live row."""

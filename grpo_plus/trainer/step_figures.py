@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 KL, ENTROPY = "kl", "entropy"
 FOR_BETA = "kl, which TRL logs itself"
 TOKEN_RATIO, LIVE_FRACTION = "packing/token_ratio", "packing/live_fraction"
-TOKENS_PER_SECOND, LIVE_ROWS, PROMPT_SHARING = (
-    f"rollout/{name}" for name in ("tokens_per_second", "live_rows", "prompt_sharing")
+TOKENS_PER_SECOND, LIVE_ROWS, PROMPT_SHARING, PREFILL_RATIO = (
+    f"rollout/{name}" for name in ("tokens_per_second", "live_rows", "prompt_sharing", "prefill_ratio")
 )
 # TRL's means over tokens. The second kind are means over rows where a row has one importance ratio.
 OVER_TOKENS = (KL, ENTROPY)
@@ -75,6 +75,7 @@ class StepFigures:
         self._add(TOKENS_PER_SECOND, done.new_tokens, done.seconds)
         self._add(LIVE_ROWS, done.row_steps, done.steps)
         self._add(PROMPT_SHARING, done.rows, done.prompts)
+        self._add(PREFILL_RATIO, done.prompt_tokens, done.prefilled)
 
     def begin(self) -> None:
         """Before the loss of a micro-batch."""

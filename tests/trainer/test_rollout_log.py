@@ -16,7 +16,7 @@ from grpo_plus.trainer.rollout_log import RolloutBar
 from tests.training import PROMPTS, make_trainer
 
 ROWS = [[5, 6, 7]] * 4 + [[8, 9]] * 4
-FIGURES = ("rollout/tokens_per_second", "rollout/live_rows", "rollout/prompt_sharing")
+FIGURES = ("rollout/tokens_per_second", "rollout/live_rows", "rollout/prompt_sharing", "rollout/prefill_ratio")
 
 
 def made(folder: Any, **config: Any) -> Any:
@@ -131,6 +131,7 @@ def test_the_log_has_the_figures_of_all_parts_of_a_rollout(tmp_path):
     # A row with n tokens takes part in n - 1 steps, the last token needs none.
     assert log["rollout/live_rows"] == pytest.approx((tokens - 8) / (first.steps + second.steps))
     assert log["rollout/prompt_sharing"] == 4.0
+    assert log["rollout/prefill_ratio"] == 4.0
     assert evaluated_log["eval_rollout/live_rows"] == pytest.approx(evaluation.row_steps / evaluation.steps)
 
 
