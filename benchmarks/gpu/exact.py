@@ -15,9 +15,10 @@ from benchmarks.gpu.record import Setting, Stage
 from benchmarks.lora_layer import layer_case
 from grpo_plus.packing import single_pass_head
 from grpo_plus.packing.attention import uninstall_segments
+from grpo_plus.packing.candidates import candidates
 from grpo_plus.packing.forward import Form, Head
 from grpo_plus.packing.layout import group_rows, unpack
-from grpo_plus.packing.packer import Packer, PaddedRows, candidates
+from grpo_plus.packing.packer import Packer, PaddedRows
 from grpo_plus.packing.rows import CASCADE
 from grpo_plus.qlora.lora_layers import fused_lora
 from tests.packing.models import CONFIGS, VOCABULARY, tiny

@@ -2,15 +2,16 @@
 
 Three small rows, two of them of one prompt, go through the model one by one without padding. Their results are the
 truth. A form must reproduce their log-probabilities, up to a small multiple of what padding alone changes. It must also
-reproduce the gradient at the embeddings of their tokens, which has come through every layer whatever trains.
+reproduce the gradient at the embeddings of their tokens, which has come through every layer whatever trains, and the
+gradient at the pixels where the rows have images.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from transformers import PreTrainedModel
 from grpo_plus.models.rounding import precision_of_products
 from grpo_plus.packing.forward import Form, Head, install_packed_forward
 from grpo_plus.packing.layout import Group
+from grpo_plus.packing.seen import seen_probes
 
 PROMPT, COMPLETION, PADDING = 96, 32, 8  # tokens of the probes
 NOISE_FACTOR = 3.0
@@ -30,8 +32,27 @@ LIMITS = {"float32": (2e-5, 1e-3, 1e-3), "tf32": (1e-3, 1e-2, 1e-2), "half": (2e
 # of a C compiler have no class in common but this.
 FAILURES = (Exception,)
 
-Gradients = tuple[Tensor, Tensor]  # token ids (N,) and what reaches their embeddings, (N, H)
-PaddedLogps = Callable[[Tensor, Tensor, int], Tensor]  # input_ids, attention_mask, completion length -> (B, T)
+PIXELS = "pixel_values"
+
+
+class PaddedLogps(Protocol):
+    """A trainer's forward of padded rows."""
+
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor, completion_length: int, /, **seen: Any) -> Tensor:
+        """Log-probabilities (B, T). What the rows have beside their tokens has the names of a model's forward."""
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """What reaches the inputs.
+
+    ids, embeddings: token ids (N,) and the gradients at their embeddings, (N, H).
+    pixels: the gradients at all images, (M,). None where there is no image.
+    """
+
+    ids: Tensor
+    embeddings: Tensor
+    pixels: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -76,11 +97,11 @@ class SelfCheck:
             padded_logps: the forward to agree with.
             gradient: whether to compare a gradient too. A check cannot get a gradient from a reentrant checkpoint.
         """
-        probes = _probes(groups)
+        probes = _probes(model, groups)
         floor, ceiling, gradient_limit = LIMITS[precision_of_products(model)]
         install_packed_forward(model)
-        padded, _ = _with_gradient(model, False, lambda: _plain_rows(probes, padded_logps, model.device, PADDING))
-        truth, gradients = _with_gradient(model, gradient, lambda: _plain_rows(probes, padded_logps, model.device, 0))
+        padded, _ = _results(model, probes, False, lambda: _plain_rows(probes, padded_logps, model.device, PADDING))
+        truth, gradients = _results(model, probes, gradient, lambda: _plain_rows(probes, padded_logps, model.device, 0))
         allowed = min(max(NOISE_FACTOR * _rms(padded - truth), floor), ceiling)
         return cls(model, probes, truth, gradients, allowed, gradient_limit)
 
@@ -89,7 +110,8 @@ class SelfCheck:
         name = f"{'with the single-pass head, ' if head else ''}{form}"
         gradient = self.gradients is not None
         try:
-            logps, found = _with_gradient(self.model, gradient, partial(_in_form, form, self.probes, head, self.model))
+            forward = partial(_in_form, form, self.probes, head, self.model)
+            logps, found = _results(self.model, self.probes, gradient, forward)
         except FAILURES as failure:
             return f"{name} failed: {type(failure).__name__}: {failure}"
         error, gradient_error = _rms(logps - self.truth), _relative(found, self.gradients)
@@ -130,13 +152,19 @@ def why_not_close(model: PreTrainedModel, logps: Tensor, expected: Tensor) -> st
     return None if error <= allowed else f"log-probabilities differ by {error:.1e} (allowed {allowed:.1e})"
 
 
-def _probes(groups: Sequence[Group]) -> list[Group]:
+def _probes(model: PreTrainedModel, groups: Sequence[Group]) -> list[Group]:
     """Two rows of one prompt, and a row of a shorter prompt in another group, from the first and the last group."""
     first, last = groups[0], groups[-1]
-    prompt, completion = first.prompt[-PROMPT:], first.completions[0][:COMPLETION]
-    other = last.prompt[-PROMPT:][1:] if len(last.prompt) > 1 else last.prompt
-    half = last.completions[-1][: max(1, COMPLETION // 2)]
-    return [Group(prompt, (0, 1), (completion, half)), Group(other, (2,), (completion,))]
+    if first.seen is not None:
+        first, last = seen_probes(model, groups)
+    else:
+        first, last = (replace(group, prompt=group.prompt[-PROMPT:]) for group in (first, last))
+        last = replace(last, prompt=last.prompt[1:] if len(last.prompt) > 1 else last.prompt)
+    completion, half = first.completions[0][:COMPLETION], last.completions[-1][: max(1, COMPLETION // 2)]
+    return [
+        replace(first, rows=(0, 1), completions=(completion, half)),
+        replace(last, rows=(2,), completions=(completion,)),
+    ]
 
 
 def _plain_rows(probes: Sequence[Group], padded_logps: PaddedLogps, device: torch.device, padding: int) -> Tensor:
@@ -146,7 +174,8 @@ def _plain_rows(probes: Sequence[Group], padded_logps: PaddedLogps, device: torc
             ids = nn.functional.pad(torch.cat([group.prompt, completion]), (0, padding))[None].to(device)
             mask = torch.ones_like(ids)
             mask[:, ids.shape[1] - padding :] = 0
-            parts.append(padded_logps(ids, mask, len(completion) + padding)[0, : len(completion)])
+            seen = {} if group.seen is None else group.seen.arguments(ids.shape[1], device)
+            parts.append(padded_logps(ids, mask, len(completion) + padding, **seen)[0, : len(completion)])
     return torch.cat(parts)
 
 
@@ -157,24 +186,46 @@ def _in_form(form: Form, probes: Sequence[Group], head: Head | None, model: PreT
     return logps.index_select(0, (ready.rows * COMPLETION + ready.columns).argsort())
 
 
-def _with_gradient(
-    model: PreTrainedModel, wanted: bool, forward: Callable[[], Tensor]
+def _results(
+    model: PreTrainedModel, probes: Sequence[Group], wanted: bool, forward: Callable[[], Tensor]
 ) -> tuple[Tensor, Gradients | None]:
-    """Log-probabilities (M,), and the gradient of their weighted sum at the tokens' embeddings."""
+    """Log-probabilities (M,), and the gradients of their weighted sum at the inputs, where they are wanted."""
+    pixels = [group.seen.images[PIXELS] for group in probes if group.seen and PIXELS in group.seen.images]
     try:
         if not wanted:
             with torch.no_grad():
                 return forward(), None
-        with torch.enable_grad(), _embedded(model) as calls:
+        with torch.enable_grad(), _embedded(model) as calls, _differentiated(pixels):
             logps = forward()
             weights = torch.arange(len(logps), device=logps.device, dtype=logps.dtype).cos()  # no two rows alike
-            gradients = torch.autograd.grad((logps * weights).sum(), [leaf for _, leaf in calls])
+            leaves = [*(leaf for _, leaf in calls), *pixels]
+            # A tower may pass no gradient on to the pixels. The embeddings have one in any case.
+            found = torch.autograd.grad((logps * weights).sum(), leaves, allow_unused=bool(pixels))
+            gradients = [
+                torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, found, strict=True)
+            ]
     finally:
         # In older versions of torch, autocast gives a later forward the casts that were made here without a graph, and
         # the weights no gradient.
         torch.clear_autocast_cache()
-    ids = torch.cat([ids.flatten() for ids, _ in calls])
-    return logps.detach(), (ids, torch.cat([gradient.flatten(0, -2) for gradient in gradients]).float())
+    at_tokens, at_pixels = gradients[: len(calls)], gradients[len(calls) :]
+    return logps.detach(), Gradients(
+        torch.cat([ids.flatten() for ids, _ in calls]),
+        torch.cat([gradient.flatten(0, -2) for gradient in at_tokens]).float(),
+        torch.cat([gradient.flatten() for gradient in at_pixels]).float() if pixels else None,
+    )
+
+
+@contextmanager
+def _differentiated(leaves: Sequence[Tensor]) -> Iterator[None]:
+    """Ask for a gradient at tensors of a batch."""
+    for leaf in leaves:
+        leaf.requires_grad_()
+    try:
+        yield
+    finally:
+        for leaf in leaves:
+            leaf.requires_grad_(False)
 
 
 @contextmanager
@@ -195,14 +246,17 @@ def _embedded(model: PreTrainedModel) -> Iterator[list[tuple[Tensor, Tensor]]]:
 
 
 def _relative(found: Gradients | None, expected: Gradients | None) -> float:
-    """Relative error of the gradients, summed over the places where the same token stands."""
+    """Relative error of the gradients: at the pixels, and summed over the places where the same token stands."""
     if found is None or expected is None:
         return 0.0
-    tokens, index = torch.cat([found[0], expected[0]]).unique(return_inverse=True)
-    zeros = expected[1].new_zeros(len(tokens), expected[1].shape[-1])
-    difference = zeros.index_add(0, index, torch.cat([found[1], -expected[1]]))
-    total = zeros.index_add(0, index[len(found[0]) :], expected[1])
-    return float(difference.norm() / total.norm().clamp(min=1e-30))
+    tokens, index = torch.cat([found.ids, expected.ids]).unique(return_inverse=True)
+    zeros = expected.embeddings.new_zeros(len(tokens), expected.embeddings.shape[-1])
+    difference = zeros.index_add(0, index, torch.cat([found.embeddings, -expected.embeddings]))
+    total = zeros.index_add(0, index[len(found.ids) :], expected.embeddings)
+    pairs = [(difference, total)]
+    if found.pixels is not None and expected.pixels is not None:
+        pairs.append((found.pixels - expected.pixels, expected.pixels))
+    return max(float(difference.norm() / total.norm().clamp(min=1e-30)) for difference, total in pairs)
 
 
 def _rms(difference: Tensor) -> float:

@@ -44,7 +44,8 @@ def install_packed_forward(model: PreTrainedModel) -> None:
 class Tokens:
     """Rows of tokens, and what of them is scored.
 
-    input_ids, position_ids, shift_labels: (rows, length). The label is -100 where nothing is scored.
+    input_ids, shift_labels: (rows, length). The label is -100 where nothing is scored.
+    position_ids: (rows, length), or (3, rows, length).
     places: (M,) where the scored tokens are in the flattened labels.
     targets: (M,) their labels.
     """

@@ -10,12 +10,15 @@ most one label, the next token of its own completion.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, Self, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from grpo_plus.models.pictures import Pictures
+from grpo_plus.packing.seen import Seen
 
 IGNORED = -100
 
@@ -29,11 +32,13 @@ class Group:
     prompt: (n,) token ids, n >= 1.
     rows: index of each completion's row in the padded batch.
     completions: (c,) token ids of each row, c >= 1.
+    seen: what the prompt takes beside its tokens. None where no row of the batch has an image.
     """
 
     prompt: Tensor
     rows: tuple[int, ...]
     completions: tuple[Tensor, ...]
+    seen: Seen | None = None
 
     @property
     def tokens(self) -> int:
@@ -42,11 +47,19 @@ class Group:
 
     def apart(self) -> "list[Group]":
         """Make each row a group of its own, with the prompt to itself."""
-        return [Group(self.prompt, (row,), (c,)) for row, c in zip(self.rows, self.completions, strict=True)]
+        pairs = zip(self.rows, self.completions, strict=True)
+        return [replace(self, rows=(row,), completions=(completion,)) for row, completion in pairs]
 
     def continuation(self, index: int) -> Tensor:
         """Inputs that predict completion `index`, (c,): the prompt's last token, then all but the completion's last."""
         return torch.cat([self.prompt[-1:], self.completions[index][:-1]])
+
+    @property
+    def positions(self) -> Tensor:
+        """Positions of the prompt's tokens: (n,), or (3, n) where the model places the tokens of an image on a grid."""
+        if self.seen is None or self.seen.positions is None:
+            return torch.arange(len(self.prompt))
+        return self.seen.positions
 
     @property
     def prefix(self) -> "Piece":
@@ -64,7 +77,7 @@ def merged(groups: Sequence[Group]) -> Group:
     """Groups of the same prompt as one group."""
     rows = [row for group in groups for row in group.rows]
     completions = [completion for group in groups for completion in group.completions]
-    return Group(groups[0].prompt, tuple(rows), tuple(completions))
+    return replace(groups[0], rows=tuple(rows), completions=tuple(completions))
 
 
 def runs(items: Iterable[Item], fits: Callable[[list[Item]], bool]) -> Iterator[list[Item]]:
@@ -146,14 +159,18 @@ def group_rows(
     completion_length: int,
     *,
     rows: Iterable[int] | None = None,
+    pictures: Pictures | None = None,
 ) -> list[Group] | None:
     """Group the rows that have something to score by their prompts, in order of first appearance.
+
+    Rows have one prompt where their tokens and their images are equal.
 
     Args:
         input_ids: (B, L) prompts padded on the left, completions on the right.
         attention_mask: (B, L), 0 at padding.
         completion_length: T; the last T columns are completions.
         rows: the rows to take. None takes all rows.
+        pictures: the images of all rows. None where no row has an image.
 
     Returns:
         The groups. None where a row with something to score has an empty prompt, so that nothing predicts its first
@@ -162,6 +179,7 @@ def group_rows(
     input_ids, mask = input_ids.cpu(), attention_mask.cpu().bool()
     prompt_length = input_ids.shape[1] - completion_length
     found: dict[tuple[int, ...], list[tuple[int, Tensor]]] = {}
+    numbers = None if pictures is None else pictures.host.numbers.tolist()
     for row in range(len(input_ids)) if rows is None else rows:
         prompt = input_ids[row, :prompt_length][mask[row, :prompt_length]]
         completion = input_ids[row, prompt_length:][mask[row, prompt_length:]]
@@ -169,8 +187,15 @@ def group_rows(
             continue
         if len(prompt) == 0:
             return None
-        found.setdefault(tuple(prompt.tolist()), []).append((row, completion))
-    return [Group(torch.tensor(prompt), *zip(*members, strict=True)) for prompt, members in found.items()]
+        found.setdefault((0 if numbers is None else numbers[row], *prompt.tolist()), []).append((row, completion))
+    groups = []
+    for key, members in found.items():
+        indices, completions = zip(*members, strict=True)
+        groups.append(Group(torch.tensor(key[1:]), indices, completions))
+    if pictures is None:
+        return groups
+    shown = nn.functional.pad(mask[:, :prompt_length], (0, completion_length))
+    return [replace(group, seen=Seen.of(pictures, group.rows[0], shown[group.rows[0]])) for group in groups]
 
 
 def pack(groups: Sequence[Group]) -> PackedRow:

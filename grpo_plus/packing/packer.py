@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from grpo_plus.models.adapters import has_adapters
-from grpo_plus.models.dropout import dropout_of, without_dropout
+from grpo_plus.models.dropout import without_dropout
 from grpo_plus.models.positions import rescaled_from
-from grpo_plus.packing.attention import uninstall_segments, why_not_segments
-from grpo_plus.packing.cascade import why_not_cascade
+from grpo_plus.packing.attention import uninstall_segments
+from grpo_plus.packing.candidates import candidates, candidates_with_images
 from grpo_plus.packing.check import PaddedLogps, SelfCheck, choose
 from grpo_plus.packing.forward import Form, Head, Logps, Pass, Ready
 from grpo_plus.packing.head import why_not_single_pass
@@ -26,12 +25,11 @@ from grpo_plus.packing.measure import Measure, Way
 from grpo_plus.packing.padded import Layout, Packed, PaddedRows, filled, imputed
 from grpo_plus.packing.passes import CACHED, why_not_cached
 from grpo_plus.packing.recomputed import one_by_one
-from grpo_plus.packing.rows import CASCADE, PADDING_FREE, PADDING_FREE_FLASH, SEGMENTS
+from grpo_plus.packing.seen import why_not_seen
 
 logger = logging.getLogger("grpo_plus")
 
 PACKING = ("auto", "shared_prompt", "padding_free", "none")
-READS_ROWS = ("XLORA", "POLY")  # PEFT types whose adapters depend on the whole input
 Limits = tuple[int | None, int | None]  # the last two arguments of `Layout.ready`
 LONG_ROWS = (
     "packing: rows longer than the model's original positions stay padded, since its position frequencies (longrope or "
@@ -50,6 +48,9 @@ class Choice:
     def description(self) -> str:
         """Form and head in a few words."""
         return str(self.form) + (", single-pass head" if self.head else "")
+
+
+Choices = WeakKeyDictionary[PreTrainedModel, Choice | None]
 
 
 class Packer:
@@ -87,7 +88,8 @@ class Packer:
         self.note = note
         self.measure = measure
         self.training = False
-        self._choices: WeakKeyDictionary[PreTrainedModel, Choice | None] = WeakKeyDictionary()
+        self._choices: Choices = WeakKeyDictionary()
+        self._choices_with_images: Choices = WeakKeyDictionary()
         self._cut: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()  # whether `CACHED` is exact, too
 
     def logps(
@@ -134,16 +136,17 @@ class Packer:
         limits: Limits,
         policy: bool,
     ) -> Packed | None:
-        if base in self._choices and self._choices[base] is None:  # before the rows are laid out for nothing
+        choices = self._choices if rows.pictures is None else self._choices_with_images
+        if base in choices and choices[base] is None:  # before the rows are laid out for nothing
             return None
-        layout = rows.layout or Layout.read(rows.input_ids, rows.attention_mask, rows.completion_length, rows.live)
-        if not layout.groups:
+        layout = rows.layout or Layout.of(rows)
+        if not layout.groups or not self._sees(base, rows, layout):
             return None
-        if base not in self._choices:
-            self._choices[base] = self._decide(base, layout.groups, padded_logps, rows)
-        if policy and self._is_to_measure(base, rows):
-            self._choices[base] = self._fastest(base, rows, layout, padded_logps, limits)
-        choice = self._choices[base]
+        if base not in choices:
+            choices[base] = self._decide(base, layout.groups, padded_logps, rows)
+        if policy and rows.pictures is None and self._is_to_measure(base, rows):
+            choices[base] = self._fastest(base, rows, layout, padded_logps, limits)
+        choice = choices[base]
         if choice is None:
             return None
         if self._cuts_prompts(base, choice, layout.groups, padded_logps, limits[1]):
@@ -157,6 +160,18 @@ class Packer:
             sum(part.tokens for part in parts),
         )
 
+    def _sees(self, base: PreTrainedModel, rows: PaddedRows, layout: Layout) -> bool:
+        """Whether completions can go on from their prompts with images. True for rows of text."""
+        if rows.pictures is None:
+            return True
+        uninstall_segments(base)  # rows of text may have put it there
+        assert layout.groups is not None
+        if reason := why_not_seen(base, layout.groups, rows.pictures.host, rows.completion_length):
+            warnings.warn(f"packing: rows with images stay padded where {reason}.", stacklevel=2)
+            return False
+        layout.locate(base)
+        return True
+
     @contextmanager
     def while_training(self) -> Iterator[None]:
         """Inside, the models keep the attention of packed rows between the calls. Afterwards they have their own."""
@@ -169,7 +184,7 @@ class Packer:
 
     def release(self) -> None:
         """Give the models back the attention that they came with."""
-        for base in self._choices:
+        for base in (*self._choices, *self._choices_with_images):
             uninstall_segments(base)
 
     def go_on_with(self, measured: dict[str, Any] | None) -> None:
@@ -177,17 +192,18 @@ class Packer:
         if self.measure is not None:
             self.release()
             self._choices.clear()
+            self._choices_with_images.clear()
             self.measure.go_on_with(measured)
 
     def describe(self) -> str:
         """Active form and head in a few words."""
-        choice = next(iter(self._choices.values()), None)
-        return "none" if choice is None else choice.description
+        choices = (*self._choices.values(), *self._choices_with_images.values())
+        return next((choice.description for choice in choices if choice is not None), "none")
 
     def _decide(
         self, base: PreTrainedModel, groups: Sequence[Group], padded_logps: PaddedLogps, rows: PaddedRows
     ) -> Choice | None:
-        forms, reasons = candidates(self.packing, base, self.no_segments)
+        forms, reasons = self._candidates(base, rows)
         heads = self._heads(base)
         with without_dropout(base):
             verdict = choose(forms, base, groups, padded_logps, heads, gradient=self.gradient_check)
@@ -196,13 +212,15 @@ class Packer:
         reasons += verdict.reasons
         if verdict.form in (CACHED, None):
             uninstall_segments(base)
-        if verdict.form is None and self.packing != "auto":
+        insists = self.packing != "auto" and (rows.pictures is None or self.packing == "shared_prompt")
+        if verdict.form is None and insists:
             raise ValueError(
                 f"packing={self.packing!r} cannot be exact here: {'; '.join(reasons)}. Set packing='auto' to take the "
                 "best form that is, or packing='none'."
             )
         if verdict.form is None:
-            warnings.warn(f"packing: none, rows stay padded. {'; '.join(reasons)}.", stacklevel=2)
+            which = "rows" if rows.pictures is None else "rows with images"
+            warnings.warn(f"packing: none, {which} stay padded. {'; '.join(reasons)}.", stacklevel=2)
             return None
         choice = Choice(verdict.form, verdict.head)
         ratio = rows.input_ids.numel() / choice.form.tokens(choice.form.arrange(groups), base.device)
@@ -211,6 +229,11 @@ class Packer:
         for reason in reasons:
             logger.info("packing: %s", reason)
         return choice
+
+    def _candidates(self, base: PreTrainedModel, rows: PaddedRows) -> tuple[list[Form], list[str]]:
+        if rows.pictures is not None:
+            return candidates_with_images(self.packing, base)
+        return candidates(self.packing, base, self.no_segments)
 
     def _cuts_prompts(
         self,
@@ -248,7 +271,7 @@ class Packer:
         """The fastest exact form and head. The first exact ones where no way could be timed."""
         assert self.measure is not None
         can_time = _can_be_timed(rows)
-        ids, mask = rows.forwarded()
+        _, ids, mask, _ = rows.forwarded()
 
         def forward_of(way: Way) -> Callable[[], Tensor] | None:
             if way.form is None:
@@ -304,43 +327,3 @@ def _backward_needs_attention(base: PreTrainedModel, bound: int | None) -> bool:
     """Whether a backward will call the attention again: checkpointed layers and passes compute their forward twice."""
     checkpoints = bound is not None or any(getattr(part, "gradient_checkpointing", False) for part in base.modules())
     return torch.is_grad_enabled() and checkpoints
-
-
-def base_model(model: Any) -> PreTrainedModel:
-    """Model inside a PEFT model. Any other model as it is."""
-    inner: PreTrainedModel = model.get_base_model() if has_adapters(model) else model
-    return inner
-
-
-def why_not_packed(model: Any) -> str | None:
-    """Reason why the rows of a model, PEFT included, must stay padded. None where no reason is known."""
-    for config in model.peft_config.values() if has_adapters(model) else ():
-        if config.is_prompt_learning:
-            return "prompt-learning PEFT puts tokens of its own before every row"
-        if getattr(config, "alora_invocation_tokens", None) is not None or config.peft_type in READS_ROWS:
-            return f"{config.peft_type.value} adapters of this kind look for tokens in the padded rows"
-    return None
-
-
-def candidates(packing: str, base: PreTrainedModel, no_segments: str | None) -> tuple[list[Form], list[str]]:
-    """Forms to try, best first, and reasons why other forms are not among them."""
-    dropout = dropout_of(base)
-    cascade = no_segments or dropout or why_not_cascade(base)
-    segments, cached = no_segments or why_not_segments(base), why_not_cached(base)
-    forms, reasons = [], []
-    if packing != "padding_free":
-        if dropout:
-            reasons.append(f"{dropout}: a shared prompt would draw one dropout mask for all of its completions")
-        else:
-            forms += _where([(CASCADE, cascade), (SEGMENTS, segments), (CACHED, cached)])
-    if packing != "shared_prompt":
-        forms += _where([(PADDING_FREE_FLASH, cascade), (PADDING_FREE, segments)])
-    if segments is not None and cascade is not None:
-        reasons.append(f"segment attention: {segments}")
-    if packing != "padding_free" and cached is not None:
-        reasons.append(f"the model's cache: {cached}")
-    return forms, reasons
-
-
-def _where(reasons: Sequence[tuple[Form, str | None]]) -> list[Form]:
-    return [form for form, reason in reasons if reason is None]

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from grpo_plus.models.pictures import Pictures
 from grpo_plus.packing.forward import Form, Logps, Ready, install_packed_forward
 from grpo_plus.packing.layout import Group, group_rows, runs
 from grpo_plus.packing.recomputed import one_by_one
+from grpo_plus.packing.seen import located
 from grpo_plus.packing.transfer import on_device
 
 if TYPE_CHECKING:
@@ -26,15 +28,31 @@ class Layout:
 
     def __init__(self, groups: list[Group] | None) -> None:
         self.groups = groups
+        self._is_located = False
         self._ready: dict[tuple[Form, torch.device, int | None, int | None], list[Ready]] = {}
 
     @classmethod
+    def of(cls, rows: "PaddedRows") -> "Layout":
+        """Read rows of which the host knows nothing."""
+        return cls.read(rows.input_ids, rows.attention_mask, rows.completion_length, rows.live, rows.pictures)
+
+    @classmethod
     def read(
-        cls, input_ids: Tensor, attention_mask: Tensor, completion_length: int, live: Sequence[int] | None
+        cls,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        completion_length: int,
+        live: Sequence[int] | None,
+        pictures: Pictures | None = None,
     ) -> "Layout":
-        """Group rows by their prompts, after one copy to the host."""
+        """Group rows by their prompts, after one copy to the host, and few more for images."""
         ids, mask = torch.stack([input_ids, attention_mask.to(input_ids.dtype)]).cpu()
-        return cls(group_rows(ids, mask, completion_length, rows=live))
+        return cls(group_rows(ids, mask, completion_length, rows=live, pictures=pictures))
+
+    def locate(self, base: PreTrainedModel) -> None:
+        """Give the tokens of prompts with images the positions that the model gives them, once."""
+        if self.groups and not self._is_located:
+            self.groups, self._is_located = located(base, self.groups), True
 
     def ready(self, form: Form, device: torch.device, max_tokens: int | None, bound: int | None = None) -> list[Ready]:
         """Groups as the form forwards them.
@@ -68,6 +86,7 @@ class PaddedRows:
     fill: (B, T) log-probabilities of rows that are not forwarded. None fills in zeros.
     layout: what the live rows hold, where the host knows already. None reads the rows, and waits for the device.
     truncated: what the sampler could draw. None normalizes over the whole vocabulary.
+    pictures: the images of all rows. None where no live row has an image.
     """
 
     input_ids: Tensor
@@ -77,18 +96,20 @@ class PaddedRows:
     fill: Tensor | None = None
     layout: "Layout | None" = None
     truncated: "Truncated | None" = None
+    pictures: Pictures | None = None
 
     @property
     def completion_mask(self) -> Tensor:
         """1 where there is a completion token, (B, T)."""
         return self.attention_mask[:, -self.completion_length :]
 
-    def forwarded(self) -> tuple[Tensor, Tensor]:
-        """Ids and mask of the rows to forward, padded."""
-        if self.live is None:
-            return self.input_ids, self.attention_mask
-        index = torch.tensor(self.live, device=self.input_ids.device)
-        return self.input_ids[index], self.attention_mask[index]
+    def forwarded(self) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
+        """The rows to forward, padded: their places, ids and mask, and what else a trainer's forward takes for them."""
+        device = self.input_ids.device
+        live = range(len(self.input_ids)) if self.live is None else self.live
+        index = on_device(torch.tensor(live), device)
+        more = {} if self.pictures is None else self.pictures.arguments(live, index)
+        return index, self.input_ids.index_select(0, index), self.attention_mask.index_select(0, index), more
 
 
 @dataclass(frozen=True)
@@ -105,11 +126,14 @@ class Packed:
     tokens: int
 
 
-def forward_live(rows: PaddedRows, forward: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Packed:
-    """Run the live rows through a forward of padded rows, (input_ids, attention_mask) -> log-probs and entropies."""
-    index = on_device(torch.tensor(rows.live), rows.input_ids.device)
-    ids, mask = rows.input_ids.index_select(0, index), rows.attention_mask.index_select(0, index)
-    logps, entropies = forward(ids, mask)
+def forward_live(rows: PaddedRows, forward: Callable[..., Logps]) -> Packed:
+    """Run the live rows through a forward of padded rows.
+
+    Args:
+        forward: (input_ids, attention_mask, what else the rows have by name) -> log-probs and entropies.
+    """
+    index, ids, mask, more = rows.forwarded()
+    logps, entropies = forward(ids, mask, **more)
     scored = mask[:, -rows.completion_length :].bool()
     mean = torch.where(scored, entropies.detach(), 0.0).sum() / scored.sum().clamp(min=1)
     return Packed(

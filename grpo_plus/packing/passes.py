@@ -4,7 +4,7 @@ Where the tokens of a pass are bounded, a longer prompt goes through in parts. E
 have recorded, and the backward computes one part again at a time. Their gradients meet in the records.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,6 +20,7 @@ from grpo_plus.packing.cached import PartReader, PromptReader, PromptRecord, Sta
 from grpo_plus.packing.forward import Form, Head, Logps, Pass, Ready, Tokens, joined, score
 from grpo_plus.packing.layout import IGNORED, Group, passes, runs, scored
 from grpo_plus.packing.recomputed import recomputed
+from grpo_plus.packing.seen import joined_images
 
 CARRIES_STATE = frozenset({"linear_attention", "conv", "mamba"})
 STATES_SINCE = Version("5.21")
@@ -29,13 +30,18 @@ STATES_SINCE = Version("5.21")
 class _Prompts:
     """Prompts of several groups without their last tokens, padded on the left to one length.
 
-    input_ids, position_ids: (prompts, length).
+    input_ids: (prompts, length).
+    position_ids: (prompts, length), or (3, prompts, length).
     mask: (prompts, length), 0 at padding. None where all prompts have this length.
+    types: for each argument that names kinds of tokens, (prompts, length).
+    images: of each prompt, by argument of the model's forward.
     """
 
     input_ids: Tensor
     position_ids: Tensor
     mask: Tensor | None
+    types: tuple[tuple[str, Tensor], ...] = ()
+    images: tuple[Mapping[str, Tensor], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -125,9 +131,20 @@ def _length(group: Group, row: int) -> int:
 def _prompts(groups: Sequence[Group], length: int) -> _Prompts:
     padding = [length - len(group.prompt) + 1 for group in groups]
     ids = torch.stack([pad(group.prompt[:-1], (left, 0)) for group, left in zip(groups, padding, strict=True)])
-    before = torch.tensor(padding).unsqueeze(1)
-    positions = torch.arange(length) - before
-    return _Prompts(ids, positions.clamp(min=0), (positions >= 0).long() if any(padding) else None)
+    positions = [pad(group.positions[..., :-1], (left, 0)) for group, left in zip(groups, padding, strict=True)]
+    inside = torch.arange(length) >= torch.tensor(padding).unsqueeze(1)
+    seen = [group.seen for group in groups if group.seen is not None]
+    types = {
+        name: torch.stack([pad(one.types[name][:-1], (left, 0)) for one, left in zip(seen, padding, strict=True)])
+        for name in (seen[0].types if seen else ())
+    }
+    return _Prompts(
+        ids,
+        torch.stack(positions, dim=-2),
+        inside.long() if any(padding) else None,
+        tuple(types.items()),
+        tuple(one.images for one in seen),
+    )
 
 
 def _completions(groups: Sequence[Group], rows: Sequence[tuple[int, int]], prompt_length: int) -> _Completions:
@@ -141,7 +158,8 @@ def _completions(groups: Sequence[Group], rows: Sequence[tuple[int, int]], promp
     padded = prompt_length - shared
     mask = (torch.arange(prompt_length + length) >= padded).long() if bool(padded.any()) else None
     prompts = torch.tensor([which for which, _ in rows]) if len(groups) > 1 else None
-    return _Completions(Tokens.of(ids, shared + torch.arange(length), targets), prompts, mask)
+    positions = [groups[which].positions[..., -1:] + torch.arange(length) for which, _ in rows]
+    return _Completions(Tokens.of(ids, torch.stack(positions, dim=-2), targets), prompts, mask)
 
 
 def _lay_out_long(group: Group, device: torch.device, max_tokens: int) -> Ready:
@@ -166,6 +184,8 @@ def _lay_out_long(group: Group, device: torch.device, max_tokens: int) -> Ready:
 def _in_parts(prompt: _Prompts, max_tokens: int) -> tuple[_Prompts, ...]:
     """Cut a prompt into parts of nearly one size."""
     length = prompt.input_ids.shape[1]
+    if any(prompt.images):  # the tokens of an image see each other, and the image goes through the model once
+        return (prompt,)
     # Two tokens at least: a recurrent layer takes a single token for a step of generation.
     count = max(1, min(-(-length // max_tokens), length // 2))
     parts = zip(*(ids.tensor_split(count, dim=1) for ids in (prompt.input_ids, prompt.position_ids)), strict=True)
@@ -228,6 +248,8 @@ def _read(prompts: _Prompts, cache: DynamicCache, model: PreTrainedModel) -> Non
             position_ids=prompts.position_ids,
             past_key_values=cache,
             use_cache=True,
+            **joined_images(prompts.images),
+            **dict(prompts.types),
         )
 
 

@@ -5,21 +5,23 @@ micro-batch, would make the host wait until the device has finished the micro-ba
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from grpo_plus.models.pictures import HostPictures, Pictures
 from grpo_plus.packing import Layout, group_rows
-from grpo_plus.trainer.names import trained_tokens
+from grpo_plus.trainer.names import PIXELS, trained_tokens
+from grpo_plus.trainer.pictures import pictures_of, with_images
 
 Inputs = dict[str, Any]
 Alive = Callable[[Inputs], Tensor | None]  # (B,) booleans: rows that can have a gradient; None: all rows
 
 COLUMNS = ("prompt_ids", "completion_ids", "prompt_mask", "completion_mask")
-READ = (*COLUMNS, "tool_mask", "advantages")
+READ = (*COLUMNS, "tool_mask", "advantages", PIXELS)
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class HostRows:
     completion_length: T.
     trained: (B,) number of trained tokens.
     alive: (B,) 1 for a row that can have a gradient.
+    pictures: what the host knows of the rows' images. None where no row has an image.
     """
 
     input_ids: Tensor
@@ -37,12 +40,15 @@ class HostRows:
     completion_length: int
     trained: Tensor
     alive: Tensor
+    pictures: HostPictures | None = None
 
     @property
     def prompts(self) -> list[tuple[int, ...]]:
-        """Token ids of each row's prompt, 0 at padding."""
+        """A key for each row's prompt: token ids, 0 at padding, after a number for its images."""
         end = self.input_ids.shape[1] - self.completion_length
-        return list(map(tuple, (self.input_ids * self.attention_mask)[:, :end].tolist()))
+        tokens = (self.input_ids * self.attention_mask)[:, :end].tolist()
+        numbers = [0] * len(tokens) if self.pictures is None else self.pictures.numbers.tolist()
+        return [(number, *ids) for number, ids in zip(numbers, tokens, strict=True)]
 
     @property
     def tokens(self) -> list[int]:
@@ -67,6 +73,7 @@ class HostRows:
             self.completion_length,
             self.trained[rows],
             self.alive[rows],
+            None if self.pictures is None else self.pictures[rows],
         )
 
 
@@ -77,13 +84,16 @@ class Known:
         tensors: dict[str, Tensor] = {name: inputs[name] for name in READ if name in inputs}
         self.made_of = {name: (tensor, tensor._version) for name, tensor in tensors.items()}
         self.live = rows.live
+        pictures = with_images(pictures_of(inputs), rows.live)
+        self.pictures = pictures and replace(pictures, known=rows.pictures)
         self._rows = rows
 
     @cached_property
     def layout(self) -> Layout:
         """Groups of the live rows."""
-        rows = self._rows
-        return Layout(group_rows(rows.input_ids, rows.attention_mask, rows.completion_length, rows=self.live))
+        own = self._rows
+        made_of = own.input_ids, own.attention_mask, own.completion_length
+        return Layout(group_rows(*made_of, rows=self.live, pictures=self.pictures))
 
     def fits(self, inputs: Inputs) -> bool:
         """Whether the micro-batch holds what was read: the same tensors, in which nobody has written since."""
@@ -122,4 +132,11 @@ def read(batches: Sequence[Inputs], alive: Alive) -> HostRows:
         tables.append(torch.cat([column.long() for column in (*columns, trained, lives)], dim=1))
     table = torch.cat(tables).cpu()
     width, length = columns[0].shape[1] + columns[1].shape[1], columns[1].shape[1]
-    return HostRows(table[:, :width], table[:, width : 2 * width], length, table[:, -2], table[:, -1])
+    pictures = _host_pictures(batches)
+    return HostRows(table[:, :width], table[:, width : 2 * width], length, table[:, -2], table[:, -1], pictures)
+
+
+def _host_pictures(batches: Sequence[Inputs]) -> HostPictures | None:
+    """What the host must know of all images, compared once with each other."""
+    parts = [pictures for batch in batches if (pictures := pictures_of(batch)) is not None]
+    return Pictures.joined(parts).host if parts else None

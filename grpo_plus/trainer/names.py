@@ -66,8 +66,8 @@ CONTROLLERS = ("beta", "entropy_coef", "_last_world_entropy")
 # What TRL moves with each micro-batch.
 MOVED_BY_A_LOSS = (*CONTROLLERS, "_entropy_window_stats")
 
-# Of these, what a dictionary holds where some row has an image.
-IMAGES = ("pixel_values", "num_images")
+# Of these, the images, a mask that some processors make of them, and numbers of images and of tiles of each row.
+PIXELS, PIXEL_MASK, NUM_IMAGES, NUM_TILES = "pixel_values", "pixel_attention_mask", "num_images", "num_tiles"
 
 # What a row of text is made of.
 ROWS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "tool_mask")
@@ -237,9 +237,9 @@ def whole_rows(inputs: dict[str, Any]) -> tuple[Tensor, Tensor, int]:
     return ids, mask, inputs["completion_ids"].shape[1]
 
 
-def is_multimodal(inputs: dict[str, Any]) -> bool:
-    """Whether the rows have images, which are not laid out by row."""
-    return any(name in inputs for name in MULTIMODAL)
+def multimodal(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Images and what belongs to them, as TRL's forward takes them. Empty for rows of text."""
+    return {name: inputs[name] for name in MULTIMODAL if inputs.get(name) is not None}
 
 
 def trained_tokens(inputs: dict[str, Any]) -> Tensor:

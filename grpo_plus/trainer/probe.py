@@ -6,25 +6,25 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from grpo_plus.advantages import Rewards
-from grpo_plus.trainer.names import IMAGES, ROWS, trained_tokens, whole_rows
+from grpo_plus.trainer.names import ROWS, multimodal, trained_tokens, whole_rows
 from grpo_plus.trainer.seam import TRLSeam
 
 
 def sampled_batches(trainer: TRLSeam, count: int) -> Iterator[tuple[Rewards, dict[str, Tensor]]]:
     """Generation batches as the training would sample them from the model as it is: rewards, and rows for `logps_of`.
 
-    Rows are in the order of the groups; {} in place of rows with images. Nothing is trained; the random state moves on.
+    Rows are in the order of the groups. Nothing is trained; the random state moves on.
     """
     trainer.model.train()
     # TRL repeats a batch for every step that trains on it.
     repeats = trainer.num_iterations * trainer.args.steps_per_generation
     for inputs in itertools.islice(trainer.get_train_dataloader(), 0, count * repeats, repeats):
         output = trainer._generate_and_score_completions(inputs)
-        text = all(output.get(name) is None for name in IMAGES)
-        yield trainer.rewards, {name: output[name] for name in ROWS if name in output and text}
+        yield trainer.rewards, {name: output[name] for name in ROWS if name in output} | multimodal(output)
 
 
 def logps_of(trainer: TRLSeam, rows: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Log-probabilities (B, T) of the completions, as the training differentiates them, and their mask (B, T)."""
-    logps, *_ = trainer._get_per_token_logps_and_entropies(trainer.model, *whole_rows(rows))
+    forward = trainer._get_per_token_logps_and_entropies
+    logps, *_ = forward(trainer.model, *whole_rows(rows), **multimodal(rows))
     return logps, trained_tokens(rows)

@@ -10,6 +10,7 @@ import torch
 from grpo_plus.packing import regroup, reorder
 from grpo_plus.trainer.micro_batches import HostRows
 from grpo_plus.trainer.names import trained_tokens
+from grpo_plus.trainer.pictures import joined_by_row, split_by_row
 
 Inputs = dict[str, Any]
 
@@ -32,7 +33,8 @@ def regrouped(
     for start in range(0, len(batches), window):
         first, last = start * size, (start + window) * size
         order = regroup(prompts[first:last], tokens[first:last], window)
-        moved += _reordered(batches[start : start + window], order, loss_type)
+        some = _reordered([split_by_row(batch) for batch in batches[start : start + window]], order, loss_type)
+        moved += [joined_by_row(batch) for batch in some]
         orders += [first + row for row in order]
     return moved, rows[torch.tensor(orders)]
 

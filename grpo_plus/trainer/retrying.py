@@ -19,7 +19,7 @@ from grpo_plus.losses.sampler import SamplerGap
 from grpo_plus.models.adapters import has_adapters
 from grpo_plus.models.memory import is_out_of_memory
 from grpo_plus.trainer.guard import STEPS_WITHIN_BACKWARD
-from grpo_plus.trainer.names import MOVED_BY_A_LOSS, MULTIMODAL, metrics_of
+from grpo_plus.trainer.names import MOVED_BY_A_LOSS, metrics_of, multimodal
 from grpo_plus.trainer.position import RandomStates
 from grpo_plus.trainer.sampler_ratio import SamplerRatio
 from grpo_plus.trainer.saving import SavingSeam
@@ -189,7 +189,7 @@ class RetryingSeam(SavingSeam):
     def _can_try_again(self, inputs: dict[str, Any]) -> bool:
         """Whether a second try of the micro-batch could be exact, and would be smaller."""
         optimizer = str(getattr(self.args.optim, "value", self.args.optim))
-        is_text = all(inputs.get(name) is None for name in MULTIMODAL)
+        is_text = not multimodal(inputs)
         # Other processes would wait for this one in their backward.
         is_alone = self.accelerator.num_processes == 1
         return is_alone and is_text and not any(part in optimizer for part in STEPS_WITHIN_BACKWARD)

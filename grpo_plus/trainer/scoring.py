@@ -1,5 +1,6 @@
 """What of the seam computes log-probabilities: without padding, without rows of no gradient, in bounded passes."""
 
+import warnings
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -10,6 +11,10 @@ from grpo_plus.packing import Logps, Packed, PaddedRows, base_model, forward_liv
 from grpo_plus.trainer.guarding import GuardedSeam
 from grpo_plus.trainer.kept import KeptSets
 from grpo_plus.trainer.micro_batches import MicroBatches
+from grpo_plus.trainer.names import multimodal
+from grpo_plus.trainer.pictures import knows_rows, pictures_of, with_images
+
+UNKNOWN_ROWS = "packing: rows with images stay padded where the numbers of images do not tell which row has which."
 
 
 class ScoringSeam(GuardedSeam):
@@ -22,20 +27,28 @@ class ScoringSeam(GuardedSeam):
     def _alive(self, inputs: dict[str, Any]) -> Tensor | None:
         return self.speed.live_rows(inputs["advantages"]) if self.model.training else None
 
-    def _padded_rows(self, input_ids: Tensor, attention_mask: Tensor, completion_length: int) -> PaddedRows:
+    def _padded_rows(
+        self, input_ids: Tensor, attention_mask: Tensor, completion_length: int, shown: dict[str, Any]
+    ) -> PaddedRows:
         """The rows as they are forwarded: in a loss, without those that have no gradient."""
         inputs = self._micro_batch
         rows = PaddedRows(input_ids, attention_mask, completion_length)
         rows = replace(rows, truncated=self._kept.of(inputs, attention_mask, completion_length))
-        if inputs is None or not self.speed.reads_rows:
+        if not self.speed.reads_rows:
             return rows
+        if not knows_rows(shown):
+            warnings.warn(UNKNOWN_ROWS, stacklevel=2)
+            return rows
+        if inputs is None:
+            return replace(rows, pictures=with_images(pictures_of(shown)))
         known = self._known.of(inputs, self._alive)
         # A skipped row keeps the log-probs at which its ratio is 1.
         fill = None if known.live is None else inputs.get("old_per_token_logps")
         forwards = type(self)._get_per_token_logps_and_entropies is ScoringSeam._get_per_token_logps_and_entropies
         # A subclass that comes before our forward may hand it other tokens than those of the micro-batch.
         layout = known.layout if forwards and self.speed.packer is not None else None
-        return replace(rows, live=known.live, fill=fill, layout=layout)
+        pictures = known.pictures if forwards else with_images(pictures_of(shown), known.live)
+        return replace(rows, live=known.live, fill=fill, layout=layout, pictures=pictures)
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -46,15 +59,16 @@ class ScoringSeam(GuardedSeam):
         batch_size: int | None = None,
         compute_entropy: bool = False,
         compute_aux_loss: bool = False,
-        **multimodal: Any,
+        **shown: Any,
     ) -> tuple[Tensor, Any, Tensor | None]:
         forward = super()._get_per_token_logps_and_entropies
-        rows = self._padded_rows(input_ids, attention_mask, logits_to_keep)
-        is_text = not compute_aux_loss and all(value is None for value in multimodal.values())
+        rows = self._padded_rows(input_ids, attention_mask, logits_to_keep, shown)
+        is_text = not compute_aux_loss and not multimodal(shown)
         padded = partial(self._padded_logps, model, True, length=logits_to_keep)
         with self.speed.around_forward(model):
-            packed = self._packed_logps(model, rows, batch_size) if is_text else None
-            if packed is None and is_text and rows.live is not None:
+            packs = not compute_aux_loss and knows_rows(shown)
+            packed = self._packed_logps(model, rows, batch_size) if packs else None
+            if packed is None and packs and rows.live is not None:
                 packed = forward_live(rows, padded)
             if packed is not None:
                 scores = packed.logps, packed.entropies, None
@@ -63,20 +77,24 @@ class ScoringSeam(GuardedSeam):
             else:
                 at_once = self.speed.passes.rows(batch_size, input_ids.shape[1])
                 arguments = (logits_to_keep, at_once, compute_entropy, compute_aux_loss)
-                scores = forward(model, input_ids, attention_mask, *arguments, **multimodal)
+                scores = forward(model, input_ids, attention_mask, *arguments, **shown)
         if self._micro_batch is not None:
             self._step_figures.forwarded(rows, packed, scores[1])
         last = (self._step + 1) % (self.args.steps_per_generation * self.num_iterations) == 0
         self._sampler.form(self._micro_batch, scores[0].detach(), rows.live, last=last)
         return scores
 
-    def _padded_logps(self, model: Any, entropy: bool, input_ids: Tensor, attention_mask: Tensor, length: int) -> Logps:
-        """As TRL computes them, in passes of bounded size."""
+    def _padded_logps(
+        self, model: Any, entropy: bool, input_ids: Tensor, attention_mask: Tensor, length: int, **shown: Any
+    ) -> Logps:
+        """As TRL computes them, in passes of bounded size. Rows with images take one pass."""
         forward = super()._get_per_token_logps_and_entropies
 
         def trls(model: Any, ids: Tensor, mask: Tensor) -> Logps:
-            return forward(model, ids, mask, length, None, entropy)[:2]
+            return forward(model, ids, mask, length, None, entropy, **shown)[:2]
 
+        if shown:
+            return trls(model, input_ids, attention_mask)
         base = base_model(self.accelerator.unwrap_model(model))
         return forward_padded(model, base, input_ids, attention_mask, trls, self.speed.passes.tokens)
 
@@ -87,8 +105,8 @@ class ScoringSeam(GuardedSeam):
         max_tokens = None if batch_size is None else batch_size * rows.input_ids.shape[1]
         policy = self.model.training and model in (self.model, self.model_wrapped)
 
-        def padded_logps(ids: Tensor, mask: Tensor, length: int) -> Tensor:
-            return self._padded_logps(base, policy, ids, mask, length)[0]
+        def padded_logps(ids: Tensor, mask: Tensor, length: int, /, **shown: Any) -> Tensor:
+            return self._padded_logps(base, policy, ids, mask, length, **shown)[0]
 
         bound = self.speed.passes.tokens
         with self.accelerator.autocast():

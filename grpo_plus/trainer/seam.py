@@ -30,19 +30,19 @@ from grpo_plus.trainer.guard import Guard
 from grpo_plus.trainer.kept import KeptSets
 from grpo_plus.trainer.micro_batches import MicroBatches, read
 from grpo_plus.trainer.names import (
-    MULTIMODAL,
     SAMPLER_RATIO,
     complete_table_columns,
     dataset_prompts,
     gathered_labels,
     gathered_lengths,
-    is_multimodal,
     log_advantages_anew,
     logged_advantages,
+    multimodal,
     trained_tokens,
     whole_rows,
 )
 from grpo_plus.trainer.pass_at_k import pass_at_k_of
+from grpo_plus.trainer.pictures import knows_rows
 from grpo_plus.trainer.position import RandomStates
 from grpo_plus.trainer.refills import Refills
 from grpo_plus.trainer.regrouping import regrouped
@@ -232,7 +232,7 @@ class TRLSeam(ScoringSeam):
         before = self._buffered_inputs
         inputs: dict[str, Any] = super()._prepare_inputs(generation_batch)
         fresh = self._buffered_inputs
-        if fresh is None or fresh is before or not self.speed.reads_rows or is_multimodal(fresh[0]):
+        if fresh is None or fresh is before or not self.speed.reads_rows or not knows_rows(fresh[0]):
             return inputs
         rows = read(fresh, self._alive)
         if self.speed.keeps_prompts_together:
@@ -246,9 +246,8 @@ class TRLSeam(ScoringSeam):
         # An update that follows a generation knows which LoRA layers share an input, and computes them together: the
         # same sums in another order. A forward without effect lets a resumed run know as much.
         if self.speed.fuses_lora:
-            shown = {name: inputs[name] for name in MULTIMODAL if name in inputs}
             with torch.no_grad(), RandomStates.kept(), self.speed.adapters.held():
-                self._get_per_token_logps_and_entropies(self.model, *whole_rows(inputs), **shown)
+                self._get_per_token_logps_and_entropies(self.model, *whole_rows(inputs), **multimodal(inputs))
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         trls = self.loss_type in TRL_LOSSES
@@ -285,10 +284,7 @@ class TRLSeam(ScoringSeam):
     def _loss_inputs(self, model: Any, inputs: dict[str, Any]) -> tuple[LossInputs, Tensor]:
         """The policy's forward on one micro-batch, with TRL's names translated; and the entropies (B, T)."""
         logps, entropies, _ = self._get_per_token_logps_and_entropies(
-            model,
-            *whole_rows(inputs),
-            compute_entropy=True,
-            **{name: inputs[name] for name in MULTIMODAL if name in inputs},
+            model, *whole_rows(inputs), compute_entropy=True, **multimodal(inputs)
         )
         advantages = inputs["advantages"]
         old_logps = inputs.get("old_per_token_logps")

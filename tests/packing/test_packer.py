@@ -16,7 +16,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from grpo_plus.models import rounding
-from grpo_plus.packing import attention, cascade, check, packer, passes, varlen
+from grpo_plus.packing import attention, candidates, cascade, check, passes, varlen
 from grpo_plus.packing.head import single_pass_head
 from grpo_plus.packing.layout import group_rows
 from grpo_plus.packing.packer import Packer
@@ -273,7 +273,7 @@ def test_a_wrong_gradient_is_caught(monkeypatch):
             (keys, values),
         )[1],
     )
-    monkeypatch.setattr(packer, "why_not_segments", lambda model: "not in this test")
+    monkeypatch.setattr(candidates, "why_not_segments", lambda model: "not in this test")
     with pytest.raises(ValueError, match="cannot be exact here"):
         packed(tiny("llama"), "shared_prompt")
 
