@@ -3,18 +3,19 @@
 `family(name)` gives a model and its processor; `pictured(...)` a dataset; `make_vision_trainer(...)` a trainer of both.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
 from PIL import Image
+from transformers import PreTrainedModel
 from trl import GRPOTrainer
 
 from tests.training import make_trainer
 from tests.vision.families import FAMILIES
-from tests.vision.families import build as family
+from tests.vision.models import family
 
 __all__ = ["FAMILIES", "SIZES", "family", "make_vision_trainer", "pictured", "pictures"]
 
@@ -58,8 +59,20 @@ def vowels(completions: list[Any], **_: Any) -> list[float]:
     ]
 
 
-def make_vision_trainer(output_dir: Path, name: str, *, seed: int = 0, **config: Any) -> GRPOTrainer:
-    """As `make_trainer`, with a model and the processor of a family."""
-    model, processor = family(name, seed=seed)
+def make_vision_trainer(
+    output_dir: Path,
+    name: str,
+    *,
+    prepare: Callable[[PreTrainedModel], None] | None = None,
+    **config: Any,
+) -> GRPOTrainer:
+    """As `make_trainer`, with the model and the processor of a family.
+
+    Args:
+        prepare: called with the model before the trainer is built.
+    """
+    model, processor = family(name)
+    if prepare is not None:
+        prepare(model)
     defaults: dict[str, Any] = {"reward_funcs": [vowels], "train_dataset": pictured()}
     return make_trainer(output_dir, model=model, processing_class=processor, **(defaults | config))

@@ -7,17 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-import transformers
-from transformers import (
-    AutoConfig,
-    AutoModelForImageTextToText,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    ProcessorMixin,
-)
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
@@ -25,7 +16,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
-from tests.vision.processors import Turns, processor_of, tokenizer_with
+from tests.vision.processors import Turns
 
 PATCH = 4
 
@@ -101,6 +92,15 @@ def qwen_images() -> Qwen2VLImageProcessorPil:
     return Qwen2VLImageProcessorPil(patch_size=PATCH, size={"shortest_edge": 64, "longest_edge": 48 * 48})
 
 
+HYBRID = {
+    "head_dim": 12,
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+} | rotary(1, 1, 1, mrope_interleaved=True, partial_rotary_factor=0.5)
+
 FAMILIES = {
     "qwen2_vl": Family(
         model_type="qwen2_vl",
@@ -138,16 +138,19 @@ FAMILIES = {
         processor="Qwen3VLProcessor",
         images=qwen_images,
         turns=CHATML,
-        text={
-            "model_type": "qwen3_5_text",
-            "head_dim": 12,
-            "layer_types": ["linear_attention", "full_attention"],
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 4,
-            "linear_key_head_dim": 8,
-            "linear_value_head_dim": 8,
-        }
-        | rotary(1, 1, 1, mrope_interleaved=True, partial_rotary_factor=0.5),
+        text={"model_type": "qwen3_5_text"} | HYBRID,
+        vision=QWEN_TOWER | {"num_position_embeddings": 64},
+        token_ids=QWEN_IDS,
+        tokens=QWEN_TOKENS,
+    ),
+    "qwen3_5_moe": Family(
+        model_type="qwen3_5_moe",
+        processor="Qwen3VLProcessor",
+        images=qwen_images,
+        turns=CHATML,
+        text={"model_type": "qwen3_5_moe_text", "num_experts": 4, "num_experts_per_tok": 2}
+        | {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+        | HYBRID,
         vision=QWEN_TOWER | {"num_position_embeddings": 64},
         token_ids=QWEN_IDS,
         tokens=QWEN_TOKENS,
@@ -179,6 +182,40 @@ FAMILIES = {
         },
         tokens=("<start_of_turn>", "<end_of_turn>"),
         settings={"image_seq_length": 9},
+    ),
+    "gemma4": Family(
+        model_type="gemma4",
+        processor="Gemma4Processor",
+        images=lambda: Gemma4ImageProcessorPil(patch_size=2, max_soft_tokens=70),
+        turns=Turns("<|turn>{}\n", "<|image|>", "<turn|>\n", "<|turn>model\n"),
+        text={
+            "model_type": "gemma4_text",
+            "head_dim": 4,
+            "global_head_dim": 8,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "sliding_window": 16,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": 128,
+        },
+        vision=TOWER | {"head_dim": 4, "num_key_value_heads": 4, "patch_size": 2, "position_embedding_size": 630},
+        config={"audio_config": None},
+        token_ids={
+            "boi_token_id": "<|image>",
+            "eoi_token_id": "<image|>",
+            "image_token_id": "<|image|>",
+            "video_token_id": "<|video|>",
+            "audio_token_id": "<|audio|>",
+        },
+        named={
+            "boi_token": "<|image>",
+            "eoi_token": "<image|>",
+            "image_token": "<|image|>",
+            "boa_token": "<|audio>",
+            "eoa_token": "<audio|>",
+            "audio_token": "<|audio|>",
+        },
+        tokens=("<|turn>", "<turn|>", "<|video|>"),
+        settings={"image_seq_length": 70},
     ),
     "smolvlm": Family(
         model_type="smolvlm",
@@ -253,35 +290,3 @@ FAMILIES = {
         settings={"image_seq_length": 4},
     ),
 }
-
-
-def build(name: str, *, seed: int = 0) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """The model in float32 and its processor; the caller's random state is left as it was."""
-    family = FAMILIES[name]
-    tokenizer = tokenizer_with(family.named, family.tokens)
-    processor_class = getattr(transformers, family.processor)
-    processor = processor_of(processor_class, family.images(), tokenizer, family.turns, **family.settings)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = AutoModelForImageTextToText.from_config(_config(family, tokenizer), dtype=torch.float32)
-        _widen(model)
-    return model, processor
-
-
-def _config(family: Family, tokenizer: PreTrainedTokenizerFast) -> PretrainedConfig:
-    ends = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
-    return AutoConfig.for_model(
-        family.model_type,
-        text_config=TEXT | ends | {"vocab_size": len(tokenizer)} | family.text,
-        vision_config=family.vision,
-        tie_word_embeddings=False,
-        **{name: tokenizer.convert_tokens_to_ids(token) for name, token in family.token_ids.items()},
-        **family.config,
-    )
-
-
-def _widen(model: PreTrainedModel) -> None:
-    """Draw weights that are large enough for a picture to move the log-probs, as in a trained model."""
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)

@@ -47,10 +47,14 @@ class Turns:
         )
 
 
-class OfTextAndImages:
-    """Lets a processor have an image processor and a tokenizer alone, whatever its class asks for."""
+class OfTextAndImages(ProcessorMixin):
+    """Base of a processor that has an image processor and a tokenizer alone, whatever its class asks for."""
 
     video_processor = SimpleNamespace(num_frames=1, fps=1)  # SmolVLM's chat template reads both, without a video too
+
+    def __init__(self, *parts: Any, **settings: Any) -> None:
+        given = {name: value for name, value in settings.items() if value is not None}
+        super().__init__(*(part for part in parts if part is not None), **given)
 
     @classmethod
     def get_attributes(cls) -> list[str]:
@@ -84,9 +88,9 @@ def processor_of(
     turns: Turns,
     **settings: Any,
 ) -> ProcessorMixin:
-    made = type(processor_class.__name__, (OfTextAndImages, processor_class), {})
+    made = type(processor_class.__name__, (processor_class, OfTextAndImages), {})
+    absent = {"video_processor", "feature_extractor"} & set(processor_class.get_attributes())
+    parts = {"image_processor": image_processor, "tokenizer": tokenizer} | dict.fromkeys(absent)
     # SmolVLM's class asks for a package that spells the number of a video's frames.
     with patch.object(processing_smolvlm, "num2words", str):
-        if "video_processor" in processor_class.get_attributes():
-            settings["video_processor"] = None
-        return made(image_processor=image_processor, tokenizer=tokenizer, chat_template=turns.template(), **settings)
+        return made(chat_template=turns.template(), **parts, **settings)
