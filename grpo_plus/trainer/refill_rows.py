@@ -82,18 +82,20 @@ def join_rewards(old: Rewards, new: Rewards, groups: Tensor) -> Rewards:
         both = getattr(old, name), getattr(new, name)
         return None if None in both else tuple((*both[0], *both[1])[group] for group in groups.tolist())
 
-    def lengths(name: str) -> Tensor | None:
-        both = getattr(old, name), getattr(new, name)
-        return None if None in both else torch.cat(both)[groups]
+    def lengths(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+        return None if first is None or second is None else torch.cat([first, second])[groups]
+
+    # A batch in which no tool was called has one kind of length.
+    some_called = old.full_lengths is not None or new.full_lengths is not None
 
     return replace(
         old,
         values=torch.cat([old.values, new.values])[groups],
-        lengths=lengths("lengths"),
+        lengths=lengths(old.lengths, new.lengths),
         tasks=labels("tasks"),
         prompts=labels("prompts"),
         steps=_join_steps(old, new, groups),
-        full_lengths=lengths("full_lengths"),
+        full_lengths=lengths(old.spans, new.spans) if some_called else None,
     )
 
 

@@ -113,3 +113,12 @@ def test_groups_of_equal_rewards_and_groups_that_nobody_judged_are_without_sprea
     # In float32 the weighted sums of the first group differ by rounding.
     rewards = rewards_of([[[0.1, 0.2], [0.2, 0.1]], [[0.1, 0.2], [0.2, 0.2]], [[None, None], [None, None]]])
     assert without_spread(rewards).tolist() == [True, False, True]
+
+
+def test_lengths_with_a_tool_are_known_where_only_one_of_the_batches_has_a_tool():
+    plain = replace(rewards_of([[1, 1]]), lengths=torch.tensor([[3, 4]]))
+    called = replace(plain, lengths=torch.tensor([[2, 2]]), full_lengths=torch.tensor([[5, 2]]))
+    both = torch.tensor([0, 1])
+    assert join_rewards(plain, called, both).spans.tolist() == [[3, 4], [5, 2]]
+    assert join_rewards(called, plain, both).spans.tolist() == [[5, 2], [3, 4]]
+    assert join_rewards(plain, plain, both).full_lengths is None
