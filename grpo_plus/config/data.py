@@ -10,7 +10,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
+from datasets import Dataset
+
 PROMPT = "prompt"
+ENVIRONMENT = "environment"  # the column that names a row's environment, where there are several
 # What TRL passes to a reward function beside the dataset's columns.
 ALWAYS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 PASSED = (*ALWAYS, "environments")
@@ -50,7 +53,9 @@ def check_data(given: Mapping[str, Any], eval_functions: Sequence[Any] = ()) -> 
             columns = _columns(dataset)
             if columns is None:
                 continue
-            _check_column(name, columns, PROMPT, "which every row needs")
+            if given.get("environment_factory") is None:  # an environment may bring the prompts along
+                _check_column(name, columns, PROMPT, "which every row needs")
+            _check_environments(name, dataset, columns, given.get("environment_factory"), unused=unused)
             _check_messages(name, dataset, functions)
             if given.get("rollout_func") is None:  # a rollout function may fill columns of its own
                 _check_functions(name, columns, functions, unused=unused)
@@ -77,6 +82,29 @@ def _check_functions(dataset: str, columns: Sequence[str], functions: Sequence[A
                     f"remove_unused_columns=True drops the column {needed!r}, which the reward function "
                     f"{_name(function)!r} takes. Set remove_unused_columns=False, TRL's default."
                 )
+
+
+def _check_environments(name: str, dataset: Any, columns: Sequence[str], environments: Any, *, unused: bool) -> None:
+    """Refuse rows that do not say in which of several environments they play: TRL raises in the first generation."""
+    if not isinstance(environments, Mapping):
+        return
+    known = ", ".join(map(repr, environments))
+    if ENVIRONMENT not in columns:
+        raise ValueError(
+            f"{name} has no column {ENVIRONMENT!r}, which names each row's environment out of environment_factory: "
+            f"{known}. Its columns: {', '.join(columns) or 'none'}. Add it: {name}.add_column({ENVIRONMENT!r}, [...])."
+        )
+    if unused:
+        raise ValueError(
+            f"remove_unused_columns=True drops the column {ENVIRONMENT!r}, which names each row's environment. Set "
+            "remove_unused_columns=False, TRL's default."
+        )
+    unknown = set(dataset.unique(ENVIRONMENT)) - set(environments) if isinstance(dataset, Dataset) else None
+    if unknown:
+        raise ValueError(
+            f"{name} has rows with environment={sorted(map(repr, unknown))[0]}, which environment_factory does not "
+            f"know. It knows {known}. Rename the rows' environment, or add it to environment_factory."
+        )
 
 
 def _check_takes_all(function: Callable[..., Any]) -> None:

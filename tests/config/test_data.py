@@ -40,6 +40,35 @@ def test_a_column_that_a_reward_function_takes_is_missing():
         check(TALK, right, eval_dataset={"one": TALK, "two": TALK.remove_columns("answer")})
 
 
+WORLDS = {"sea": dict, "land": dict}
+
+
+def test_prompts_may_come_from_an_environment():
+    levels = Dataset.from_dict({"level": [1]})
+    check(levels, environment_factory=dict)
+    with pytest.raises(ValueError, match="no column 'prompt'"):
+        check(levels)
+
+
+@pytest.mark.parametrize(
+    ("columns", "unused", "message"),
+    [
+        (
+            {"level": [1]},
+            False,
+            r"no column 'environment', .* environment_factory: 'sea', 'land'\. Its columns: level\.",
+        ),
+        ({"environment": ["sea", "air"]}, False, r"rows with environment='air', .* It knows 'sea', 'land'\."),
+        ({"environment": ["sea"]}, True, "remove_unused_columns=True drops the column 'environment'"),
+    ],
+)
+def test_rows_of_several_environments_name_one_each(tmp_path, columns, unused, message):
+    config = GRPOConfig(str(tmp_path), use_cpu=True, bf16=False, remove_unused_columns=unused)
+    check(Dataset.from_dict({"environment": ["land", "sea"]}), environment_factory=WORLDS)
+    with pytest.raises(ValueError, match=message):
+        check(Dataset.from_dict(columns), environment_factory=WORLDS, args=config)
+
+
 class Judge:
     def __call__(self, completions, truth, **_):
         return [1.0] * len(completions)
