@@ -70,6 +70,14 @@ def test_an_example_learns(ran, name):
     assert learned(rewards), rewards
 
 
+def test_the_example_of_a_tool_learns_to_call_it(ran):
+    shares = re.findall(r"(before|after): (\d+)% of the conversations call .*, (\d+)% of", ran[0]["tools.py"]["output"])
+    assert [when for when, *_ in shares] == ["before", "after"]
+    (calls, right), (calls_after, right_after) = ([int(share) for share in row[1:]] for row in shares)
+    assert max(calls, right) < 40
+    assert min(calls_after, right_after) > 60
+
+
 def test_both_variants_of_the_example_of_a_comparison_learn(ran):
     results = pd.read_csv(ran[1] / "comparison" / "results.csv")
     scores = results[results["name"] == "digits_reward"]
