@@ -49,7 +49,7 @@ OUTSIDE = {
     "advantages": {"torch"},
     "losses": {"torch"},
     "rewards": set(),
-    "rollout": {"torch", "transformers"},
+    "rollout": {"torch", "transformers", "packaging"},
     "planner": {"torch", "huggingface_hub", "transformers", "peft"},
     "replay": {"torch", "numpy", "pyarrow", "matplotlib", "tqdm"},
 }

@@ -87,10 +87,10 @@ class GRPOPlusConfig(GRPOConfig):
             without PEFT's copies of the input and output. It takes plain adapters without dropout, on layers that are
             in 4 bits or not quantized. "auto": "torch" wherever the layers allow; on a GPU the faster one.
         generation_loop: what decodes where transformers generates. "grouped": each distinct prompt goes through the
-            model once for all of its completions, a finished row leaves the batch, and the cache grows in place. The
-            same seed gives the same tokens. "trl": transformers' own loop, as in TRL. "auto": "grouped" wherever it
-            gives the same tokens, and "trl" elsewhere, with a warning that names the reason. "grouped" is an error
-            where it does not. Nothing changes with vLLM, continuous batching or a rollout function.
+            model once for all of its completions, with its images. A finished row leaves the batch, and the cache grows
+            in place. The same seed gives the same tokens. "trl": transformers' own loop, as in TRL. "auto": "grouped"
+            wherever it gives the same tokens, and "trl" elsewhere, with a warning that names the reason. "grouped" is
+            an error where it does not. Nothing changes with vLLM, continuous batching or a rollout function.
         generation_chunk_size: rows that a process generates for at a time, for a smaller cache. None: its whole
             generation batch, as TRL. "auto": as many as the free memory of a CUDA device holds by the planner's count,
             and half as many where the memory runs out all the same; on other devices all. A part holds whole groups of

@@ -7,23 +7,23 @@ a small multiple of what padding alone changes. A prefill in passes is compared 
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from grpo_plus.models.memory import is_out_of_memory
 from grpo_plus.models.rounding import precision_of_products
+from grpo_plus.rollout.given import Given
+from grpo_plus.rollout.images import encoded, offsets_kept
 from grpo_plus.rollout.keeper import Keeper
 from grpo_plus.rollout.live import Moves
 from grpo_plus.rollout.passes import Pass
+from grpo_plus.rollout.probes import Probe, Probes
 from grpo_plus.rollout.prompts import Prompts
 from grpo_plus.rollout.steps import Steps
 
-LENGTH, PADDING = 96, 8  # tokens of a probe's prompt, at most, and of padding before the longest
+PADDING = 8  # tokens before the longest row
 NOISE_FACTOR = 3.0
 # For each precision of products: the relative error of logits that is rounding, and the most that noise may excuse. A
 # row that goes on from another prompt or position is off by 0.1 and more.
@@ -32,36 +32,30 @@ LIMITS = {"float32": (1e-4, 1e-3), "tf32": (1e-2, 3e-2), "half": (2e-2, 0.1)}
 FAILURES = (Exception,)
 
 
-def why_not_exact(
-    model: PreTrainedModel, kind: type[Keeper], arguments: dict[str, Any], prompts: Sequence[Tensor], config: Any
-) -> str | None:
+def why_not_exact(given: Given, kind: type[Keeper]) -> str | None:
     """Reason why a keeper is not exact on this model. None where it is.
 
     Args:
-        arguments: transformers' arguments of the batch at hand, with an empty cache.
-        prompts: token ids of two prompts, or twice of one.
-        config: of the generation.
+        given: the batch at hand, with an empty cache.
     """
-    return _verdict(model, kind.words, lambda: _errors(model, kind, arguments, Probes.of(*prompts), config))
+    return _verdict(given.model, kind.words, lambda: _errors(given, kind, Probes.of(given)))
 
 
-def why_not_exact_in_passes(
-    model: PreTrainedModel, kind: type[Keeper], arguments: dict[str, Any], prompts: Sequence[Tensor]
-) -> str | None:
+def why_not_exact_in_passes(given: Given, kind: type[Keeper]) -> str | None:
     """Reason why prompts may not go through the model in passes, before steps with a keeper. None where they may.
 
-    The arguments are those of `why_not_exact`.
+    Args:
+        given: the batch at hand, with an empty cache.
     """
-    return _verdict(
-        model, "a prefill in passes", lambda: _errors_in_passes(model, kind, arguments, Probes.of(*prompts))
-    )
+    return _verdict(given.model, "a prefill in passes", lambda: _errors_in_passes(given, kind, Probes.of(given)))
 
 
 def _verdict(model: PreTrainedModel, words: str, errors: Callable[[], tuple[float, float]]) -> str | None:
     """Reason against what `words` name. `errors` measures the error and what is allowed."""
     device = model.device
     try:
-        with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
+        forked = torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type)
+        with forked, offsets_kept(model):
             before = _generator_state(device)
             error, allowed = errors()
             if not torch.equal(_generator_state(device), before):
@@ -75,56 +69,25 @@ def _verdict(model: PreTrainedModel, words: str, errors: Callable[[], tuple[floa
     return f"{words} is not exact on {type(model).__name__}: logits differ by {error:.1e} (allowed {allowed:.1e})"
 
 
-@dataclass(frozen=True)
-class Probes:
-    """Two rows of one prompt and a row of a shorter prompt, each with the tokens of its steps.
-
-    Attributes:
-        prompts: the longer and the shorter prompt.
-        tokens: of each row. The first row takes one step, the others two.
-    """
-
-    prompts: tuple[Tensor, Tensor]
-    tokens: tuple[Tensor, Tensor, Tensor]
-
-    @classmethod
-    def of(cls, first: Tensor, last: Tensor) -> "Probes":
-        """Cut two prompts short. The tokens are theirs, and no two rows begin alike if there are enough of them."""
-        longer, shorter = first[-LENGTH:], last[-LENGTH:]
-        shorter = shorter[-max(1, len(longer) - 1) :]
-        known = torch.cat([longer, shorter]).unique()
-        low, middle, high = known[:1], known[len(known) // 2][None], known[-1:]
-        return cls((longer, shorter), (low, torch.cat([middle, high]), torch.cat([high, low])))
-
-    def rows(self) -> list[Tensor]:
-        """The three rows, with their tokens."""
-        longer, shorter = self.prompts
-        return [torch.cat(parts) for parts in zip((longer, longer, shorter), self.tokens, strict=True)]
-
-
-def _errors(
-    model: PreTrainedModel, kind: type[Keeper], arguments: dict[str, Any], probes: Probes, config: Any
-) -> tuple[float, float]:
+def _errors(given: Given, kind: type[Keeper], probes: Probes) -> tuple[float, float]:
     """The largest relative error of a row's logits, and what is allowed."""
-    rows = probes.rows()
-    truth, allowed = _truth(model, arguments, rows)
-    first, second = _steps(model, kind, arguments, probes, config)
+    truth, allowed = _truth(given.model, probes, probes.rows())
+    first, second = _steps(given, kind, probes)
     # The first row has one token, at the last place of its logits.
     expected = torch.cat([truth[:1, 1], truth[1:, 0]]), truth[[2, 1], 1]
     return _relative(torch.cat([first, second]), torch.cat(expected)), allowed
 
 
-def _errors_in_passes(
-    model: PreTrainedModel, kind: type[Keeper], arguments: dict[str, Any], probes: Probes
-) -> tuple[float, float]:
+def _errors_in_passes(given: Given, kind: type[Keeper], probes: Probes) -> tuple[float, float]:
     """The same for logits of a prefill in two passes, and of a step after it."""
     step = probes.tokens[0]
-    rows = [torch.cat([row, step]) for row in probes.rows()]
-    truth, allowed = _truth(model, arguments, rows)
-    beginnings, rests = (tuple(tokens.cpu() for tokens in part) for part in (probes.prompts, probes.tokens))
-    cache = deepcopy(arguments["past_key_values"])
-    keeper = kind(model, cache)
-    steps = Steps(model, keeper, arguments | {"past_key_values": cache})
+    rows = [row.followed_by(step) for row in probes.rows()]
+    truth, allowed = _truth(given.model, probes, rows)
+    prompts = probes.longer.ids, probes.shorter.ids
+    beginnings, rests = (tuple(tokens.cpu() for tokens in part) for part in (prompts, probes.tokens))
+    cache = deepcopy(given.arguments["past_key_values"])
+    keeper = kind(given.model, cache)
+    steps = Steps(given.model, keeper, given.arguments | {"past_key_values": cache})
     index = torch.arange(len(rows), device=step.device)
     passes = (Pass(beginnings), Pass(rests, parents=(0, 0, 1)))
     first = steps.prefill_in_passes(passes, Prompts(index, index))
@@ -133,24 +96,22 @@ def _errors_in_passes(
     return _relative(torch.stack([first, second], 1), truth), allowed
 
 
-def _truth(model: PreTrainedModel, arguments: dict[str, Any], rows: list[Tensor]) -> tuple[Tensor, float]:
+def _truth(model: PreTrainedModel, probes: Probes, rows: Sequence[Probe]) -> tuple[Tensor, float]:
     """Logits (rows, 2, V) of the last two places of each row alone, and the relative error that is allowed."""
-    truth = torch.stack([_forward(model, arguments, [row])[0] for row in rows])
-    padded = _forward(model, arguments, rows, padding=PADDING)
+    truth = torch.stack([_forward(model, probes, [row])[0] for row in rows])
+    padded = _forward(model, probes, rows, padding=PADDING)
     floor, ceiling = LIMITS[precision_of_products(model)]
     return truth, min(max(NOISE_FACTOR * _relative(padded, truth), floor), ceiling)
 
 
-def _steps(
-    model: PreTrainedModel, kind: type[Keeper], arguments: dict[str, Any], probes: Probes, config: Any
-) -> tuple[Tensor, Tensor]:
+def _steps(given: Given, kind: type[Keeper], probes: Probes) -> tuple[Tensor, Tensor]:
     """Logits of the first step, (3, V), and of the second, (2, V): of the third row and the second."""
-    longer, shorter = probes.prompts
-    ids, batch = _batch(arguments, [longer, longer, shorter])
-    cache = deepcopy(arguments["past_key_values"])
-    keeper = kind(model, cache)
-    steps = Steps(model, keeper, arguments | batch | {"past_key_values": cache})
-    steps.prefill(ids, Prompts(ids.new_tensor([0, 2]), ids.new_tensor([0, 0, 1])), config)
+    batch = probes.batch(given.model, probes.prompts)
+    distinct = probes.batch(given.model, [probes.longer, probes.shorter])
+    ids, cache = batch.ids, deepcopy(given.arguments["past_key_values"])
+    keeper = kind(given.model, cache)
+    steps = Steps(given.model, keeper, given.arguments | batch.arguments | {"past_key_values": cache})
+    steps.prefill(ids, Prompts(ids.new_tensor([0, 2]), ids.new_tensor([0, 0, 1])), given.config, distinct.images)
     one, two, three = probes.tokens
     with keeper.attached():
         first = steps.step(torch.cat([one, two[:1], three[:1]]))
@@ -158,24 +119,12 @@ def _steps(
         return first, steps.step(torch.cat([three[1:], two[1:]]))
 
 
-def _forward(model: PreTrainedModel, arguments: dict[str, Any], rows: list[Tensor], padding: int = 0) -> Tensor:
+def _forward(model: PreTrainedModel, probes: Probes, rows: Sequence[Probe], padding: int = 0) -> Tensor:
     """Logits (rows, 2, V) of the last two places, in one forward without a cache."""
-    ids, batch = _batch(arguments, rows, padding)
-    logits = model(input_ids=ids, use_cache=False, return_dict=True, **batch).logits
+    batch = probes.batch(model, rows, padding)
+    arguments = encoded(model, batch.ids, batch.arguments, batch.images)
+    logits = model(input_ids=batch.ids, use_cache=False, return_dict=True, **arguments).logits
     return logits[:, -2:].float()
-
-
-def _batch(arguments: dict[str, Any], rows: list[Tensor], padding: int = 0) -> tuple[Tensor, dict[str, Tensor | None]]:
-    """Ids (rows, L) padded on the left, with mask and positions where transformers gives them to this model."""
-    length = max(map(len, rows)) + padding
-    ids = pad_sequence([row.flip(0) for row in rows], batch_first=True)
-    ids = torch.nn.functional.pad(ids, (0, length - ids.shape[1])).flip(1)
-    tokens = torch.tensor([len(row) for row in rows], device=ids.device)
-    mask = (torch.arange(length, device=ids.device) >= length - tokens[:, None]).long()
-    batch: dict[str, Tensor | None] = {"attention_mask": None if bool(mask.all()) else mask}
-    if arguments.get("position_ids") is not None:
-        batch["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
-    return ids, batch
 
 
 def _relative(found: Tensor, expected: Tensor) -> float:

@@ -31,6 +31,7 @@ def decode(
     prompts: Prompts,
     keeper: Keeper,
     passes: Sequence[Pass] = (),
+    images: dict[str, Tensor] | None = None,
     late: bool | None = None,
     watch: Watch = nobody,
     **model_kwargs: Any,
@@ -41,6 +42,7 @@ def decode(
         prompts: of the rows of `input_ids` (B, L).
         keeper: of the cache in `model_kwargs`.
         passes: of the distinct prompts through the model. Empty: in one pass.
+        images: of the distinct prompts, for one pass. None for rows of text.
         late: whether a finished row takes part in one more step, so that the device has work while the host waits for
             the news. None: on CUDA.
         watch: is called after each token but the last, with what the batch has done so far.
@@ -57,7 +59,7 @@ def decode(
     if passes:
         logits = steps.prefill_in_passes(passes, prompts)
     else:
-        logits = steps.prefill(input_ids, prompts, generation_config)
+        logits = steps.prefill(input_ids, prompts, generation_config, images or {})
     with model._optimize_model_for_decode(), keeper.attached():
         while True:
             tokens = sampling.draw(live.whole(logits))

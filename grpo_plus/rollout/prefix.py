@@ -142,8 +142,9 @@ def _own_tokens(layer: DynamicLayer, rows: int) -> GrowingLayer:
 def _bytes_of_token(model: PreTrainedModel) -> int:
     """Bytes of a token's keys and values in a layer."""
     config: Any = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    own = vars(config)  # which a config also has where its layers differ, and reading an attribute is an error
+    heads = own.get("num_key_value_heads") or config.num_attention_heads
+    size = own.get("head_dim") or config.hidden_size // config.num_attention_heads
     return 2 * heads * size * model.dtype.itemsize
 
 

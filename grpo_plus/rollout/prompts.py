@@ -21,10 +21,15 @@ class Prompts:
     tokens: tuple[Tensor, ...] = ()
 
     @classmethod
-    def of(cls, input_ids: Tensor, attention_mask: Tensor | None) -> "Prompts":
-        """Compare the padded rows (B, L). Two rows are equal where tokens, padding and mask are."""
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids)
-        rows = torch.cat([input_ids, mask], dim=1).cpu()
+    def of(cls, input_ids: Tensor, attention_mask: Tensor | None, *others: Tensor | None) -> "Prompts":
+        """Compare the padded rows (B, L). Two rows are equal where tokens, padding and mask are, and all else.
+
+        Args:
+            others: integers (B, n).
+        """
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        columns = [mask, *(other for other in others if other is not None)]
+        rows = torch.cat([input_ids, *(column.to(input_ids) for column in columns)], dim=1).cpu()
         prompts: dict[bytes, int] = {}
         first: list[int] = []
         index: list[int] = []
@@ -33,7 +38,7 @@ class Prompts:
             if prompt == len(first):
                 first.append(row)
             index.append(prompt)
-        ids, real = rows[first].split(input_ids.shape[1], dim=1)
+        ids, real = rows[first].split(input_ids.shape[1], dim=1)[:2]
         tokens = tuple(row[shown.bool()] for row, shown in zip(ids, real, strict=True))
         return cls(torch.tensor(first, device=input_ids.device), torch.tensor(index, device=input_ids.device), tokens)
 

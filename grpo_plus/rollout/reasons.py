@@ -3,16 +3,21 @@
 from functools import partial
 from typing import Any
 
+import transformers
+from packaging.version import Version
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.generation import GenerationMode, MaxLengthCriteria, StoppingCriteriaList
 
 from grpo_plus.models.dropout import dropout_of
+from grpo_plus.models.pictures import TOKEN_TYPES, Pictures
 from grpo_plus.models.positions import rescaled_from
 
 MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 CACHES = (None, "dynamic", "dynamic_full")
-INPUTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
+INPUTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", *TOKEN_TYPES}
+# From this version on, models that read images take positions in every step, and images are encoded before a loop.
+IMAGES_SINCE = Version("5.19")
 # Arguments of `generate` that it does not hand on to a loop of ours.
 LOST = {"assistant_model", "custom_generate", "streamer", "synced_gpus", "tokenizer"}
 
@@ -23,11 +28,19 @@ def why_not_model(model: PreTrainedModel) -> str | None:
         return "the model is an encoder-decoder"
     if model.is_remote_code():
         return "the model's code is not transformers'"
-    if model.config.get_text_config(decoder=True) is not model.config:
-        return "the model reads more than text, and may keep something about each row outside of the cache"
-    if isinstance(vars(model).get("generate"), partial):
+    if isinstance(vars(model).get("generate"), partial) or type(model).generate is not GenerationMixin.generate:
         return "the model came with a generate of its own"
+    if reads_images(model) and Version(transformers.__version__) < IMAGES_SINCE:
+        return (
+            "the model reads more than text, and may keep something about each row outside of the cache before "
+            f"transformers {IMAGES_SINCE}, found {transformers.__version__}: pip install -U transformers"
+        )
     return None
+
+
+def reads_images(model: PreTrainedModel) -> bool:
+    """Whether a language model is only a part of the model."""
+    return model.config.get_text_config(decoder=True) is not model.config
 
 
 def why_not_config(config: GenerationConfig) -> str | None:
@@ -67,6 +80,14 @@ def why_not_batch(model: PreTrainedModel, config: GenerationConfig, arguments: d
     if config.max_length > rescaled_from(model):
         return "the position frequencies (longrope or dynamic) depend on the longest row of the batch"
     return None
+
+
+def why_not_images(pictures: Pictures | None, rows: int) -> str | None:
+    """Reason why images cannot be given to the distinct prompts of a batch of some rows. None where they can."""
+    if pictures is None:
+        return None
+    counts = {len(by_row) for by_row in pictures.images.values()}
+    return None if counts == {rows} else f"images of {max(counts)} rows come with {rows} rows of tokens"
 
 
 def why_not_worth(

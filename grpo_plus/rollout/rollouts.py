@@ -4,21 +4,25 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from grpo_plus.models.pictures import Pictures
 from grpo_plus.rollout.cache import Expanded
 from grpo_plus.rollout.check import why_not_exact, why_not_exact_in_passes
+from grpo_plus.rollout.given import Given
 from grpo_plus.rollout.graphs import Graphed
+from grpo_plus.rollout.images import PIXELS, ByRow, image_arguments
 from grpo_plus.rollout.installed import installed
 from grpo_plus.rollout.keeper import Keeper
 from grpo_plus.rollout.loop import Watch, decode, nobody
 from grpo_plus.rollout.passes import Pass, passes_of, why_not_passes
 from grpo_plus.rollout.prefix import SharedPrompts
-from grpo_plus.rollout.prompts import Prompts
-from grpo_plus.rollout.reasons import LOST, why_not_batch, why_not_config, why_not_worth
+from grpo_plus.rollout.reasons import LOST, why_not_batch, why_not_config, why_not_images, why_not_worth
 from grpo_plus.rollout.statistics import Statistics
 
 logger = logging.getLogger("grpo_plus")
@@ -39,6 +43,30 @@ class NotGroupedError(Exception):
         self.quiet = quiet
 
 
+@dataclass(frozen=True)
+class Use:
+    """A way to decode, on which the self-check has one verdict.
+
+    Attributes:
+        training: whether the model trains.
+        sees: whether the rows have images.
+    """
+
+    kind: type[Keeper]
+    training: bool
+    sees: bool
+
+    @classmethod
+    def of(cls, kind: type[Keeper], given: Given) -> "Use":
+        """The use of a keeper for a batch."""
+        return cls(kind, given.model.training, given.pictures is not None)
+
+    @property
+    def words(self) -> str:
+        """What is done, for the log."""
+        return f"{'images once, ' * self.sees}{self.kind.words}"
+
+
 class Rollouts:
     """Decodes with prompts once and rows that leave, wherever that gives the same tokens.
 
@@ -55,9 +83,10 @@ class Rollouts:
         self.insists = insists
         self.statistics: list[Statistics] = []
         self._watch: Watch = nobody
+        self._by_row: ByRow | None = None
         self._told: set[str] = set()
-        self._verdicts: dict[tuple[type[Keeper], bool], str | None] = {}  # also by whether the model trains
-        self._of_passes: dict[tuple[type[Keeper], bool], str | None] = {}  # of prefills in passes
+        self._verdicts: dict[Use, str | None] = {}
+        self._of_passes: dict[Use, str | None] = {}  # of prefills in passes
 
     @contextmanager
     def decoding(self, model: Any, watch: Watch = nobody) -> Iterator[None]:
@@ -72,18 +101,38 @@ class Rollouts:
         with installed(model, self._grouped(model.generate)):
             yield
 
+    @contextmanager
+    def seeing(self, by_row: ByRow) -> Iterator[None]:
+        """Inside, the rows of `model.generate` may have images, which `by_row` sorts."""
+        self._by_row = by_row
+        try:
+            yield
+        finally:
+            self._by_row = None
+
     def _grouped(self, generate: Callable[..., Any]) -> Callable[..., Any]:
         def grouped(*args: Any, **kwargs: Any) -> Any:
             try:
                 if lost := sorted(LOST & kwargs.keys()):
                     raise NotGroupedError(f"generate is called with {', '.join(lost)}")
-                return generate(*args, custom_generate=self._decode, **kwargs)
+                pictures = self._pictures(image_arguments(kwargs))
+                seen = {name: value for name, value in kwargs.items() if pictures is None or name != PIXELS}
+                return generate(*args, custom_generate=partial(self._decode, pictures=pictures), **seen)
             except NotGroupedError as error:
                 fallback = error
             self._tell(fallback)
             return generate(*args, **kwargs)
 
         return grouped
+
+    def _pictures(self, images: dict[str, Tensor]) -> Pictures | None:
+        """Images by row. None where there are none."""
+        if not images:
+            return None
+        pictures = "nothing tells which row an image belongs to" if self._by_row is None else self._by_row(images)
+        if isinstance(pictures, str):
+            raise NotGroupedError(pictures)
+        return pictures
 
     def _tell(self, fallback: NotGroupedError) -> None:
         """Say once why transformers' own loop decodes, or raise where the run insists."""
@@ -103,18 +152,19 @@ class Rollouts:
         logits_processor: Any,
         stopping_criteria: Any,
         generation_config: Any,
+        pictures: Pictures | None,
         **model_kwargs: Any,
     ) -> Tensor:
-        reason = why_not_config(generation_config) or why_not_batch(model, generation_config, model_kwargs)
-        if reason is not None:
+        given = Given.of(model, input_ids, model_kwargs, generation_config, pictures)
+        reason = why_not_config(generation_config) or why_not_batch(model, generation_config, given.arguments)
+        if reason := reason or why_not_images(pictures, len(input_ids)):
             raise NotGroupedError(reason)
-        prompts = Prompts.of(input_ids, model_kwargs.get("attention_mask"))
-        passes = passes_of(prompts.tokens, model.device.type)
-        if reason := why_not_worth(prompts.shared or bool(passes), input_ids, generation_config, stopping_criteria):
+        passes = passes_of(given.prompts.tokens, model.device.type) if pictures is None else ()
+        pays = given.prompts.shared or bool(passes)
+        if reason := why_not_worth(pays, input_ids, generation_config, stopping_criteria):
             raise NotGroupedError(reason, quiet=True)
-        keeper = self._keeper(model, input_ids, prompts, generation_config, model_kwargs)
-        room = generation_config.max_length - input_ids.shape[1]
-        if passes and self._why_not_passes(model, passes, room, type(keeper), prompts, model_kwargs):
+        keeper = self._keeper(given)
+        if passes and self._why_not_passes(given, passes, type(keeper)):
             passes = ()
         ids, statistics = decode(
             model,
@@ -122,76 +172,58 @@ class Rollouts:
             logits_processor,
             stopping_criteria,
             generation_config,
-            prompts=prompts,
+            prompts=given.prompts,
             keeper=keeper,
             passes=passes,
+            images=given.images,
             watch=self._watch,
-            **model_kwargs,
+            **given.arguments,
         )
         self.statistics.append(statistics)
         if keeper.failure is not None:
-            self._judge(type(keeper), model, keeper.failure)
+            self._judge(Use.of(type(keeper), given), keeper.failure)
         return ids
 
-    def _keeper(
-        self, model: PreTrainedModel, input_ids: Tensor, prompts: Prompts, config: Any, arguments: dict[str, Any]
-    ) -> Keeper:
+    def _keeper(self, given: Given) -> Keeper:
         """The best keeper that pays for this batch and is exact on this model."""
-        cache = arguments["past_key_values"]
+        model, cache, prompts = given.model, given.arguments["past_key_values"], given.prompts
         reasons = []
         for kind in KEEPERS:
-            if not kind.pays(model, prompts, input_ids.shape[1]):
+            if not kind.pays(model, prompts, given.input_ids.shape[1]):
                 continue
-            if (kind, model.training) not in self._verdicts:
-                reason = kind.why_not(model, cache)
-                if reason is None:
-                    reason = why_not_exact(model, kind, arguments, _ends(prompts), config)
-                self._judge(kind, model, reason)
-                if reason is None:
-                    line = (
-                        f"generation: each prompt once ({prompts.factor:.3g}x fewer), finished rows leave, {kind.words}"
-                    )
-                    self._say(line, about=kind.words)
-            if (reason := self._verdicts[kind, model.training]) is None:
+            use = Use.of(kind, given)
+            if use not in self._verdicts:
+                self._judge(use, kind.why_not(model, cache) or why_not_exact(given, kind))
+                if self._verdicts[use] is None:
+                    fewer = f"{prompts.factor:.3g}x fewer"
+                    line = f"generation: each prompt once ({fewer}), finished rows leave, {use.words}"
+                    self._say(line, about=use.words)
+            if (reason := self._verdicts[use]) is None:
                 return kind(model, cache)
             reasons.append(reason)
         raise NotGroupedError("; ".join(reasons))
 
-    def _why_not_passes(
-        self,
-        model: PreTrainedModel,
-        passes: Sequence[Pass],
-        new_tokens: int,
-        kind: type[Keeper],
-        prompts: Prompts,
-        arguments: dict[str, Any],
-    ) -> str | None:
+    def _why_not_passes(self, given: Given, passes: Sequence[Pass], kind: type[Keeper]) -> str | None:
         """Reason why these prompts go through the model in one pass. It is told once, as is that there is none."""
-        reason, key = why_not_passes(model, passes, new_tokens, arguments), (kind, model.training)
+        reason, use = why_not_passes(given.model, passes, given.room, given.arguments), Use.of(kind, given)
         if reason is None:
-            if key not in self._of_passes:
-                self._of_passes[key] = why_not_exact_in_passes(model, kind, arguments, _ends(prompts))
-            reason = self._of_passes[key]
-        fewer = Pass(prompts.tokens).tokens / sum(one.tokens for one in passes)
+            if use not in self._of_passes:
+                self._of_passes[use] = why_not_exact_in_passes(given, kind)
+            reason = self._of_passes[use]
+        fewer = Pass(given.prompts.tokens).tokens / sum(one.tokens for one in passes)
         good = f"generation: what prompts begin with goes through once ({fewer:.3g}x fewer tokens)"
         bad = f"generation: each prompt in one pass. {reason}."
         self._say(bad if reason else good, about=reason or "passes")
         return reason
 
-    def _judge(self, kind: type[Keeper], model: PreTrainedModel, reason: str | None) -> None:
+    def _judge(self, use: Use, reason: str | None) -> None:
         """Remember whether later batches may use a keeper. A reason why not is told."""
-        self._verdicts[kind, model.training] = reason
+        self._verdicts[use] = reason
         if reason is not None:
-            line = f"generation: not with {kind.words}. {reason}."
+            line = f"generation: not with {use.words}. {reason}."
             self._say(line, about=line)
 
     def _say(self, line: str, *, about: str) -> None:
         if about not in self._told:
             self._told.add(about)
             logger.info(line)
-
-
-def _ends(prompts: Prompts) -> tuple[Tensor, Tensor]:
-    """The longest prompt and the shortest, on the device."""
-    longest, shortest = max(prompts.tokens, key=len), min(prompts.tokens, key=len)
-    return longest.to(prompts.index.device), shortest.to(prompts.index.device)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from grpo_plus.rollout.images import encoded
 from grpo_plus.rollout.keeper import Keeper
 from grpo_plus.rollout.live import Moves
 from grpo_plus.rollout.passes import Pass, prefill
@@ -18,7 +19,7 @@ class Steps:
 
     Args:
         keeper: of an empty cache.
-        arguments: transformers' keyword arguments of the whole batch.
+        arguments: transformers' keyword arguments of the whole batch, without images.
     """
 
     def __init__(self, model: PreTrainedModel, keeper: Keeper, arguments: dict[str, Any]) -> None:
@@ -26,10 +27,16 @@ class Steps:
         self._keeper = keeper
         self._arguments = arguments
 
-    def prefill(self, input_ids: Tensor, prompts: Prompts, generation_config: Any) -> Tensor:
-        """Logits (B, V) of each row's first token."""
+    def prefill(self, input_ids: Tensor, prompts: Prompts, generation_config: Any, images: dict[str, Tensor]) -> Tensor:
+        """Logits (B, V) of each row's first token.
+
+        Args:
+            images: of the distinct prompts. Empty for rows of text.
+        """
         distinct = _rows_of(self._arguments, prompts.first) if prompts.shared else self._arguments
-        outputs = self._model._prefill(input_ids[prompts.first], generation_config, distinct)
+        ids = input_ids[prompts.first]
+        seeing = encoded(self._model, ids, distinct, images)
+        outputs = self._model._prefill(ids, generation_config, seeing)
         self._keeper.expand(prompts.index, distinct.get("attention_mask"))
         self._go_on(outputs)
         return _last(outputs, input_ids.device).index_select(0, prompts.index)

@@ -63,16 +63,16 @@ class Chunks:
     size: int | None
     fitting: Callable[[Rows], int | None] = lambda prompt_ids: None
 
-    def generate(self, complete: Callable[[Rows], Rows], prompt_ids: Rows) -> Rows:
-        """The completions of all prompts, in order. `complete` makes the completions of a part of the prompts."""
+    def generate(self, complete: Callable[[slice], Rows], prompt_ids: Rows) -> Rows:
+        """The completions of all prompts, in order. `complete` makes the completions of a part of the rows."""
         adapts = self.size is None
         fitting = self.fitting(prompt_ids) if adapts and prompt_ids else None
         size = min(size for size in (self.size, fitting, len(prompt_ids)) if size is not None)
         completion_ids: Rows = []
         while len(completion_ids) < len(prompt_ids):
-            rest = prompt_ids[len(completion_ids) :]
+            start = len(completion_ids)
             try:
-                completion_ids += complete(rest[: _first_part(rest, size)])
+                completion_ids += complete(slice(start, start + _first_part(prompt_ids[start:], size)))
                 continue
             except RuntimeError as failure:
                 if not adapts or size == 1 or not is_out_of_memory(failure):

@@ -5,6 +5,7 @@ Nothing of TRL is copied or patched. `names.py` has TRL's names and the versions
 
 import inspect
 import math
+import warnings
 from contextlib import nullcontext
 from typing import Any
 
@@ -50,6 +51,7 @@ from grpo_plus.trainer.reward_calls import RewardCalls
 from grpo_plus.trainer.rollout_log import RolloutLog
 from grpo_plus.trainer.sampler_ratio import SamplerRatio
 from grpo_plus.trainer.scoring import ScoringSeam
+from grpo_plus.trainer.shown import Shown
 from grpo_plus.trainer.speed import speed_of
 from grpo_plus.trainer.step_figures import step_figures_of
 from grpo_plus.trainer.steps import gathered_steps, own_turns, reads_turns
@@ -151,11 +153,19 @@ class TRLSeam(ScoringSeam):
     ) -> tuple[list[list[int]], list | None]:
         generate = super()._generate_single_turn
         exact = generating(self) if self.has_own_fields else nullcontext()
+        shown = Shown(prompt_ids, images, multimodal_fields, getattr(self.model.config, "image_token_id", -1))
+
+        def complete(part: Shown) -> tuple[list[list[int]], list | None]:
+            with self.speed.seeing(part.by_row):
+                return generate(part.prompt_ids, part.images, part.fields, num_generations, has_tool_images)
+
         with exact, self.speed.adapters.held(), self._rollout_log.followed(len(prompt_ids)):
-            if self.speed.chunks is None or images or multimodal_fields:  # images are not laid out by row
-                return generate(prompt_ids, images, multimodal_fields, num_generations, has_tool_images)
-            parts = self.speed.chunks.generate(lambda part: generate(part, None, {}, num_generations)[0], prompt_ids)
-            return parts, None
+            if self.speed.chunks is None:
+                return complete(shown)
+            if shown.why_whole is not None:
+                warnings.warn(f"generation_chunk_size: all rows at once. {shown.why_whole}.", stacklevel=2)
+                return complete(shown)
+            return self.speed.chunks.generate(lambda rows: complete(shown[rows])[0], prompt_ids), None
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         score = super()._generate_and_score_completions

@@ -9,7 +9,7 @@ model at once.
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,7 +33,7 @@ from grpo_plus.packing import Head, Packer, base_model, single_pass_head, why_no
 from grpo_plus.packing.measure import Measure
 from grpo_plus.qlora.adapter_products import Products
 from grpo_plus.qlora.lora_layers import fits_any, fused_lora, has_lora, why_not_fused
-from grpo_plus.rollout import Rollouts, why_not_config, why_not_model
+from grpo_plus.rollout import ByRow, Rollouts, why_not_config, why_not_model
 from grpo_plus.trainer.generation import Chunks, rows_that_fit
 from grpo_plus.trainer.long_rows import LongRows, long_rows_of
 from grpo_plus.trainer.passes import Passes, tokens_that_fit
@@ -83,6 +83,10 @@ class Speed:
             advantages: (B,) or (B, T).
         """
         return advantages.reshape(len(advantages), -1).ne(0).any(1) if self.skips else None
+
+    def seeing(self, by_row: ByRow) -> AbstractContextManager[None]:
+        """Generate for rows that may have images, which `by_row` sorts."""
+        return nullcontext() if self.rollouts is None else self.rollouts.seeing(by_row)
 
     @contextmanager
     def around_training(self, model: Any) -> Iterator[None]:

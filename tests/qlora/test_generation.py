@@ -150,15 +150,17 @@ def test_half_of_an_odd_number_of_rows_is_rounded_up(caplog, failure):
     called = []
 
     def complete(part):
-        called.append(len(part))
-        if len(part) > 4:
+        rows = prompt_ids[part]
+        called.append(len(rows))
+        if len(rows) > 4:
             raise failure
-        return part
+        return rows
 
+    prompt_ids = [[row] for row in range(7)]
     room = {1: 7, 2: 3, 3: None}  # rows by length of the prompts
     chunks = Chunks(None, lambda prompt_ids: room[len(prompt_ids[0])])
     with caplog.at_level(logging.WARNING, logger="grpo_plus"):
-        assert chunks.generate(complete, [[row] for row in range(7)]) == [[row] for row in range(7)]
+        assert chunks.generate(complete, prompt_ids) == prompt_ids
     assert called == [7, 4, 3]
     assert "generation_chunk_size=4" in caplog.text
     assert [chunks.fitting([[0] * length]) for length in room] == [4, 3, 4]
@@ -185,8 +187,8 @@ def test_parts_are_whole_groups_where_that_takes_no_further_part(groups, size, p
     called = []
 
     def complete(part):
-        called.append(len(part))
-        return [[*prompt, 1] for prompt in part]
+        called.append(len(prompt_ids[part]))
+        return [[*prompt, 1] for prompt in prompt_ids[part]]
 
     chunks = Chunks(None, lambda prompt_ids: size) if adapts else Chunks(size)
     assert chunks.generate(complete, prompt_ids) == [[*prompt, 1] for prompt in prompt_ids]
@@ -197,16 +199,18 @@ def test_half_of_the_rows_that_ran_out_of_memory_is_whole_groups():
     called = []
 
     def complete(part):
-        called.append(len(part))
-        if len(part) > 5:
+        rows = prompt_ids[part]
+        called.append(len(rows))
+        if len(rows) > 5:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return part
+        return rows
 
     prompt_ids = [[group] for group in range(3) for _ in range(3)]
     chunks = Chunks(None)
     assert chunks.generate(complete, prompt_ids) == prompt_ids
     assert called == [9, 5, 4]  # three parts would be whole groups, two are not
-    assert chunks.generate(complete, prompt_ids[:6]) == prompt_ids[:6]
+    prompt_ids = prompt_ids[:6]
+    assert chunks.generate(complete, prompt_ids) == prompt_ids
     assert called[3:] == [3, 3]
 
 
