@@ -15,32 +15,40 @@ from grpo_plus.advantages.reductions import center, check_eps, zscore
 from grpo_plus.advantages.rewards import Rewards
 
 
-@register("turns", scope="group", needs_lengths=True, trains_without_spread=True, needs_steps=True, needs_turns=True)
+@register(
+    "turns",
+    scope="group",
+    scale_invariant=True,
+    needs_lengths=True,
+    trains_without_spread=True,
+    needs_steps=True,
+    needs_turns=True,
+)
 def turns(
     rewards: Rewards, *, omega: float = 1.0, gamma: float = 0.95, scale: bool = True, ddof: int = 1, eps: float = 1e-6
 ) -> Tensor:
     """Add to a completion's advantage that of each turn among the group's turns from the same state: GiGPO.
 
-        Aᴱᵢ = (Rᵢ − mean(R)) / F(R)                    R: the completions' rewards, over the group
-        Rᵢₜ = rᵢₜ + γ rᵢ,ₜ₊₁ + γ² rᵢ,ₜ₊₂ + …             what turn t and the later ones earn
-        Aˢᵢₜ = (Rᵢₜ − mean(R)) / F(R)                  over the turns of the group that start from the state of turn t
+        Aᴱᵢ = (Rᵢ − mean(R)) / F(R)                    R: the rewards of the group's completions
+        qᵢₜ = rᵢₜ + γ rᵢ,ₜ₊₁ + γ² rᵢ,ₜ₊₂ + …             r: the rewards of turns, from turn t on
+        Aˢᵢₜ = (qᵢₜ − mean(q)) / F(q)                  over the group's turns that start from the state of turn t
         Aᵢₜ = Aᴱᵢ + ω Aˢᵢₜ                             for every token of turn t
 
-    A completion of several turns that fails may hold good turns, and a success bad ones. Where two completions of a
-    group come to the same state, what followed says which turn did better. A turn whose state occurs once gets Aᴱ
-    alone; `advantages/turns_shared` in the log says how many do not. A completion of one turn gets (1 + ω) Aᴱ.
+    A failed completion may hold good turns, and a success bad ones. Where two completions of a group come to the same
+    state, what follows says which turn did better. A turn whose state occurs once gets Aᴱ alone. In the log,
+    `advantages/turns_shared` is the share of turns that are compared. A completion of one turn gets (1 + ω) Aᴱ.
 
-    A turn is a run of tokens that the policy wrote, and its state is what a tool or the environment wrote before it, or
-    the prompt. A completion's reward falls on its last turn. Reward functions say otherwise through TRL's `log_extra`,
-    `rollout_func` or the dataset by columns: `step_rewards`, `step_states` and `step_ends`, one list per completion.
+    A turn is a run of tokens that the policy wrote. Its state is what a tool or the environment wrote before it, or the
+    prompt. A completion's reward falls on its last turn. A reward function says otherwise through TRL's `log_extra`,
+    with one list per completion: `step_rewards`, `step_states`, `step_ends`. So do columns of these names.
     Feng et al., "Group-in-Group Policy Optimization" (https://huggingface.co/papers/2505.10978), equations 3 and 5 to
-    8, as the authors' code (verl-agent, gigpo/core_gigpo.py) names and computes them. There, a completion counts once
-    per turn in mean(R) and F(R) of Aᴱ; here once, which the code calls the standard advantage.
+    8. They were read in the authors' code (verl-agent, gigpo/core_gigpo.py) and not in the paper. In mean(R) and F(R),
+    that code counts a completion once per turn. Here it counts once, which the code calls the standard advantage.
 
     Args:
         omega: weight of the turn's advantage. 0 leaves the completion's own.
         gamma: discount per turn, 0 to 1. Below 1, the shorter way to a reward is the better one.
-        scale: whether F is the std plus eps. F is 1 otherwise, which is where the authors' configuration starts.
+        scale: whether F is the std plus eps. F is 1 otherwise, as in the authors' configuration unless one sets it.
     """
     _check(omega, gamma, eps)
     if rewards.spans is None:

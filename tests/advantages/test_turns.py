@@ -1,7 +1,10 @@
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from grpo_plus.advantages import Rewards, check_keywords, estimate, metrics
 from grpo_plus.advantages.estimator import ESTIMATORS
@@ -153,3 +156,52 @@ def test_turns_that_do_not_fit_are_refused(given, message):
     arguments = {"rewards": None, "ends": ENDS[:2], "states": STATES[:2]} | given
     with pytest.raises(ValueError, match=message):
         group_of([1.0, 0.0], **arguments)
+
+
+@st.composite
+def batches(draw) -> Rewards:
+    """1 to 3 groups of 1 to 5 completions of 0 to 3 turns, from three states. Some are unjudged, some report rewards."""
+    groups, generations = draw(st.integers(1, 3)), draw(st.integers(1, 5))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    counts = torch.randint(0, 4, (groups * generations,), generator=generator).tolist()
+    values = torch.randint(-200, 200, (len(counts), 1), generator=generator) / 100
+    values[torch.rand(values.shape, generator=generator) < 0.2] = torch.nan
+    reported = torch.rand(len(counts), generator=generator) < draw(st.sampled_from([0.0, 0.5]))
+    steps = (
+        [torch.rand(n, generator=generator) if own else None for own, n in zip(reported, counts, strict=True)],
+        [[2 * turn + 1 for turn in range(n)] for n in counts],
+        [["abc"[draw(st.integers(0, 2))] for _ in range(n)] for n in counts],
+    )
+    lengths = torch.tensor([2 * n + 1 for n in counts])
+    return Rewards.from_table(
+        values, num_generations=generations, weights=torch.ones(1), names=("r",), lengths=lengths, steps=steps
+    )
+
+
+def picked(rewards: Rewards, groups: Any = slice(None), completions: Any = slice(None)) -> Rewards:
+    """Some groups, or the completions of each in another order."""
+    steps = rewards.steps
+    parts = {name: getattr(steps, name)[groups][:, completions] for name in ("rewards", "ends", "states", "at_end")}
+    return replace(
+        rewards,
+        values=rewards.values[groups][:, completions],
+        lengths=rewards.lengths[groups][:, completions],
+        steps=replace(steps, **parts),
+    )
+
+
+@given(rewards=batches(), scale=st.booleans(), data=st.data())
+def test_turns_keep_their_promises(rewards: Rewards, scale: bool, data: st.DataObject):
+    keywords = {"scale": scale, "eps": 0.0}
+    advantages = estimate("turns", rewards, keywords)
+    assert advantages.isfinite().all()
+    assert (advantages[~rewards.judged] == 0).all()
+    # A completion's tokens do not depend on where it stands, nor on other groups.
+    order = data.draw(st.permutations(range(advantages.shape[1])))
+    permuted = estimate("turns", picked(rewards, completions=order), keywords)
+    assert_close("permuted", permuted, advantages[:, order], rtol=1e-9)
+    first = estimate("turns", picked(rewards, groups=slice(0, 1)), keywords)
+    assert_close("alone", first, advantages[:1, :, : first.shape[2]], rtol=1e-9)
+    steps = replace(rewards.steps, rewards=8 * rewards.steps.rewards)
+    scaled = estimate("turns", replace(rewards, values=8 * rewards.values, steps=steps), keywords)
+    assert_close("scaled", scaled, advantages if scale else 8 * advantages, rtol=1e-9)

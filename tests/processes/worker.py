@@ -57,6 +57,15 @@ def short_of_steps(completions: list[str], log_extra: Any, **_: Any) -> list[flo
     return [0.0] * len(completions)
 
 
+def turnwise(completion_ids: list[list[int]], log_extra: Any, **_: Any) -> list[float]:
+    """The steps of `stepwise`, which start from one of three states. The second process meets the last one first."""
+    rewards = stepwise(completion_ids, log_extra)
+    first = 2 * PartialState().process_index
+    counts = [len(range(2, len(ids) - 1, 3)) + 1 for ids in completion_ids]
+    log_extra("step_states", [[(first + step) % 3 for step in range(count)] for count in counts])
+    return rewards
+
+
 def even(prompts: list[str], **_: Any) -> list[float]:
     """Right where the prompt's sum begins with an even number."""
     return [float(int(prompt[0]) % 2 == 0) for prompt in prompts]
@@ -116,8 +125,8 @@ def train(output_dir: Path, config: dict[str, Any]) -> None:
     output_dir.mkdir(parents=True, exist_ok=True)
     resume_from = config.pop("resume_from", None)
     judge = Judge()
-    stepped = config.get("advantage_estimator") == "process"
-    task = {"reward_funcs": [stepwise] if stepped else [vowels, brevity]}
+    of_steps = {"process": [stepwise], "turns": [turnwise]}
+    task = {"reward_funcs": of_steps.get(config.get("advantage_estimator"), [vowels, brevity])}
     if config.pop("half_dead", False):
         task = {"reward_funcs": [judge], "train_dataset": MIXED}
     if fails := config.pop("fails", None):

@@ -10,9 +10,11 @@ from datasets import Dataset
 from PIL import Image
 
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
+from grpo_plus.advantages import estimate
 from grpo_plus.demo.tiny import tiny_tokenizer
 from grpo_plus.replay import Rollouts, replay
 from grpo_plus.trainer.turns import PROMPT, Turns, turns_of
+from tests.close import assert_close
 from tests.training import make_trainer, vowels
 
 OURS: dict[str, Any] = {"config_class": GRPOPlusConfig, "max_steps": 1, "advantage_estimator": "turns"}
@@ -175,20 +177,31 @@ def test_an_environments_first_words_are_the_state_of_the_first_turn(tmp_path):
     assert trainer.rewards.steps.states[0].tolist() == expected
 
 
-def reporting(completions: list[Any], environments: list[House], log_extra: Any, **_: Any) -> list[float]:
-    """A point for a shut door. The state of a game is the doors that were tried."""
-    turns = [sum(message["role"] == "assistant" for message in messages) for messages in completions]
-    games = list(zip(environments, turns, strict=True))
-    log_extra("step_rewards", [[float(door == 2) for door in (*house.tried, 0)] for house, _ in games])
-    log_extra("step_states", [[house.tried[:turn] for turn in range(number)] for house, number in games])
+def reporting(completions: list[Any], log_extra: Any, **_: Any) -> list[float]:
+    """A point for the turn that finds a shut door. The state is all that the tool has said."""
+    states, points = [], []
+    for messages in completions:
+        heard: list[str] = []
+        its_states, its_points = [], []
+        for message in messages:
+            if message["role"] == "assistant":
+                its_states.append(list(heard))
+                its_points.append(0.0)
+            else:
+                heard.append(message["content"])
+                its_points[-1] += message["content"] == "shut"
+        states.append(its_states)
+        points.append(its_points)
+    log_extra("step_states", states)
+    log_extra("step_rewards", points)
     return won(completions)
 
 
 def test_a_reward_function_says_what_the_turns_earn_and_where_they_start(tmp_path):
-    trainer = playing(tmp_path, reward_funcs=[reporting], trainer_arguments={"environment_factory": House})
+    trainer = playing(tmp_path, reward_funcs=[reporting])
     steps = trainer.rewards.steps
-    start, after_one, after_two, after_both, none = 0, 1, 2, 3, -1
-    expected = [[start, after_one, none], [start, after_one, none], [start, after_two, after_both], [start, none, none]]
+    start, opened, shut, both, none = 0, 1, 2, 3, -1
+    expected = [[start, opened, none], [start, opened, none], [start, shut, both], [start, none, none]]
     assert steps.states[0].tolist() == expected
     assert steps.rewards[0].nan_to_num(-1.0).tolist() == [[0, 0, -1], [0, 0, -1], [1, 0, 0], [0, -1, -1]]
     assert not steps.at_end.any()
@@ -205,8 +218,12 @@ def rollout(prompts: list[str], trainer: Any) -> dict[str, list]:
     }
 
 
+def constant(completions: list[str], **_: Any) -> list[float]:
+    return [1.0] * len(completions)
+
+
 def test_a_rollout_function_gives_rewards_of_turns_in_a_column(tmp_path):
-    arguments = {"trainer_class": GRPOPlusTrainer, "reward_funcs": [vowels], "log_completions": True}
+    arguments = {"trainer_class": GRPOPlusTrainer, "reward_funcs": [constant], "log_completions": True}
     trainer = make_trainer(tmp_path, trainer_arguments={"rollout_func": rollout}, **arguments, **OURS)
     trainer.train()
     steps = trainer.rewards.steps
@@ -215,6 +232,12 @@ def test_a_rollout_function_gives_rewards_of_turns_in_a_column(tmp_path):
     assert steps.states.tolist() == [[[0, 1]] * 3 + [[0, 2]], [[0, 2]] * 4]
     table = pd.read_parquet(next((tmp_path / "completions").glob("*.parquet")))
     assert table["step_rewards"][3].tolist() == [0.5, 3.0]
+    [batch] = Rollouts(tmp_path).batches()
+    replayed = batch.rewards.per_completion(estimate("turns", batch.rewards))
+    assert_close("replayed", replayed, batch.logged, rtol=1e-6)
+    # The completions are judged alike, and only their turns are not.
+    logged = trainer.state.log_history[0]
+    assert (logged["advantages/zero_spread/constant"], logged["advantages/dead_groups"]) == (1.0, 0.0)
 
 
 def test_turns_are_runs_of_what_the_policy_wrote():
