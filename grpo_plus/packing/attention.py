@@ -165,19 +165,20 @@ def _slice(states: Sequence[Tensor], start: int, end: int) -> list[Tensor]:
 
 
 def _one_by_one(call: Callable[..., Tensor], states: Sequence[Tensor], span: Span) -> list[Tensor]:
-    """Call for each completion by itself, without padding."""
-    _, keys, values = _slice(states, span.start, span.prefix)
+    """Call for each run by itself, without padding."""
+    prompt = _slice(states, span.start, span.prefix)[1:]
     outputs = []
-    for start, end in pairwise((span.prefix, *span.ends)):
-        query, key, value = _slice(states, start, end)
-        key, value = torch.cat([keys, key], dim=2), torch.cat([values, value], dim=2)
-        outputs.append(call((query, key, value), keys.shape[2]))
+    for (start, end), before in zip(pairwise((span.prefix, *span.ends)), span.before, strict=True):
+        query, *own = _slice(states, start, end)
+        above = [_slice(states, *place)[1:] for place in before]
+        key, value = (torch.cat(parts, dim=2) for parts in zip(prompt, *above, own, strict=True))
+        outputs.append(call((query, key, value), key.shape[2] - query.shape[2]))
     return outputs
 
 
 def _together(call: Callable[..., Tensor], states: Sequence[Tensor], span: Span) -> list[Tensor]:
-    """Call once for all completions, padded to one length."""
-    rows = len(span.ends)
+    """Call once for all completions, padded to one length. Each asks for the runs that it shares, too."""
+    rows = len(span.padded)
     _, keys, values = (state.expand(rows, -1, -1, -1) for state in _slice(states, span.start, span.prefix))
     query, key, value = (_rows(state, span) for state in states)
     key, value = torch.cat([keys, key], dim=2), torch.cat([values, value], dim=2)

@@ -1,17 +1,18 @@
 """Cascade attention: two flash calls a layer for any number of prompts and completions.
 
-    own     every prompt and every completion, causally on itself
+    own     every prompt and every run of completions, causally on itself
     shared  all completions of a prompt, as one sequence of queries, on the prompt
 
 The log-sum-exps of the two parts say how much of the whole softmax each part is, so the outputs merge exactly. Nothing
 is padded, masked or repeated, and the prompt's keys are there once. The backward is flash attention's own, of each part
 with the merged output and log-sum-exp. In a layer with a sliding window a completion sees the end of its prompt alone:
-there each completion gets a copy of these keys, and one call does it all.
+there each completion gets a copy of these keys, and one call does it all. Where completions share a run beyond the
+prompt (`tree.py`), each run gets a copy of the keys between the prompt and it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from transformers import PreTrainedModel
 
 from grpo_plus.models.layers import why_not_packed_row, window_of
 from grpo_plus.packing import varlen
+from grpo_plus.packing.layout import Range
 from grpo_plus.packing.prompts_first import Block
 from grpo_plus.packing.transfer import on_device
 from grpo_plus.packing.varlen import Sequences, why_not_flash
@@ -30,11 +32,12 @@ from grpo_plus.packing.varlen import Sequences, why_not_flash
 class Cascade:
     """What the attention layers know of a row with its shared prompts first.
 
-    own: every prompt and completion as a sequence. A completion without a shared prompt is in one sequence with it.
+    own: every prompt and run as a sequence. A completion without a shared prompt is in one sequence with it.
     shared: the completions of each shared prompt, and the prompt. None where no prompt is shared.
     prompts: tokens of the shared prompts, at the beginning of the row.
     first: the first token of a completion that shares its prompt. All later tokens are such completions.
     reach: one past the highest position. A window of at least this many tokens hides nothing.
+    keys: where the keys of `own` stand. None where they stand as their queries do.
     blocks: places of prompts and completions, on the host.
     windowed: for each window, the sequences of all queries with the keys that they see, and where these keys stand.
     """
@@ -44,13 +47,14 @@ class Cascade:
     prompts: int
     first: int
     reach: int
+    keys: Tensor | None
     blocks: tuple[Block, ...]
     windowed: dict[int, tuple[Sequences, Tensor]] = field(default_factory=dict)
 
     def within(self, window: int) -> tuple[Sequences, Tensor]:
         """Sequences and keys of a layer whose window hides tokens, made once."""
         if window not in self.windowed:
-            self.windowed[window] = _within(self.blocks, window, self.own.queries.device)
+            self.windowed[window] = on_device(_sequences(self.blocks, window), self.own.queries.device)
         return self.windowed[window]
 
 
@@ -78,42 +82,53 @@ def _dtype(device_type: str, dtype: torch.dtype) -> torch.dtype:
 def cascade_of(blocks: Sequence[Block]) -> Cascade:
     """Describe a row from `pack_prompts_first` to the attention layers, with tensors on the CPU."""
     sharing = [block for block in blocks if block.shared]
-    prompt_ends = [block.prompt_end for block in sharing]
-    in_order = sorted(blocks, key=lambda block: block.start)
-    own = _ends([*prompt_ends, *(end for block in in_order for end in block.ends)])
-    longest = max(max(block.shared, *block.lengths) for block in blocks)
-    first, shared = in_order[-1].ends[-1], None
+    own, keys = _sequences(blocks, None)
+    first, shared = max(block.ends[-1] for block in blocks), None
     if sharing:
         first = sharing[0].start
-        longest_part = max(sum(block.lengths) for block in sharing)
-        completions, prompts = _ends([block.ends[-1] - first for block in sharing]), _ends(prompt_ends)
-        shared = Sequences(completions, prompts, longest_part, max(block.shared for block in sharing), causal=False)
+        completions = _ends([block.ends[-1] - first for block in sharing])
+        prompts = _ends([block.prompt_end for block in sharing])
+        longest = max(sum(block.lengths) for block in sharing), max(block.shared for block in sharing)
+        shared = Sequences(completions, prompts, *longest, causal=False)
     return Cascade(
-        own=Sequences(own, own, longest, longest, causal=True),
+        own=own,
         shared=shared,
-        prompts=max(prompt_ends, default=0),
+        prompts=max((block.prompt_end for block in sharing), default=0),
         first=first,
-        reach=max(block.shared + max(block.lengths) for block in blocks),
+        reach=max(block.shared + block.longest for block in blocks),
+        keys=keys if any(before for block in blocks for before in block.before) else None,
         blocks=tuple(blocks),
     )
 
 
-def _ends(ends: Sequence[int]) -> Tensor:
+def _ends(ends: Iterable[int]) -> Tensor:
     return torch.tensor([0, *ends], dtype=torch.int32)
 
 
-def _within(blocks: Sequence[Block], window: int, device: torch.device) -> tuple[Sequences, Tensor]:
-    """All queries, and the keys of each sequence: those of its prompt that a window reaches, then its own."""
-    ranges: list[list[tuple[int, int]]] = [[(b.prompt_end - b.shared, b.prompt_end)] for b in blocks if b.shared]
+def _sequences(blocks: Sequence[Block], window: int | None) -> tuple[Sequences, Tensor]:
+    """All queries, and the keys of each sequence: those before it, then its own.
+
+    Args:
+        window: with a window, what it reaches of prompt and runs. Without, the runs between the prompt and it.
+    """
+    seen: list[list[Range]] = [[block.prompt] for block in blocks if block.shared]
     for block in sorted(blocks, key=lambda block: block.start):
-        tail = (block.prompt_end - min(block.shared, window - 1), block.prompt_end)
-        ranges += [[tail, own] for own in pairwise((block.start, *block.ends))]
-    queries = [sequence[-1][1] - sequence[-1][0] for sequence in ranges]
-    keys = [sum(end - start for start, end in sequence) for sequence in ranges]
-    index = torch.cat([torch.arange(start, end) for sequence in ranges for start, end in sequence])
-    from_query, from_key = (_ends(list(accumulate(counts))) for counts in (queries, keys))
-    sequences = Sequences(from_query, from_key, max(queries), max(keys), causal=True, window=window)
-    return on_device((sequences, index), device)
+        for before, own in zip(block.before, block.runs, strict=True):
+            seen.append([*(before if window is None else _tail([block.prompt, *before], window - 1)), own])
+    queries = [end - start for *_, (start, end) in seen]
+    keys = [sum(end - start for start, end in sequence) for sequence in seen]
+    index = torch.cat([torch.arange(start, end) for sequence in seen for start, end in sequence])
+    from_query, from_key = _ends(accumulate(queries)), _ends(accumulate(keys))
+    return Sequences(from_query, from_key, max(queries), max(keys), causal=True, window=window), index
+
+
+def _tail(ranges: Sequence[Range], tokens: int) -> list[Range]:
+    """The last tokens of ranges laid end to end."""
+    kept = []
+    for start, end in reversed(ranges):
+        kept.append((max(start, end - tokens), end))
+        tokens -= end - kept[-1][0]
+    return kept[::-1]
 
 
 def cascade_attention(
@@ -135,12 +150,13 @@ def cascade_attention(
         raise ValueError(f"cascade attention has no dropout and no soft cap, which {type(module).__name__} asks for")
     dtype = _dtype(query.device.type, query.dtype)
     q, k, v = (states.squeeze(0).transpose(0, 1).to(dtype) for states in (query, key, value))
-    own, shared = cascade.own, cascade.shared
+    own, shared, keys = cascade.own, cascade.shared, cascade.keys
     window = window_of(module, kwargs)
     if window is not None and window < cascade.reach:
         shared = None
-        own, index = cascade.within(window)
-        k, v = k.index_select(0, index), v.index_select(0, index)
+        own, keys = cascade.within(window)
+    if keys is not None:  # the shared prompts stand first among them, too
+        k, v = k.index_select(0, keys), v.index_select(0, keys)
     scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
     parts = _Parts(own, shared, cascade.prompts, cascade.first, scale)
     out: Tensor = _Attention.apply(q, k, v, kwargs.get("s_aux"), parts)

@@ -155,16 +155,29 @@ def why_not_close(model: PreTrainedModel, logps: Tensor, expected: Tensor) -> st
 def _probes(model: PreTrainedModel, groups: Sequence[Group]) -> list[Group]:
     """Two rows of one prompt, and a row of a shorter prompt in another group, from the first and the last group."""
     first, last = groups[0], groups[-1]
-    if first.seen is not None:
-        first, last = seen_probes(model, groups)
-    else:
-        first, last = (replace(group, prompt=group.prompt[-PROMPT:]) for group in (first, last))
-        last = replace(last, prompt=last.prompt[1:] if len(last.prompt) > 1 else last.prompt)
+    if first.seen is None:
+        return _forked(first, last)
+    first, last = seen_probes(model, groups)
     completion, half = first.completions[0][:COMPLETION], last.completions[-1][: max(1, COMPLETION // 2)]
     return [
         replace(first, rows=(0, 1), completions=(completion, half)),
         replace(last, rows=(2,), completions=(completion,)),
     ]
+
+
+def _forked(first: Group, last: Group) -> list[Group]:
+    """Probes of which the two that share a prompt share half a completion, too.
+
+    A completion that is too short to fork takes the end of its prompt along: all that rows may share at some later step
+    is checked here.
+    """
+    half = COMPLETION // 2
+    text = torch.cat([first.prompt[-PROMPT:], first.completions[0][:COMPLETION]])
+    text = text.repeat(1 + (COMPLETION + 1) // len(text))  # once, where that leaves two tokens for the prompt
+    prompt, completion = text[:-COMPLETION], text[-COMPLETION:]
+    forked = torch.cat([completion[:half], completion[: half // 2].flip(0)])
+    other = last.prompt[-PROMPT:][1:] if len(last.prompt) > 1 else last.prompt
+    return [Group(prompt, (0, 1), (completion, forked)), Group(other, (2,), (completion,))]
 
 
 def _plain_rows(probes: Sequence[Group], padded_logps: PaddedLogps, device: torch.device, padding: int) -> Tensor:

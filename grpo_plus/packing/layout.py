@@ -6,12 +6,14 @@ group is laid out as
     prompt[:-1], then for each completion c: prompt[-1], c[:-1]
 
 The prompt is there once, and each completion starts with a copy of the prompt's last token. Every position then has at
-most one label, the next token of its own completion.
+most one label, the next token of its own completion. Completions that begin alike are laid out as runs (`tree.py`), of
+which each starts with a copy of the last token before it.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from functools import cached_property
+from itertools import accumulate, pairwise
 from typing import Any, Self, TypeVar
 
 import torch
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 
 from grpo_plus.models.pictures import Pictures
 from grpo_plus.packing.seen import Seen
+from grpo_plus.packing.tree import Tree, prefix_tree
 
 IGNORED = -100
 
@@ -40,10 +43,15 @@ class Group:
     completions: tuple[Tensor, ...]
     seen: Seen | None = None
 
+    @cached_property
+    def tree(self) -> Tree:
+        """What the completions share beyond the prompt."""
+        return prefix_tree(self.completions)
+
     @property
     def tokens(self) -> int:
-        """Tokens to forward when the prompt is shared."""
-        return len(self.prompt) - 1 + sum(map(len, self.completions))
+        """Tokens to forward when the prompt is shared, and what completions have in common."""
+        return len(self.prompt) - 1 + self.tree.tokens
 
     def apart(self) -> "list[Group]":
         """Make each row a group of its own, with the prompt to itself."""
@@ -68,9 +76,16 @@ class Group:
 
     @property
     def segments(self) -> "list[Piece]":
-        """Each completion after the prompt's last token."""
+        """Each run of the completions, which starts with the last token before it."""
         shared = len(self.prompt) - 1
-        return [Piece(self.continuation(row), shared, labels) for row, labels in enumerate(self.completions)]
+        return [
+            Piece(
+                self.continuation(run.row)[run.start : run.end],
+                shared + run.start,
+                self.completions[run.row][run.start : run.end],
+            )
+            for run in self.tree.runs
+        ]
 
 
 def merged(groups: Sequence[Group]) -> Group:
@@ -91,17 +106,23 @@ def runs(items: Iterable[Item], fits: Callable[[list[Item]], bool]) -> Iterator[
     yield run
 
 
+Range = tuple[int, int]  # of tokens in a packed row
+
+
 @dataclass(frozen=True)
 class Span:
-    """Place of a group in a packed row: the shared prompt is [start, prefix), and the completions follow up to `ends`.
+    """Place of a group in a packed row: the shared prompt is [start, prefix), and the runs follow up to `ends`.
 
-    padded: (rows, T) index of each completion's tokens. A shorter completion repeats its last token up to T.
-    unpadded: (n,) index of the completions' n tokens among the rows * T padded tokens, in packed order.
+    before: for each run, the runs between the prompt and it.
+    padded: (rows, T) index of the tokens of each completion that no other continues. A shorter one repeats its last
+        token up to T.
+    unpadded: (n,) index of the runs' n tokens among the rows * T padded tokens, in packed order.
     """
 
     start: int
     prefix: int
     ends: tuple[int, ...]
+    before: tuple[tuple[Range, ...], ...]
     padded: Tensor
     unpadded: Tensor
 
@@ -112,7 +133,7 @@ class Span:
 
     @property
     def padding_pairs(self) -> int:
-        """Pairs of query and key that padding to one length adds to the attention of the completions."""
+        """Pairs of query and key that one padded call for all completions adds to a call for each run."""
         rows, length = self.padded.shape
         return (rows * length - (self.end - self.prefix)) * (self.prefix - self.start + length)
 
@@ -204,18 +225,29 @@ def pack(groups: Sequence[Group]) -> PackedRow:
     start = 0
     for group in groups:
         pieces += [group.prefix, *group.segments]
-        spans.append(_span(start, len(group.prompt) - 1, [len(completion) for completion in group.completions]))
+        spans.append(_span(start, len(group.prompt) - 1, group.tree))
         start = spans[-1].end
     return PackedRow.of(pieces, tuple(spans))
 
 
-def _span(start: int, shared: int, lengths: list[int]) -> Span:
-    counts = torch.tensor(lengths)
-    ends = start + shared + counts.cumsum(0)
-    columns = torch.arange(int(counts.max()))
-    inside = columns < counts.unsqueeze(1)
-    padded = torch.minimum((ends - counts).unsqueeze(1) + columns, ends.unsqueeze(1) - 1)
-    return Span(start, start + shared, tuple(ends.tolist()), padded, inside.flatten().nonzero().squeeze(1))
+def places_of(tree: Tree, start: int) -> tuple[list[Range], tuple[tuple[Range, ...], ...]]:
+    """Places of the runs laid end to end from a start on, and for each run the places of the runs before it."""
+    places = list(pairwise(accumulate((run.end - run.start for run in tree.runs), initial=start)))
+    return places, tuple(tuple(places[run] for run in tree.path(index)[:-1]) for index in range(len(places)))
+
+
+def _span(start: int, shared: int, tree: Tree) -> Span:
+    places, before = places_of(tree, start + shared)
+    lengths = torch.tensor([tree.runs[leaf].end for leaf in tree.leaves])
+    paths = [tree.path(leaf) for leaf in tree.leaves]
+    rows = [torch.cat([torch.arange(*places[run]) for run in path]) for path in paths]
+    columns = torch.minimum(torch.arange(int(lengths.max())), lengths.unsqueeze(1) - 1)
+    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).gather(1, columns)
+    holder = {run: row for row, path in reversed([*enumerate(paths)]) for run in path}
+    unpadded = [
+        holder[index] * padded.shape[1] + torch.arange(run.start, run.end) for index, run in enumerate(tree.runs)
+    ]
+    return Span(start, start + shared, tuple(end for _, end in places), before, padded, torch.cat(unpadded))
 
 
 def passes(lengths: Sequence[int], per_pass: int) -> list[list[int]]:
@@ -247,6 +279,16 @@ def scored(groups: Sequence[Group], device: torch.device | str = "cpu") -> tuple
     ]
     columns = [torch.arange(len(completion)) for group in groups for completion in group.completions]
     return torch.cat(rows).to(device), torch.cat(columns).to(device)
+
+
+def holders(groups: Sequence[Group]) -> Tensor | None:
+    """For each of the `scored` tokens, which label of the packed row holds its value, (M,). None for each its own."""
+    index, start = [], 0
+    for group in groups:
+        places, _ = places_of(group.tree, start)
+        index += [torch.arange(*places[run]) for last in group.tree.last for run in group.tree.path(last)]
+        start += group.tree.tokens
+    return None if sum(map(len, index)) == start else torch.cat(index)
 
 
 def unpack(values: Tensor, places: tuple[Tensor, Tensor], fill: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
 """Specification of attention in a row with its shared prompts first: one mask, one softmax, and autograd."""
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -48,14 +47,13 @@ def visible(blocks: Sequence[Block], tokens: int, window: int | None = None) -> 
     sees = torch.zeros(tokens, tokens, dtype=torch.bool)
     names = iter(range(1, tokens + 1))
     for block in blocks:
-        prompt = slice(block.prompt_end - block.shared, block.prompt_end)
+        prompt = slice(*block.prompt)
         sequence[prompt], position[prompt] = next(names), torch.arange(block.shared)
-        for start, end in pairwise((block.start, *block.ends)):
-            sequence[start:end], position[start:end] = (
-                next(names),
-                torch.arange(block.shared, block.shared + end - start),
-            )
-            sees[start:end, prompt] = True
+        for before, (start, end) in zip(block.before, block.runs, strict=True):
+            first = block.shared + sum(stop - begin for begin, stop in before)
+            sequence[start:end], position[start:end] = next(names), torch.arange(first, first + end - start)
+            for place in (block.prompt, *before):
+                sees[start:end, slice(*place)] = True
     distance = position.unsqueeze(1) - position
     sees |= (sequence.unsqueeze(1) == sequence) & (distance >= 0)
     return sees if window is None else sees & (distance < window)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from grpo_plus.packing.attention import Segments, install_segments
 from grpo_plus.packing.cascade import Cascade, cascade_of
 from grpo_plus.packing.forward import Form, Head, Logps, Pass, Ready, Tokens, score
-from grpo_plus.packing.layout import Group, Span, pack, scored
+from grpo_plus.packing.layout import Group, Span, holders, pack, scored
 from grpo_plus.packing.prompts_first import pack_prompts_first, prompts_first
 
 
@@ -21,11 +21,13 @@ class _OneRow:
     """All groups in one row.
 
     no_mask: (1, 1, 1, 1) zeros. transformers hands a 4D mask through, and would build one of N x N from the positions.
+    holders: (M,) which value of the row is that of each scored token. None for each its own.
     spans, cascade: what the attention layers are told, one of the two.
     """
 
     tokens: Tokens
     no_mask: Tensor
+    holders: Tensor | None
     spans: tuple[Span, ...] = ()
     cascade: Cascade | None = None
 
@@ -39,14 +41,15 @@ def pairs_per_call(device: torch.device) -> float:
 def _segments(groups: Sequence[Group], device: torch.device) -> Ready:
     row = pack(groups)
     tokens = Tokens.of(row.input_ids, row.position_ids, row.shift_labels)
-    return Ready(_OneRow(tokens, torch.zeros(1, 1, 1, 1), spans=row.spans), *scored(groups), row.input_ids.numel())
+    call = _OneRow(tokens, torch.zeros(1, 1, 1, 1), holders(groups), spans=row.spans)
+    return Ready(call, *scored(groups), row.input_ids.numel())
 
 
 def _cascade(groups: Sequence[Group], device: torch.device) -> Ready:
     groups = prompts_first(groups)
     row = pack_prompts_first(groups)
     tokens = Tokens.of(row.input_ids, row.position_ids, row.shift_labels)
-    call = _OneRow(tokens, torch.zeros(1, 1, 1, 1), cascade=cascade_of(row.blocks))
+    call = _OneRow(tokens, torch.zeros(1, 1, 1, 1), holders(groups), cascade=cascade_of(row.blocks))
     return Ready(call, *scored(groups), row.input_ids.numel())
 
 
@@ -58,7 +61,11 @@ def _run(row: _OneRow, head: Head | None, model: PreTrainedModel, forward: Calla
     install_segments(model)
     # Segments are made anew: their masks would live as long as the rows.
     segments = row.cascade or Segments(row.spans, pairs_per_call=pairs_per_call(model.device))
-    return score(model, forward, head, row.tokens, attention_mask=row.no_mask, segments=segments)
+    values = score(model, forward, head, row.tokens, attention_mask=row.no_mask, segments=segments)
+    if row.holders is None:
+        return values
+    logps, entropies = (value.index_select(0, row.holders) for value in values)
+    return logps, entropies
 
 
 def _packed_tokens(groups: Sequence[Group], device: torch.device) -> int:

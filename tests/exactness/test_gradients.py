@@ -7,7 +7,7 @@ from trl import GRPOTrainer
 
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
 from grpo_plus.losses import LOSSES
-from grpo_plus.packing import recomputed
+from grpo_plus.packing import recomputed, tree
 from tests.close import assert_close
 from tests.training import make_trainer
 
@@ -140,6 +140,21 @@ def test_a_step_is_trls(tmp_path, monkeypatch, loss, packing, config, adapter):
     ours.speed.passes.tokens = PASS
     assert_same_step(stock, ours, micro_batch())
     assert len(again) >= 2  # a pass that is computed twice
+
+
+@pytest.mark.parametrize(("flash", "adapter"), [(False, None), (True, LORA)], ids=["full", "flash-lora"])
+def test_a_step_over_rows_that_begin_alike_is_trls(tmp_path, monkeypatch, flash, adapter):
+    if flash:
+        monkeypatch.setattr("grpo_plus.packing.cascade.why_not_flash", lambda device, dtype: None)
+    monkeypatch.setattr(tree, "LEAST_SAVED", 1)
+    inputs = micro_batch()
+    ids = inputs["completion_ids"]
+    ids[7, :5], ids[6, :1] = ids[0, :5], ids[3, :1]  # each of the other's prompt, and all live
+    stock = trainer(tmp_path / "stock", "dapo", {}, adapter)
+    ours = trainer(tmp_path / "ours", "dapo", {"gradient_checkpointing": True}, adapter, packing="shared_prompt")
+    assert_same_step(stock, ours, inputs)
+    # Prompts of 4 tokens without the last. Completions of 7 and 5 tokens share 5, those of 1 and 2 tokens share 1.
+    assert ours._metrics["train"]["packing/token_ratio"] == [8 * 12 / (4 + 7 + 4 + 2)]
 
 
 @pytest.mark.parametrize("per_token", [False, True], ids=["per-row", "per-token"])

@@ -18,8 +18,31 @@ def padded_batch(lengths: dict[int, tuple[int, ...]] | None = None) -> tuple[Ten
     generator = torch.Generator().manual_seed(1)
     rows = []
     for length, completions in (lengths or LENGTHS).items():
-        prompt = torch.randint(3, VOCABULARY, (length,), generator=generator)
-        rows += [(prompt, torch.randint(3, VOCABULARY, (count,), generator=generator)) for count in completions]
+        prompt = _tokens(length, generator)
+        rows += [(prompt, _tokens(count, generator)) for count in completions]
+    return _padded(rows, generator)
+
+
+def forked_batch() -> tuple[Tensor, Tensor]:
+    """As `padded_batch`, with completions of a prompt that begin alike, end early, fork twice, or are equal."""
+    generator = torch.Generator().manual_seed(4)
+    long, other, third, short = (_tokens(count, generator) for count in (17, 8, 6, 5))
+    forked = torch.cat([long[:9], other])
+    trees = {
+        23: (long, forked, long[:9], long, other, torch.cat([forked[:13], third[:4]]), other[:1]),
+        14: (short, short),
+        9: (torch.cat([third, short]), third, short),
+        1: (torch.cat([short, third]), torch.cat([short, other])),
+    }
+    prompts = {length: _tokens(length, generator) for length in trees}
+    return _padded([(prompts[length], row) for length, rows in trees.items() for row in rows], generator)
+
+
+def _tokens(count: int, generator: torch.Generator) -> Tensor:
+    return torch.randint(3, VOCABULARY, (count,), generator=generator)
+
+
+def _padded(rows: list[tuple[Tensor, Tensor]], generator: torch.Generator) -> tuple[Tensor, Tensor]:
     ids = torch.zeros(len(rows), PROMPT + COMPLETION, dtype=torch.long)
     mask = torch.zeros_like(ids)
     for row, (prompt, completion) in enumerate(rows):

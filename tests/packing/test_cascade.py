@@ -17,12 +17,13 @@ from grpo_plus.packing.varlen import Sequences
 from tests.close import assert_close
 from tests.packing.counting import kept_bytes, launches
 from tests.packing.models import tiny
-from tests.packing.rows import COMPLETION, padded_batch
+from tests.packing.rows import COMPLETION, forked_batch, padded_batch
 
 HEADS, KEY_HEADS, D, SCALE = 4, 2, 8, 0.3
 # Prompt length: lengths of its completions. A prompt of one token shares nothing.
 ONE = {23: (17, 0, 9, 1)}
 TWO = {23: (17, 0, 9, 1), 14: (2, 5)}
+FORKED: dict[int, tuple[int, ...]] = {}  # completions that begin alike
 EIGHT = {23: (17, 0, 9, 1), 14: (2, 5), 1: (3, 4), 22: (6,), 9: (1, 1, 1), 2: (4, 7), 17: (0, 8), 12: (3, 3)}
 
 
@@ -52,10 +53,8 @@ def each_row_alone(query, key, value, blocks, *, window, sinks):
     """Softmax of each completion over its prompt's and its own keys, token by token."""
     out = torch.zeros_like(query)
     for block in blocks:
-        prompt = list(range(block.prompt_end - block.shared, block.prompt_end))
-        starts = (block.start, *block.ends[:-1])
-        for start, end in zip(starts, block.ends, strict=True):
-            row = prompt + list(range(start, end))
+        for before, own in zip(block.before, block.runs, strict=True):
+            row = [token for place in (block.prompt, *before, own) for token in range(*place)]
             for place, token in enumerate(row):
                 seen = row[: place + 1] if window is None else row[max(0, place + 1 - window) : place + 1]
                 for head in range(HEADS):
@@ -68,9 +67,10 @@ def each_row_alone(query, key, value, blocks, *, window, sinks):
     return out
 
 
+@pytest.mark.usefixtures("everything_is_shared")
 @pytest.mark.parametrize("sinks", [False, True], ids=["", "sinks"])
 @pytest.mark.parametrize("window", [None, 1, 9, 38, 39])  # 39 is the longest row
-@pytest.mark.parametrize("lengths", [ONE, TWO, EIGHT], ids=["1 group", "2 groups", "8 groups"])
+@pytest.mark.parametrize("lengths", [ONE, TWO, EIGHT, FORKED], ids=["1 group", "2 groups", "8 groups", "forked"])
 def test_outputs_and_gradients_are_those_of_the_specification(lengths, window, sinks):
     blocks, states, learned = packed(lengths, sinks)
     expected = with_gradients(in_reference, states, learned, blocks, window)
@@ -79,17 +79,30 @@ def test_outputs_and_gradients_are_those_of_the_specification(lengths, window, s
         assert_close(name, value, truth, rtol=1e-12)
 
 
-@pytest.mark.parametrize("call", [in_reference, in_cascade])
-@pytest.mark.parametrize("window", [None, 5])
-def test_each_row_gives_what_it_gives_alone(call, window):
-    blocks, states, learned = packed({6: (4, 0, 1), 3: (2,), 1: (2, 1), 5: (1, 3)}, sinks=True)
+SMALL = {6: (4, 0, 1), 3: (2,), 1: (2, 1), 5: (1, 3)}
+
+
+@pytest.mark.usefixtures("everything_is_shared")
+@pytest.mark.parametrize(
+    ("call", "lengths", "window"),
+    [
+        (in_reference, SMALL, None),
+        (in_reference, SMALL, 5),
+        (in_cascade, SMALL, None),
+        (in_cascade, SMALL, 5),
+        (in_reference, FORKED, 15),
+    ],
+)
+def test_each_row_gives_what_it_gives_alone(call, lengths, window):
+    blocks, states, learned = packed(lengths, sinks=True)
     expected = with_gradients(each_row_alone, states, learned, blocks, window)
     for value, truth in zip(with_gradients(call, states, learned, blocks, window), expected, strict=True):
         assert_close("states", value, truth, rtol=1e-12)
 
 
 def packed(lengths, sinks):
-    groups = prompts_first(group_rows(*padded_batch(lengths), COMPLETION))
+    batch = forked_batch() if lengths is FORKED else padded_batch(lengths)
+    groups = prompts_first(group_rows(*batch, COMPLETION))
     row = pack_prompts_first(groups)
     learned = torch.linspace(-1, 2, HEADS, dtype=torch.float64).requires_grad_() if sinks else None
     return row.blocks, states_of(row.input_ids.numel()), learned
@@ -180,10 +193,8 @@ def on_cpu(where):
 
 def test_attention_keeps_the_keys_once_and_no_copies(monkeypatch):
     # Qwen3-4B's layer at (512, 256, 8), in bfloat16 on no device: 32 heads, 8 of keys, 128 wide.
-    groups = [
-        Group(torch.zeros(512, dtype=torch.long), tuple(range(8)), tuple(torch.zeros(n) for n in range(32, 257, 32)))
-    ]
-    row = pack_prompts_first(groups)
+    completions = tuple(torch.full((n,), n) for n in range(32, 257, 32))
+    row = pack_prompts_first([Group(torch.zeros(512, dtype=torch.long), tuple(range(8)), completions)])
     tokens = row.input_ids.numel()
     assert tokens == 511 + 1152
     shapes = ((1, heads, tokens, 128) for heads in (32, 8, 8))

@@ -14,7 +14,7 @@ from grpo_plus.packing.passes import CACHED
 from grpo_plus.packing.rows import CASCADE, PADDING_FREE, SEGMENTS
 from tests.close import assert_close
 from tests.packing.models import VOCABULARY, tiny
-from tests.packing.rows import COMPLETION, PROMPT, gradients, padded_batch, rows_padded
+from tests.packing.rows import COMPLETION, PROMPT, forked_batch, gradients, padded_batch, rows_padded
 
 TEMPERATURE = 1.3  # of the tiny models
 
@@ -95,6 +95,16 @@ def test_every_form_gives_what_rows_alone_give(monkeypatch, name, form, frozen, 
     with torch.no_grad():
         entropies = scored(model, form, bound, ids, mask, truncated)[1]
         assert_close("entropies", entropies, rows_alone(model, ids, mask, left_out)[1], rtol=1e-5)
+
+
+def test_rows_that_share_a_run_keep_tokens_of_their_own(everything_is_shared):
+    model, (ids, mask) = tiny("llama"), forked_batch()
+    kept, left_out = kept_rows(ids, mask)
+    expected = gradients(model, lambda: rows_alone(model, ids, mask, left_out)[0])
+    truncated = Truncated(kept, False, TEMPERATURE)
+    actual = gradients(model, lambda: scored(model, SEGMENTS, None, ids, mask, truncated)[0])
+    for what, value, truth in zip(("log-probs", "gradients"), actual, expected, strict=True):
+        assert_close(what, value, truth, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("name", "known"), [("llama", True), ("gemma2", True), ("granite", False)])

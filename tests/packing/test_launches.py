@@ -20,18 +20,20 @@ from tests.packing.models import VOCABULARY, tiny
 PROMPT, COMPLETION, GENERATIONS = 16, 8, 8
 
 
-def rows(groups: int):
-    """Prompts with completions of 1 to 8 tokens."""
+def rows(groups: int, shared: int = 0):
+    """Prompts with completions of 1 to 8 tokens, the first of which may be the same."""
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(3, VOCABULARY, (groups, PROMPT), generator=generator).repeat_interleave(GENERATIONS, 0)
     lengths = torch.arange(1, GENERATIONS + 1).repeat(groups)
     mask = torch.cat([torch.ones_like(prompts), (torch.arange(COMPLETION) < lengths.unsqueeze(1)).long()], dim=1)
-    ids = torch.cat([prompts, torch.randint(3, VOCABULARY, (len(prompts), COMPLETION), generator=generator)], dim=1)
+    completions = torch.randint(3, VOCABULARY, (len(prompts), COMPLETION), generator=generator)
+    completions[:, :shared] = completions[0, :shared]
+    ids = torch.cat([prompts, completions], dim=1)
     return ids * mask, mask
 
 
-def forward(model, form, groups):
-    ids, mask = rows(groups)
+def forward(model, form, groups, shared):
+    ids, mask = rows(groups, shared)
     if form is None:
         labels = ids.masked_fill(mask == 0, -100)
         labels[:, :-COMPLETION] = -100
@@ -41,14 +43,14 @@ def forward(model, form, groups):
     return model(packed=partial(form.run, ready.call, None))[0]
 
 
-def per_layer(monkeypatch, form, groups, *, lora):
+def per_layer(monkeypatch, form, groups, *, lora, shared=0):
     def count(layers):
         model = tiny("qwen3", num_hidden_layers=layers).to(torch.bfloat16)
         if lora:
             model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
 
         def step():
-            forward(model, form, groups).sum().backward()
+            forward(model, form, groups, shared).sum().backward()
 
         with fused_lora(model) if lora else nullcontext() as products, torch.autocast("cpu", torch.bfloat16):
             for _ in range(2):  # then gradients are there, and siblings known
@@ -71,6 +73,11 @@ def test_a_layer_with_adapters_launches_few_kernels(monkeypatch, form, groups, m
 def test_a_layer_without_adapters_launches_about_what_trls_does(monkeypatch, form):
     stock = per_layer(monkeypatch, None, 1, lora=False)
     assert per_layer(monkeypatch, form, 8, lora=False) <= stock + 15
+
+
+def test_a_prefix_tree_costs_a_layer_few_launches(monkeypatch):
+    plain, tree = (per_layer(monkeypatch, CASCADE, 1, lora=False, shared=shared) for shared in (0, 6))
+    assert plain < tree <= plain + 6
 
 
 def plain_head(model, hidden, targets):

@@ -16,7 +16,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from grpo_plus.models import rounding
-from grpo_plus.packing import attention, candidates, cascade, check, passes, varlen
+from grpo_plus.packing import attention, candidates, cascade, check, layout, passes, varlen
 from grpo_plus.packing.head import single_pass_head
 from grpo_plus.packing.layout import group_rows
 from grpo_plus.packing.packer import Packer
@@ -175,6 +175,19 @@ def test_a_wrong_form_is_caught_and_the_next_one_taken(monkeypatch, caplog):
     assert "not exact on LlamaForCausalLM" in caplog.text
     assert "log-probabilities differ by" in caplog.text
     assert_close("log-probabilities", result.logps, rows_alone(model, *padded_batch()), rtol=2e-6)
+
+
+@pytest.mark.parametrize("lengths", [None, {5: (3, 2)}], ids=["long", "short"])
+def test_a_wrong_prefix_tree_is_caught_where_the_first_rows_are_short_too(monkeypatch, caplog, lengths):
+    monkeypatch.setattr("grpo_plus.packing.rows.pairs_per_call", lambda device: -1.0)
+    right = layout.places_of
+    monkeypatch.setattr(layout, "places_of", lambda *of: (right(*of)[0], tuple(() for _ in right(*of)[1])))
+    ids, mask = padded_batch(lengths)
+    model, chosen = tiny("llama"), Packer("auto")
+    with caplog.at_level(logging.INFO, "grpo_plus"):
+        chosen.logps(model, model, PaddedRows(ids, mask, COMPLETION), padded(model))
+    assert "two passes" in chosen.describe()
+    assert "segment attention) is not exact" in caplog.text
 
 
 def forgetful():

@@ -99,7 +99,7 @@ def count(
         inputs: Any = {"attention_mask": masks}
         if run.packing != "none":
             install_segments(model)
-            alone = Span(0, run.prompt_length, (total,), torch.empty(0), torch.empty(0))
+            alone = Span(0, run.prompt_length, (total,), ((),), torch.empty(0), torch.empty(0))
             inputs = {"attention_mask": torch.zeros(1, 1, 1, 1), "segments": Segments((alone,), pairs_per_call=0)}
         # As from the second micro-batch of a step on: the gradients exist.
         for parameter in model.parameters():
