@@ -6,6 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from transformers import AutoModelForSequenceClassification
 from trl import GRPOTrainer
 
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
@@ -49,11 +50,13 @@ CASES: dict[str, dict[str, Any]] = {
         "max_tool_calling_iterations": 1,
     },
 }  # fmt: skip
-OF_THE_TRAINER = ("tools", "environment_factory", "peft_config")
+OF_THE_TRAINER = ("tools", "environment_factory", "peft_config", "reward_processing_classes")
+OURS: dict[str, Any] = {"trainer_class": GRPOPlusTrainer, "config_class": GRPOPlusConfig}
 
 
 def trained(output_dir: Any, case: dict[str, Any], **settings: Any) -> GRPOTrainer:
     Counting.made = 0
+    generate = settings.pop("generate", None)
     rest = {"reward_funcs": [called], "train_dataset": PROMPTS} | case
     arguments = {name: rest.pop(name) for name in OF_THE_TRAINER if name in rest}
     trainer = make_trainer(
@@ -61,24 +64,50 @@ def trained(output_dir: Any, case: dict[str, Any], **settings: Any) -> GRPOTrain
         model=tiny_model(TOKENIZER, hidden_size=16, num_heads=2),
         processing_class=TOKENIZER,
         trainer_arguments=arguments,
-        max_completion_length=16,
         max_steps=2,
         optim="sgd",
         learning_rate=0.5,
-        **rest | settings,
+        **{"max_completion_length": 16} | rest | settings,
     )
+    if generate is not None:
+        trainer.model.generate = generate
     trainer.train()
     return trainer
+
+
+def trained_alike(ours: GRPOTrainer, stock: GRPOTrainer) -> None:
+    for entry, expected in zip(logs_of(ours), logs_of(stock), strict=True):
+        expected.pop("entropy", None)  # that of skipped rows is an estimate
+        assert {name: entry[name] for name in expected} == pytest.approx(expected, rel=1e-4, abs=1e-6, nan_ok=True)
+    for name, weight in weights_of(stock).items():
+        torch.testing.assert_close(weights_of(ours)[name], weight, rtol=1e-5, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_two_steps_are_trls(tmp_path, case):
     stock = trained(tmp_path / "stock", CASES[case])
-    ours = trained(tmp_path / "ours", CASES[case], trainer_class=GRPOPlusTrainer, config_class=GRPOPlusConfig)
-    theirs, mine = logs_of(stock), logs_of(ours)
-    assert theirs[0]["tools/call_frequency"] > 0
-    for entry, expected in zip(mine, theirs, strict=True):
-        expected.pop("entropy", None)  # that of skipped rows is an estimate
-        assert {name: entry[name] for name in expected} == pytest.approx(expected, rel=1e-4, abs=1e-6, nan_ok=True)
-    for name, weight in weights_of(stock).items():
-        torch.testing.assert_close(weights_of(ours)[name], weight, rtol=1e-5, atol=1e-6, msg=name)
+    trained_alike(trained(tmp_path / "ours", CASES[case], **OURS), stock)
+    assert logs_of(stock)[0]["tools/call_frequency"] > 0
+
+
+def scripted(input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
+    """Two calls, of which one fails, and two answers; then an answer to each call."""
+    first = ["<count>12</call><eos>", "<grow><user></call><eos>", "3<eos>", "0123"]
+    texts = first if len(input_ids) == len(first) else ["1<eos>", "22<eos>"]
+    written = TOKENIZER(texts, padding=True, padding_side="right", return_tensors="pt")["input_ids"]
+    return torch.cat([input_ids, written], dim=1)
+
+
+def test_a_model_with_a_generate_of_its_own_and_a_reward_model_are_trls(tmp_path):
+    config = tiny_model(TOKENIZER, hidden_size=16, num_heads=2).config
+    config.num_labels = 1
+    with torch.random.fork_rng(devices=[]):
+        judge = AutoModelForSequenceClassification.from_config(config)
+    case = {"tools": [count, grow], "reward_funcs": [judge], "reward_processing_classes": [TOKENIZER]}
+    settings = {"per_device_train_batch_size": 4, "max_completion_length": 64, "generate": scripted}
+    stock = trained(tmp_path / "stock", case, **settings)
+    ours = trained(tmp_path / "ours", case, **settings, **OURS)
+    trained_alike(ours, stock)
+    start = tiny_model(TOKENIZER, hidden_size=16, num_heads=2).state_dict()
+    assert logs_of(ours)[0]["tools/call_frequency"] == logs_of(ours)[0]["tools/failure_frequency"] == 0.5
+    assert [name for name, weight in weights_of(ours).items() if torch.equal(weight, start[name])] == []
