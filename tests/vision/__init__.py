@@ -33,6 +33,8 @@ def pictures(*sizes: tuple[int, int], seed: int = 0) -> list[Image.Image]:
 def pictured(counts: Sequence[int] = (1, 1, 1, 1), *, equal: bool = False, column: str | None = None) -> Dataset:
     """A conversational row for each count, with that many pictures in the column `images`, and a column `answer`.
 
+    Two rows each ask the same: where their pictures become equally many tokens, only the pictures tell them apart.
+
     Args:
         equal: all pictures have the size of the first.
         column: "image" for datasets of one picture a row. None: "images"; no such column where all counts are 0.
@@ -41,7 +43,7 @@ def pictured(counts: Sequence[int] = (1, 1, 1, 1), *, equal: bool = False, colum
     for row, count in enumerate(counts):
         sizes = [SIZES[0 if equal else (row + 2 * k) % len(SIZES)] for k in range(count)]
         shown = pictures(*sizes, seed=row)
-        asked: dict[str, Any] = {"prompt": [{"role": "user", "content": QUESTIONS[row % len(QUESTIONS)]}]}
+        asked: dict[str, Any] = {"prompt": [{"role": "user", "content": QUESTIONS[row // 2 % len(QUESTIONS)]}]}
         if any(counts):
             asked |= {"image": shown[0]} if column == "image" else {"images": shown}
         rows.append(asked | {"answer": str(row)})

@@ -9,9 +9,16 @@ import tempfile
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from tests.vision.families import FAMILIES
+from tests.vision import FAMILIES, said
 from tests.vision.following import EVERY_LORA, LANGUAGE_LORA, Run, changed, log_difference, relative, train
+
+
+def seldom(completions: list[Any], **_: Any) -> list[float]:
+    """Often the same for a whole group, so that groups are dead."""
+    return [float("e" in text) for text in said(completions)]
+
 
 SPLIT = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
 # What `Run` changes, by what the table calls it.
@@ -28,6 +35,9 @@ SETTINGS = {
     "LoRA, KL": {"lora": LANGUAGE_LORA, "config": SPLIT | {"beta": 0.1}},
     "2 iterations": {"config": {"num_iterations": 2}},
     "4 steps a generation": {"config": SPLIT | {"steps_per_generation": 4}},
+    "split groups": {"config": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 8}},
+    "dead groups": {"config": SPLIT | {"steps_per_generation": 4, "reward_funcs": [seldom]}},
+    "bf16": {"config": SPLIT | {"bf16": True}},
     "text between": {"counts": (1, 0, 2, 0), "config": {"per_device_train_batch_size": 4}},
     "truncated masked": {"config": {"mask_truncated_completions": True}},
     "20 steps": {"config": SPLIT | {"max_steps": 20, "learning_rate": 0.1}},

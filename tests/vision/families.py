@@ -168,7 +168,8 @@ FAMILIES = {
             "layer_types": ["sliding_attention", "full_attention"],
             "sliding_window": 16,
         },
-        vision=TOWER | {"model_type": "siglip_vision_model", "image_size": 24, "patch_size": PATCH},
+        vision=TOWER
+        | {"model_type": "siglip_vision_model", "image_size": 24, "patch_size": PATCH, "vision_use_head": False},
         config={"mm_tokens_per_image": 9},
         token_ids={
             "boi_token_index": "<start_of_image>",

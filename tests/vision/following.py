@@ -35,7 +35,7 @@ class Run:
     """
 
     name: str
-    counts: tuple[int, ...] = (1, 2, 1, 2)
+    counts: tuple[int, ...] = (1, 1, 2, 2)
     equal: bool = False
     lora: LoraConfig | None = None
     frozen_tower: bool = False

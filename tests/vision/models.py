@@ -14,7 +14,7 @@ from transformers import (
 from tests.vision.families import FAMILIES, TEXT, Family
 from tests.vision.processors import processor_of, tokenizer_with
 
-ENDS = "stuvwxyz"  # letters that end a completion, beside the end of sequence
+ENDS = "STUVWXYZ"  # letters that end a completion, beside the end of sequence
 
 
 def family(name: str, *, seed: int = 0) -> tuple[PreTrainedModel, ProcessorMixin]:

@@ -41,10 +41,23 @@ class Turns:
             "{% for part in message['content'] %}"
             f"{{{{ {self.picture!r} if part['type'] == 'image' else part['text'] }}}}"
             "{% endfor %}{% endif %}"
+            "{% for call in message['tool_calls'] or [] %}"
+            "{{ '<call>' + call['function'] | tojson + '</call>' }}"
+            "{% endfor %}"
             f"{{{{ {self.closing!r} }}}}"
             "{% endfor %}"
             f"{{% if add_generation_prompt %}}{{{{ {self.answer!r} }}}}{{% endif %}}"
         )
+
+    def response_template(self, end: str) -> dict[str, Any]:
+        """How a completion with tool calls is read."""
+        call = {"type": "function", "function": "{content}"}
+        calls = {"open": "<call>", "close": "</call>", "content": "json", "repeats": True, "transform": call}
+        return {
+            "defaults": {"role": "assistant"},
+            "start_anchor": self.answer,
+            "fields": {"tool_calls": calls, "content": {"close": end, "content": "text"}},
+        }
 
 
 class OfTextAndImages(ProcessorMixin):
@@ -55,6 +68,10 @@ class OfTextAndImages(ProcessorMixin):
     def __init__(self, *parts: Any, **settings: Any) -> None:
         given = {name: value for name, value in settings.items() if value is not None}
         super().__init__(*(part for part in parts if part is not None), **given)
+
+    def _process_images(self, images: Any, **settings: Any) -> Any:
+        """Give tensors even where none are asked for, as image processors with torchvision do."""
+        return super()._process_images(images, **(settings | {"return_tensors": "pt"}))
 
     @classmethod
     def get_attributes(cls) -> list[str]:
@@ -88,6 +105,7 @@ def processor_of(
     turns: Turns,
     **settings: Any,
 ) -> ProcessorMixin:
+    tokenizer.response_template = turns.response_template(tokenizer.eos_token)
     made = type(processor_class.__name__, (processor_class, OfTextAndImages), {})
     absent = {"video_processor", "feature_extractor"} & set(processor_class.get_attributes())
     parts = {"image_processor": image_processor, "tokenizer": tokenizer} | dict.fromkeys(absent)
