@@ -166,8 +166,11 @@ def _in_use(device: str) -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def random_model(config: dict[str, Any], run: Run, device: str) -> Any:
+def random_model(config: dict[str, Any], run: Run, device: str, auto_class: Any = None) -> Any:
     """A model with random weights on the device; its linear layers in nf4 where the run asks for it.
+
+    Args:
+        auto_class: what makes a model of a config. None: `AutoModelForCausalLM`.
 
     It is made without weights, and one tensor after the other gets them, so that a card needs no room for all of them
     in `dtype` first.
@@ -176,7 +179,8 @@ def random_model(config: dict[str, Any], run: Run, device: str) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=getattr(torch, run.dtype))
+        made_by = auto_class or AutoModelForCausalLM
+        model = made_by.from_config(AutoConfig.for_model(**config), dtype=getattr(torch, run.dtype))
     head = model.get_output_embeddings()
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):

@@ -8,8 +8,9 @@ from prompts of different lengths is in it. `dead` is five groups, two of them w
 that differs ends the run. Both sides take turns in one process. Peaks are above what was there before, on a CPU in a
 process of each side's own. On a CPU: a small Qwen3 in float32, seconds of the process. On a GPU: Qwen3-1.7B's shape in
 bfloat16, or Qwen3-4B's with nf4, random weights made on the device, bfloat16 autocast. Variants whose name has
-`checkpointing` in it checkpoint their layers. `--keep` keeps the earlier rows that are not measured again. Writes
-benchmarks/results/update_<device>.json after each row.
+`checkpointing` in it checkpoint their layers. In `vision`, four fifths of the prompt are a picture, and all weights of
+a small Qwen2.5-VL train; in `vision-lora`, adapters of its language model. `--keep` keeps the earlier rows that are not
+measured again. Writes benchmarks/results/update_<device>.json after each row, or update_vision_<device>.json.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from unittest.mock import patch
 
 import torch
 
+from benchmarks import vision
 from benchmarks.machine import RESULTS, describe, device_name, in_a_process, peak_mb, seconds
 from benchmarks.memory_run import MODELS, random_model
 from grpo_plus.planner import QLORA, Run
@@ -35,7 +37,9 @@ VARIANTS = {
     "cpu": ("full", "checkpointing", "lora", "nf4"),
     "cuda": ("lora", "lora-checkpointing", "nf4-checkpointing"),
 }
-CHOICES = ("full", "checkpointing", "lora", "lora-checkpointing", "nf4", "nf4-checkpointing", "dead")
+VISION = ("vision", "vision-lora")
+VISION_SHAPES = ((320, 64, 8),)
+CHOICES = ("full", "checkpointing", "lora", "lora-checkpointing", "nf4", "nf4-checkpointing", "dead", *VISION)
 CPU_MODEL = {
     "model_type": "qwen3",
     "hidden_size": 256,
@@ -57,7 +61,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1, help="of torch on a CPU, for both sides")
-    parser.add_argument("--shapes", nargs="+", type=_shape, default=SHAPES, metavar="PROMPT,COMPLETION,G")
+    parser.add_argument("--shapes", nargs="+", type=_shape, metavar="PROMPT,COMPLETION,G")
     parser.add_argument("--variants", nargs="+", choices=CHOICES)
     parser.add_argument("--keep", action="store_true", help="keep rows of the file that are not measured again")
     parser.add_argument("--case", nargs=3, metavar=("SHAPE", "VARIANT", "SIDE"), help=argparse.SUPPRESS)
@@ -67,10 +71,13 @@ def main() -> None:
         shape, variant, side = args.case
         print(json.dumps(measure(_shape(shape), variant, side, args.device, args.repeats)))
         return
-    cases = [(shape, variant) for shape in args.shapes for variant in args.variants or VARIANTS[args.device]]
+    variants = args.variants or VARIANTS[args.device]
+    sees = set(variants) <= set(VISION)
+    shapes = args.shapes or (VISION_SHAPES if sees else SHAPES)
+    cases = [(shape, variant) for shape in shapes for variant in variants]
     if not args.variants:
         cases.append(((512, 256, 8), "dead"))
-    path = RESULTS / f"update_{args.device}.json"
+    path = RESULTS / f"update_{'vision_' if sees else ''}{args.device}.json"
     earlier = json.loads(path.read_text())["rows"] if args.keep and path.exists() else []
     rows = [row for row in earlier if (tuple(row["shape"]), row["variant"]) not in cases]
     for shape, variant in cases:
@@ -122,6 +129,8 @@ def measure(shape: tuple[int, int, int], variant: str, side: str, device: str, r
     """`side` both: check and time, and on a GPU weigh. "trl" or "plus": the peak of one side alone."""
     groups = 5 if variant == "dead" else 1
     batches = [rows_of(shape, device, seed, dead=seed in (1, 3) and groups > 1) for seed in range(groups)]
+    if variant in VISION:
+        batches = [vision.with_a_picture(batch, seed) for seed, batch in enumerate(batches)]
     with patch("trl.trainer.utils._use_triton", return_value=True), ExitStack() as training:
         sides = ("trl", "plus") if side == "both" else (side,)
         trainers = {name: trainer_of(name, shape, variant, device) for name in sides}
@@ -183,9 +192,11 @@ def trainer_of(
 
     trainer_class, config_class = (GRPOPlusTrainer, GRPOPlusConfig) if side == "plus" else (GRPOTrainer, GRPOConfig)
     kind, checkpoints = kind_of(variant)
-    lora = None if kind == "full" else LoraConfig(r=16, target_modules="all-linear")
+    sees = variant in VISION
+    layers = r".*language_model.*_proj" if sees else "all-linear"
+    lora = None if kind == "full" else LoraConfig(r=16, target_modules=layers)
     trainer = trainer_class(
-        model=_model(kind, device, model),
+        model=vision.model_with_a_tower(device, model) if sees else _model(kind, device, model),
         reward_funcs=lambda completions, **_: [0.0] * len(completions),
         args=config_class(
             tempfile.mkdtemp(),
@@ -219,7 +230,8 @@ def kind_of(variant: str) -> tuple[str, bool]:
     """What trains, "full", "lora" or "nf4", and whether layers are checkpointed."""
     kind, _, rest = variant.partition("-")
     checkpoints = "checkpointing" in (kind, rest)
-    return {"checkpointing": "full", "dead": "lora"}.get(kind, kind), checkpoints
+    kinds = {"checkpointing": "full", "dead": "lora", "vision": rest or "full"}
+    return kinds.get(kind, kind), checkpoints
 
 
 def _model(kind: str, device: str, config: dict[str, Any] | None) -> Any:

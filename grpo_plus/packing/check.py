@@ -6,8 +6,7 @@ reproduce the gradient at the embeddings of their tokens, which has come through
 gradient at the pixels where the rows have images.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
@@ -19,6 +18,7 @@ from transformers import PreTrainedModel
 
 from grpo_plus.models.rounding import precision_of_products
 from grpo_plus.packing.forward import Form, Head, install_packed_forward
+from grpo_plus.packing.input_gradients import Gradients, pixels_of, relative_error, results
 from grpo_plus.packing.layout import Group
 from grpo_plus.packing.seen import seen_probes
 
@@ -32,27 +32,12 @@ LIMITS = {"float32": (2e-5, 1e-3, 1e-3), "tf32": (1e-3, 1e-2, 1e-2), "half": (2e
 # of a C compiler have no class in common but this.
 FAILURES = (Exception,)
 
-PIXELS = "pixel_values"
-
 
 class PaddedLogps(Protocol):
     """A trainer's forward of padded rows."""
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor, completion_length: int, /, **seen: Any) -> Tensor:
         """Log-probabilities (B, T). What the rows have beside their tokens has the names of a model's forward."""
-
-
-@dataclass(frozen=True)
-class Gradients:
-    """What reaches the inputs.
-
-    ids, embeddings: token ids (N,) and the gradients at their embeddings, (N, H).
-    pixels: the gradients at all images, (M,). None where there is no image.
-    """
-
-    ids: Tensor
-    embeddings: Tensor
-    pixels: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -100,21 +85,24 @@ class SelfCheck:
         probes = _probes(model, groups)
         floor, ceiling, gradient_limit = LIMITS[precision_of_products(model)]
         install_packed_forward(model)
-        padded, _ = _results(model, probes, False, lambda: _plain_rows(probes, padded_logps, model.device, PADDING))
-        truth, gradients = _results(model, probes, gradient, lambda: _plain_rows(probes, padded_logps, model.device, 0))
+        pixels = pixels_of(probes)
+        padded, _ = results(model, _plain_rows(probes, padded_logps, model.device, PADDING), None)
+        truth, gradients = results(
+            model, _plain_rows(probes, padded_logps, model.device, 0), pixels if gradient else None
+        )
         allowed = min(max(NOISE_FACTOR * _rms(padded - truth), floor), ceiling)
         return cls(model, probes, truth, gradients, allowed, gradient_limit)
 
     def why_not(self, form: Form, head: Head | None) -> str | None:
         """Reason why a form is not exact with this head. None where it is."""
         name = f"{'with the single-pass head, ' if head else ''}{form}"
-        gradient = self.gradients is not None
+        pixels = None if self.gradients is None else pixels_of(self.probes)
         try:
             forward = partial(_in_form, form, self.probes, head, self.model)
-            logps, found = _results(self.model, self.probes, gradient, forward)
+            logps, found = results(self.model, [forward], pixels)
         except FAILURES as failure:
             return f"{name} failed: {type(failure).__name__}: {failure}"
-        error, gradient_error = _rms(logps - self.truth), _relative(found, self.gradients)
+        error, gradient_error = _rms(logps - self.truth), relative_error(found, self.gradients)
         if error <= self.allowed and gradient_error <= self.gradient_limit:
             return None
         return (
@@ -180,16 +168,22 @@ def _forked(first: Group, last: Group) -> list[Group]:
     return [Group(prompt, (0, 1), (completion, forked)), Group(other, (2,), (completion,))]
 
 
-def _plain_rows(probes: Sequence[Group], padded_logps: PaddedLogps, device: torch.device, padding: int) -> Tensor:
-    parts = []
-    for group in probes:
-        for completion in group.completions:
-            ids = nn.functional.pad(torch.cat([group.prompt, completion]), (0, padding))[None].to(device)
-            mask = torch.ones_like(ids)
-            mask[:, ids.shape[1] - padding :] = 0
-            seen = {} if group.seen is None else group.seen.arguments(ids.shape[1], device)
-            parts.append(padded_logps(ids, mask, len(completion) + padding, **seen)[0, : len(completion)])
-    return torch.cat(parts)
+def _plain_rows(
+    probes: Sequence[Group], padded_logps: PaddedLogps, device: torch.device, padding: int
+) -> list[Callable[[], Tensor]]:
+    """A forward of each row alone, with some padding."""
+    pairs = [(group, completion) for group in probes for completion in group.completions]
+    return [partial(_plain_row, *pair, padded_logps, device, padding) for pair in pairs]
+
+
+def _plain_row(
+    group: Group, completion: Tensor, padded_logps: PaddedLogps, device: torch.device, padding: int
+) -> Tensor:
+    ids = nn.functional.pad(torch.cat([group.prompt, completion]), (0, padding))[None].to(device)
+    mask = torch.ones_like(ids)
+    mask[:, ids.shape[1] - padding :] = 0
+    seen = {} if group.seen is None else group.seen.arguments(ids.shape[1], device)
+    return padded_logps(ids, mask, len(completion) + padding, **seen)[0, : len(completion)]
 
 
 def _in_form(form: Form, probes: Sequence[Group], head: Head | None, model: PreTrainedModel) -> Tensor:
@@ -197,79 +191,6 @@ def _in_form(form: Form, probes: Sequence[Group], head: Head | None, model: PreT
     logps: Tensor
     logps, _ = model(packed=partial(form.run, ready.call, head))
     return logps.index_select(0, (ready.rows * COMPLETION + ready.columns).argsort())
-
-
-def _results(
-    model: PreTrainedModel, probes: Sequence[Group], wanted: bool, forward: Callable[[], Tensor]
-) -> tuple[Tensor, Gradients | None]:
-    """Log-probabilities (M,), and the gradients of their weighted sum at the inputs, where they are wanted."""
-    pixels = [group.seen.images[PIXELS] for group in probes if group.seen and PIXELS in group.seen.images]
-    try:
-        if not wanted:
-            with torch.no_grad():
-                return forward(), None
-        with torch.enable_grad(), _embedded(model) as calls, _differentiated(pixels):
-            logps = forward()
-            weights = torch.arange(len(logps), device=logps.device, dtype=logps.dtype).cos()  # no two rows alike
-            leaves = [*(leaf for _, leaf in calls), *pixels]
-            # A tower may pass no gradient on to the pixels. The embeddings have one in any case.
-            found = torch.autograd.grad((logps * weights).sum(), leaves, allow_unused=bool(pixels))
-            gradients = [
-                torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, found, strict=True)
-            ]
-    finally:
-        # In older versions of torch, autocast gives a later forward the casts that were made here without a graph, and
-        # the weights no gradient.
-        torch.clear_autocast_cache()
-    at_tokens, at_pixels = gradients[: len(calls)], gradients[len(calls) :]
-    return logps.detach(), Gradients(
-        torch.cat([ids.flatten() for ids, _ in calls]),
-        torch.cat([gradient.flatten(0, -2) for gradient in at_tokens]).float(),
-        torch.cat([gradient.flatten() for gradient in at_pixels]).float() if pixels else None,
-    )
-
-
-@contextmanager
-def _differentiated(leaves: Sequence[Tensor]) -> Iterator[None]:
-    """Ask for a gradient at tensors of a batch."""
-    for leaf in leaves:
-        leaf.requires_grad_()
-    try:
-        yield
-    finally:
-        for leaf in leaves:
-            leaf.requires_grad_(False)
-
-
-@contextmanager
-def _embedded(model: PreTrainedModel) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Collect token ids and embeddings of every call inside. The embeddings are leaves that ask for a gradient."""
-    calls: list[tuple[Tensor, Tensor]] = []
-
-    def keep(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-        leaf = output.detach().requires_grad_()
-        calls.append((inputs[0], leaf))
-        return leaf
-
-    handle = model.get_input_embeddings().register_forward_hook(keep)
-    try:
-        yield calls
-    finally:
-        handle.remove()
-
-
-def _relative(found: Gradients | None, expected: Gradients | None) -> float:
-    """Relative error of the gradients: at the pixels, and summed over the places where the same token stands."""
-    if found is None or expected is None:
-        return 0.0
-    tokens, index = torch.cat([found.ids, expected.ids]).unique(return_inverse=True)
-    zeros = expected.embeddings.new_zeros(len(tokens), expected.embeddings.shape[-1])
-    difference = zeros.index_add(0, index, torch.cat([found.embeddings, -expected.embeddings]))
-    total = zeros.index_add(0, index[len(found.ids) :], expected.embeddings)
-    pairs = [(difference, total)]
-    if found.pixels is not None and expected.pixels is not None:
-        pairs.append((found.pixels - expected.pixels, expected.pixels))
-    return max(float(difference.norm() / total.norm().clamp(min=1e-30)) for difference, total in pairs)
 
 
 def _rms(difference: Tensor) -> float:

@@ -4,15 +4,25 @@ import json
 
 import pytest
 
-from benchmarks import machine, update
+from benchmarks import machine, update, vision
 
 SHAPE = (12, 8, 4)
 TINY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 8000, "head_dim": 8}
+TINY_LANGUAGE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1]},
+}
+TINY_TOWER = {"depth": 2, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32}
+TINY_TOWER |= {"fullatt_block_indexes": [1]}
 
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
     monkeypatch.setattr(update, "CPU_MODEL", update.CPU_MODEL | TINY)
+    language, tower = vision.MODEL["text_config"] | TINY_LANGUAGE, vision.MODEL["vision_config"] | TINY_TOWER
+    monkeypatch.setattr(vision, "MODEL", vision.MODEL | {"text_config": language, "vision_config": tower})
 
 
 @pytest.mark.parametrize("side", ["trl", "plus"])
