@@ -92,7 +92,7 @@ def main() -> None:
 
 
 def _measured(case: Case, device: str, pairs: int) -> dict[str, Any]:
-    model = _model(case.size).to(device)
+    model = small_model(case.size).to(device)
     loops = {"trl": Batch(case, model, None), "grouped": Batch(case, model, Rollouts(insists=True))}
     drawn = {name: batch.generate(seed=0) for name, batch in loops.items()}  # in float32, also on a GPU
     if not torch.equal(*drawn.values()):
@@ -158,7 +158,8 @@ class Batch:
             )
 
 
-def _model(size: str) -> PreTrainedModel:
+def small_model(size: str) -> PreTrainedModel:
+    """A Qwen3-shaped model with random weights, of a size in `SIZES`."""
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=VOCABULARY,

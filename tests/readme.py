@@ -69,6 +69,22 @@ def generation_rows() -> list[tuple[str, ...]]:
     return table
 
 
+def turns_rows() -> list[tuple[str, ...]]:
+    """Seconds of two turns of a tool loop, by what goes through the model."""
+    rows = json.loads((RESULTS / "turns_cpu.json").read_text())["rows"]
+    words = {
+        "trl": "transformers' own loop",
+        "each row": "grouped loop, every distinct prompt as a whole",
+        "beginnings once": "grouped loop, what prompts begin with once",
+    }
+    table = [("", "tokens of prompts", "both turns", "faster")]
+    for row in rows:
+        spread = f"{row['speed_up']:.2f}x ({row['slowest']:.2f} to {row['fastest']:.2f})"
+        pace = "" if row["arm"] == "trl" else spread
+        table.append((words[row["arm"]], f"{row['prefilled']:,}", f"{row['seconds']:.1f} s", pace))
+    return table
+
+
 def update_rows() -> list[tuple[str, ...]]:
     """Speed-up and peak memory of an update by shape and variant, from the CPU's results."""
     rows = json.loads((RESULTS / "update_cpu.json").read_text())["rows"]
@@ -173,6 +189,7 @@ TABLES = {
     "step": step_rows,
     "real": real_rows,
     "generation": generation_rows,
+    "turns": turns_rows,
     "update": update_rows,
     "gpu": gpu_rows,
     "multitask": multitask_rows,
