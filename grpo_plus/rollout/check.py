@@ -7,6 +7,7 @@ a small multiple of what padding alone changes. A prefill in passes is compared 
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from grpo_plus.rollout.prompts import Prompts
 from grpo_plus.rollout.steps import Steps
 
 PADDING = 8  # tokens before the longest row
+FOLLOWING = 3  # tokens after the prompt of a probe, at most
 NOISE_FACTOR = 3.0
 # For each precision of products: the relative error of logits that is rounding, and the most that noise may excuse. A
 # row that goes on from another prompt or position is off by 0.1 and more.
@@ -81,6 +83,9 @@ def _errors(given: Given, kind: type[Keeper], probes: Probes) -> tuple[float, fl
 def _errors_in_passes(given: Given, kind: type[Keeper], probes: Probes) -> tuple[float, float]:
     """The same for logits of a prefill in two passes, and of a step after it."""
     step = probes.tokens[0]
+    # Cut by as many tokens as follow, so that a window that holds the batch's prompts holds the rows.
+    cut = [prompt.cut(slice(max(1, len(prompt.ids) - FOLLOWING))) for prompt in (probes.longer, probes.shorter)]
+    probes = replace(probes, longer=cut[0], shorter=cut[1])
     rows = [row.followed_by(step) for row in probes.rows()]
     truth, allowed = _truth(given.model, probes, rows)
     prompts = probes.longer.ids, probes.shorter.ids

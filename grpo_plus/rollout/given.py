@@ -52,8 +52,3 @@ class Given:
     def images(self) -> dict[str, Tensor]:
         """Of the distinct prompts, as the model's forward takes them."""
         return {} if self.pictures is None else self.pictures.take(self.prompts.first.tolist())
-
-    @property
-    def room(self) -> int:
-        """Tokens that a row may have after its prompt."""
-        return self.config.max_length - self.input_ids.shape[1]

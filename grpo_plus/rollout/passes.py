@@ -7,6 +7,7 @@ under one system prompt, so there may be more passes.
 
 Beginnings and rests of unequal lengths are padded on the left, so padding may stand between them. Masks hide padding
 anywhere, and positions do not count it. A sliding window would count it, and a recurrent state would go through it.
+After the last pass, keys and values move together, and everything is as after one pass.
 """
 
 from collections.abc import Sequence
@@ -16,9 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from grpo_plus.rollout.prefix import KEYS_AND_VALUES
+from grpo_plus.rollout.reasons import reads_images
 
 # Tokens that a further pass must save, since it reads all weights and launches all kernels once more.
 LEAST_SAVED = {"cpu": 64}
@@ -54,26 +56,23 @@ def passes_of(prompts: Sequence[Tensor], device_type: str) -> tuple[Pass, ...]:
     return passes if len(passes) > 1 else ()
 
 
-def why_not_passes(
-    model: PreTrainedModel, passes: Sequence[Pass], new_tokens: int, arguments: dict[str, Any]
-) -> str | None:
+def why_not_passes(model: PreTrainedModel, passes: Sequence[Pass], arguments: dict[str, Any]) -> str | None:
     """Reason why prompts cannot go through the model in several passes. With None they may; the self-check decides.
 
     Args:
-        new_tokens: that a row may have after its prompt.
         arguments: of transformers, with an empty cache.
     """
     layers = arguments["past_key_values"].layers
     others = {type(layer).__name__ for layer in layers if type(layer) not in KEYS_AND_VALUES}
     if others:
         return f"a cache with {', '.join(sorted(others))} does not hold keys and values alone"
-    if model.config.get_text_config(decoder=True) is not model.config:
+    if reads_images(model):
         return "the model reads more than text"
     mask = arguments.get("attention_mask")
     if mask is not None and not mask[:, -1].all():
         return "a prompt ends with padding"
-    columns = sum(one.width for one in passes) + new_tokens
-    if any(layer.is_sliding and layer.sliding_window < columns for layer in layers):
+    columns = sum(one.width for one in passes)
+    if any(layer.is_sliding and layer.sliding_window <= columns for layer in layers):
         return "a sliding window would count the padding between a beginning and a rest"
     return None
 
@@ -82,15 +81,17 @@ def prefill(model: PreTrainedModel, passes: Sequence[Pass], arguments: dict[str,
     """Call the model for each pass, on the empty cache in transformers' `arguments`.
 
     Returns:
-        Outputs of the last pass, and mask and positions (prompts, columns) of all passes.
+        Outputs of the last pass, and mask and positions (prompts, columns) of what the cache holds then.
     """
     device, cache = model.device, arguments["past_key_values"]
-    mask = torch.empty(len(passes[0].rows), 0, dtype=torch.long, device=device)
+    lengths, mask = [0], torch.empty(len(passes[0].rows), 0, dtype=torch.long, device=device)
     for one in passes:
+        parents = one.parents or [0] * len(one.rows)
+        lengths = [lengths[parent] + len(row) for parent, row in zip(parents, one.rows, strict=True)]
         if one.parents:
-            parents = torch.tensor(one.parents).to(device, non_blocking=True)
-            cache.reorder_cache(parents)
-            mask = mask.index_select(0, parents)
+            index = torch.tensor(parents).to(device, non_blocking=True)
+            cache.reorder_cache(index)
+            mask = mask.index_select(0, index)
         ids, real = (padded.to(device, non_blocking=True) for padded in _padded(one))
         mask = torch.cat([mask, real], 1)
         columns = {"attention_mask": mask}
@@ -98,7 +99,21 @@ def prefill(model: PreTrainedModel, passes: Sequence[Pass], arguments: dict[str,
             columns["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
         inputs = model.prepare_inputs_for_generation(ids, **arguments | columns)
         outputs = model(**inputs, return_dict=True)
-    return outputs, columns
+    order = mask.argsort(dim=1, stable=True)[:, -max(lengths) :]
+    _close(cache, order)
+    return outputs, {name: values.gather(1, order) for name, values in columns.items()}
+
+
+def _close(cache: DynamicCache, order: Tensor) -> None:
+    """Put the columns in `order` (prompts, columns), in which padding comes first, in place of all."""
+    for layer in cache.layers:  # one by one, so that one layer at a time is held twice
+        if layer.is_initialized:
+            layer.keys, layer.values = (
+                states.gather(2, order[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3]))
+                for states in (layer.keys, layer.values)
+            )
+        if layer.is_sliding:
+            layer.cumulative_length = order.shape[1]
 
 
 def _padded(one: Pass) -> tuple[Tensor, Tensor]:

@@ -205,7 +205,7 @@ class Rollouts:
 
     def _why_not_passes(self, given: Given, passes: Sequence[Pass], kind: type[Keeper]) -> str | None:
         """Reason why these prompts go through the model in one pass. It is told once, as is that there is none."""
-        reason, use = why_not_passes(given.model, passes, given.room, given.arguments), Use.of(kind, given)
+        reason, use = why_not_passes(given.model, passes, given.arguments), Use.of(kind, given)
         if reason is None:
             if use not in self._of_passes:
                 self._of_passes[use] = why_not_exact_in_passes(given, kind)
