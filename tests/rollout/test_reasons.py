@@ -9,7 +9,7 @@ import torch
 import transformers
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
-from grpo_plus.rollout import Rollouts, rollouts, why_not_config, why_not_model
+from grpo_plus.rollout import Rollouts, reasons, rollouts, why_not_config, why_not_model
 from grpo_plus.rollout.cache import Expanded
 from tests.packing.models import SHAPE, tiny
 from tests.rollout.generating import GREEDY, SAMPLED, assert_equal, batch, config, generated
@@ -89,7 +89,8 @@ def test_an_encoder_decoder_is_named():
 def test_a_model_that_reads_images_with_an_old_transformers_is_named(monkeypatch):
     model = transformers.AutoModelForImageTextToText.from_config(SEEING)
     assert why_not_model(model) is None
-    monkeypatch.setattr(transformers, "__version__", "5.18.1")
+    # transformers replaces its module while it is imported, so the one of the first import may be another.
+    monkeypatch.setattr(reasons.transformers, "__version__", "5.18.1")
     assert why_not_model(model).endswith("before transformers 5.19, found 5.18.1: pip install -U transformers")
 
 
