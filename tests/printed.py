@@ -133,8 +133,9 @@ def run_snippets() -> None:
 
 def run_example(name: str) -> None:
     """Run an example as a script, offline."""
-    sys.argv = [name, "--offline"]
-    runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
+    script = ROOT / "examples" / name
+    sys.argv = [name, "--offline"] if "--offline" in script.read_text(encoding="utf-8") else [name]
+    runpy.run_path(str(script), run_name="__main__")
 
 
 def outcome(work: Callable[[], None]) -> dict[str, str]:

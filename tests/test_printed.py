@@ -78,6 +78,14 @@ def test_the_example_of_a_tool_learns_to_call_it(ran):
     assert min(calls_after, right_after) > 60
 
 
+def test_the_example_of_pictures_learns_to_count_and_to_name_colors(ran):
+    output = ran[0]["vision.py"]["output"]
+    before, after = (int(re.search(rf"{when}: (\d+)% of 200 held-out", output)[1]) for when in ("before", "after"))
+    assert before < 80
+    assert after > 90
+    assert after > before + 15
+
+
 def test_both_variants_of_the_example_of_a_comparison_learn(ran):
     results = pd.read_csv(ran[1] / "comparison" / "results.csv")
     scores = results[results["name"] == "digits_reward"]
