@@ -1,12 +1,15 @@
 """Rollouts of image prompts: tokens and generator are those of TRL's loop, and each group's pictures are read once."""
 
+import logging
+
 import pytest
 import torch
 from peft import LoraConfig
 from trl import GRPOTrainer
 
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
-from grpo_plus.rollout import Rollouts, steps
+from grpo_plus.rollout import Rollouts, prefix, steps
+from grpo_plus.trainer import shown
 from grpo_plus.trainer.shown import tiles_by_row
 from tests.close import differing
 from tests.rollout.test_in_the_trainer import without_sampler
@@ -31,7 +34,7 @@ READING = [asked(text) for text in ("How many?", "Is it?") for _ in range(ROWS)]
 
 
 def trainer(folder, name, loop="grouped", **config):
-    settings = {"max_completion_length": 8, "generation_kwargs": ENDS, "generation_loop": loop, "max_steps": 2}
+    settings = {"max_completion_length": 6, "generation_kwargs": ENDS, "generation_loop": loop, "max_steps": 1}
     classes = {"trainer_class": GRPOPlusTrainer, "config_class": GRPOPlusConfig}
     return make_vision_trainer(folder, name, **classes, **(settings | config))
 
@@ -139,6 +142,27 @@ def test_pictures_that_nobody_sorts_by_row_are_left_to_transformers(tmp_path):
     with pytest.warns(UserWarning, match="nothing tells which row an image belongs to"), rollouts.decoding(made.model):
         assert by_trl(made, SEEING) == expected
     assert not rollouts.statistics
+
+
+def test_tiles_that_tokens_do_not_explain_are_left_to_transformers(tmp_path, monkeypatch):
+    made = trainer(tmp_path, "internvl", "auto", generation_chunk_size=5)
+    expected = by_trl(made, SEEING)
+    monkeypatch.setattr(shown, "tiles_by_row", lambda sizes, tokens: None)
+    with (
+        pytest.warns(UserWarning, match="generation_chunk_size: all rows at once. nothing tells which tiles"),
+        pytest.warns(UserWarning, match="generation_loop: transformers' own loop. nothing tells which tiles"),
+    ):
+        assert generated(made, SEEING) == expected
+    assert not made.speed.rollouts.statistics
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl", "gemma3"])
+def test_prompts_with_pictures_may_be_kept_once(tmp_path, monkeypatch, caplog, name):
+    caplog.set_level(logging.INFO, logger="grpo_plus")
+    monkeypatch.setattr(prefix, "LEAST_SAVED", {"cpu": 0})
+    made = trainer(tmp_path, name)
+    assert generated(made, SEEING) == by_trl(made, SEEING)
+    assert "generation: each prompt once (3x fewer), finished rows leave, images once, one cache of each" in caplog.text
 
 
 def test_tiles_follow_from_tokens():
