@@ -85,9 +85,9 @@ def turns_rows() -> list[tuple[str, ...]]:
     return table
 
 
-def update_rows() -> list[tuple[str, ...]]:
+def update_rows(results: str = "update_cpu.json") -> list[tuple[str, ...]]:
     """Speed-up and peak memory of an update by shape and variant, from the CPU's results."""
-    rows = json.loads((RESULTS / "update_cpu.json").read_text())["rows"]
+    rows = json.loads((RESULTS / results).read_text())["rows"]
     variants = list(dict.fromkeys(row["variant"] for row in rows))
     cells = {(tuple(row["shape"]), row["variant"]): row for row in rows}
     table = [("prompt, longest completion, G", "tokens", *variants)]
@@ -191,6 +191,7 @@ TABLES = {
     "generation": generation_rows,
     "turns": turns_rows,
     "update": update_rows,
+    "update_vision": lambda: update_rows("update_vision_cpu.json"),
     "gpu": gpu_rows,
     "multitask": multitask_rows,
     "longest": longest_rows,

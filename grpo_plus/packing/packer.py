@@ -144,9 +144,9 @@ class Packer:
             return None
         if base not in choices:
             choices[base] = self._decide(base, layout.groups, padded_logps, rows)
-        if policy and rows.pictures is None and self._is_to_measure(base, rows):
-            choices[base] = self._fastest(base, rows, layout, padded_logps, limits)
         choice = choices[base]
+        if policy and choice is not None and self._is_to_measure(base, rows):
+            choice = choices[base] = self._fastest(base, rows, layout, padded_logps, limits, choice)
         if choice is None:
             return None
         if self._cuts_prompts(base, choice, layout.groups, padded_logps, limits[1]):
@@ -261,29 +261,35 @@ class Packer:
         return [self.head, None] if self.head is not None and why_not_single_pass(base) is None else [None]
 
     def _is_to_measure(self, base: PreTrainedModel, rows: PaddedRows) -> bool:
-        if self.measure is None or self.measure.is_done or self._choices[base] is None:
+        if self.measure is None or self.measure.is_done:
             return False
         return self.measure.knows(base.device) or _can_be_timed(rows)
 
     def _fastest(
-        self, base: PreTrainedModel, rows: PaddedRows, layout: Layout, padded_logps: PaddedLogps, limits: Limits
+        self,
+        base: PreTrainedModel,
+        rows: PaddedRows,
+        layout: Layout,
+        padded_logps: PaddedLogps,
+        limits: Limits,
+        first: Choice,
     ) -> Choice | None:
         """The fastest exact form and head. The first exact ones where no way could be timed."""
         assert self.measure is not None
         can_time = _can_be_timed(rows)
-        _, ids, mask, _ = rows.forwarded()
+        _, ids, mask, more = rows.forwarded()
 
         def forward_of(way: Way) -> Callable[[], Tensor] | None:
             if way.form is None:
                 uninstall_segments(base)
-                return lambda: padded_logps(ids, mask, rows.completion_length)
+                return lambda: padded_logps(ids, mask, rows.completion_length, **more)
             choice = Choice(way.form, way.head)
             if check.why_not(choice.form, choice.head) is not None:
                 return None
             parts = layout.ready(choice.form, base.device, *limits)
             return lambda: _run(choice, base, parts)[0]
 
-        forms: list[Form | None] = [*candidates(self.packing, base, self.no_segments)[0]]
+        forms: list[Form | None] = [*self._candidates(base, rows)[0]]
         heads = self._heads(base)
         if self.insist_on_head:
             heads = heads[:1]
@@ -294,7 +300,7 @@ class Packer:
             check = SelfCheck.of(base, layout.groups or (), padded_logps, gradient=self.gradient_check)
             way = self.measure.fastest(base.device, trained, forms, heads, forward_of, can_time=can_time)
         if way is None:
-            return self._choices[base]
+            return first
         if way.form in (CACHED, None):
             uninstall_segments(base)
         return None if way.form is None else Choice(way.form, way.head)

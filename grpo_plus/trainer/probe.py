@@ -13,18 +13,18 @@ from grpo_plus.trainer.seam import TRLSeam
 def sampled_batches(trainer: TRLSeam, count: int) -> Iterator[tuple[Rewards, dict[str, Tensor]]]:
     """Generation batches as the training would sample them from the model as it is: rewards, and rows for `logps_of`.
 
-    Rows are in the order of the groups. Nothing is trained; the random state moves on.
+    Rows are in the order of the groups; {} in place of rows with images. Nothing is trained; the random state moves on.
     """
     trainer.model.train()
     # TRL repeats a batch for every step that trains on it.
     repeats = trainer.num_iterations * trainer.args.steps_per_generation
     for inputs in itertools.islice(trainer.get_train_dataloader(), 0, count * repeats, repeats):
         output = trainer._generate_and_score_completions(inputs)
-        yield trainer.rewards, {name: output[name] for name in ROWS if name in output} | multimodal(output)
+        is_text = not multimodal(output)
+        yield trainer.rewards, {name: output[name] for name in ROWS if name in output and is_text}
 
 
 def logps_of(trainer: TRLSeam, rows: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Log-probabilities (B, T) of the completions, as the training differentiates them, and their mask (B, T)."""
-    forward = trainer._get_per_token_logps_and_entropies
-    logps, *_ = forward(trainer.model, *whole_rows(rows), **multimodal(rows))
+    logps, *_ = trainer._get_per_token_logps_and_entropies(trainer.model, *whole_rows(rows))
     return logps, trained_tokens(rows)

@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 
 from grpo_plus.models.pictures import Pictures
 from grpo_plus.packing import Packer, PaddedRows, forward_live, passes, seen
+from grpo_plus.packing.measure import Measure
 from grpo_plus.packing.packer import Choice, _run
 from grpo_plus.packing.padded import Layout
 from grpo_plus.packing.passes import CACHED
@@ -178,6 +179,32 @@ def test_images_in_a_completion_or_at_the_end_of_a_prompt_leave_the_rows_padded(
     ids[1, -COMPLETION - 1] = model.config.image_token_id
     with pytest.warns(UserWarning, match="stay padded where a prompt ends within an image"):
         assert logps_of(model, replace(rows, input_ids=ids))[1] is None
+
+
+class Clock:
+    """Seconds by what ran since the last look: a padded forward takes longer."""
+
+    def __init__(self, forwards):
+        self.forwards, self.seconds = forwards, 0.0
+
+    def __call__(self):
+        self.seconds += 1.0 + len(self.forwards)
+        self.forwards.clear()
+        return self.seconds
+
+
+def test_rows_with_images_are_measured_beside_trls_own_way(qwen, caplog):
+    model, processor = qwen
+    rows, forwards = pictured_batch(model, processor).rows, []
+
+    def forward(*inputs, **shown):
+        forwards.append(shown["pixel_values"])
+        return padded(model)(*inputs, **shown)
+
+    chosen = Packer("auto", measure=Measure(clock_of=lambda _: Clock(forwards)))
+    with caplog.at_level(logging.INFO, "grpo_plus"):
+        assert chosen.logps(model, model, rows, forward, policy=True) is not None
+    assert "measured shared_prompt (two passes through the model's cache) 2.0x; TRL 1.0x" in caplog.text
 
 
 def test_a_skipped_row_takes_its_picture_along(qwen):
