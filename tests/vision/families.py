@@ -128,7 +128,8 @@ FAMILIES = {
         processor="Qwen3VLProcessor",
         images=qwen_images,
         turns=CHATML,
-        text={"model_type": "qwen3_vl_text", "head_dim": 12} | rotary(2, 2, 2, mrope_interleaved=True),
+        text={"model_type": "qwen3_vl_text", "head_dim": 12, "tie_word_embeddings": True}
+        | rotary(2, 2, 2, mrope_interleaved=True),
         vision=QWEN_TOWER | {"deepstack_visual_indexes": [1], "num_position_embeddings": 64},
         token_ids=QWEN_IDS,
         tokens=QWEN_TOKENS,
@@ -165,6 +166,7 @@ FAMILIES = {
             "model_type": "gemma3_text",
             "head_dim": 4,
             "query_pre_attn_scalar": 4,
+            "tie_word_embeddings": True,
             "layer_types": ["sliding_attention", "full_attention"],
             "sliding_window": 16,
         },

@@ -38,7 +38,7 @@ def _config(family: Family, tokenizer: PreTrainedTokenizerFast) -> PretrainedCon
         family.model_type,
         text_config=TEXT | ends | {"vocab_size": len(tokenizer)} | family.text,
         vision_config=family.vision,
-        tie_word_embeddings=False,
+        tie_word_embeddings=family.text.get("tie_word_embeddings", False),
         **{name: tokenizer.convert_tokens_to_ids(token) for name, token in family.token_ids.items()},
         **family.config,
     )

@@ -32,13 +32,11 @@ def assert_same_training(tmp_path, run: Run, *, log: float) -> None:
     assert difference < 1e-3 * changed(stock)
 
 
-@pytest.mark.newest_trl
 @pytest.mark.parametrize("run", [pytest.param(run, id=f"{run.name}-{name}") for name, run in RUNS.items()])
 def test_steps_are_trls(tmp_path, run):
     assert_same_training(tmp_path, run, log=1e-4)
 
 
-@pytest.mark.newest_trl
 def test_twenty_steps_follow_trls_log(tmp_path):
     config = {"max_steps": 20, "learning_rate": 0.1, "beta": 0.1, "steps_per_generation": 2}
     config |= {"max_completion_length": 8}

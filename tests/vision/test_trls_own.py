@@ -19,7 +19,6 @@ from tests.training import weights_of
 from tests.vision import make_vision_trainer, pictured
 from tests.vision.following import save_reference
 
-pytestmark = pytest.mark.newest_trl
 OURS: dict[str, Any] = {"trainer_class": GRPOPlusTrainer, "config_class": GRPOPlusConfig}
 # As in TRL's tests, except for the number of steps.
 LIKE_TRLS: dict[str, Any] = {
