@@ -127,6 +127,10 @@ def run_snippets() -> None:
         logged: dict[str, list] = {}
         assert names["graded"]([[1, 2], [3]], logged.__setitem__) == [2.0, 1.0]
         assert logged["step_ends"] == [[0, 1], [0]]
+        said = [("assistant", "look"), ("tool", "a door\n+1"), ("assistant", "done")]
+        messages = [{"role": role, "content": content} for role, content in said]
+        assert names["played"]([messages], logged.__setitem__) == [1.0]
+        assert logged["step_states"] == [["start", "a door"]]
     finally:
         GRPOConfig.__post_init__ = post_init
 

@@ -22,7 +22,7 @@ LINK = re.compile(r"(\]\(|src=\"|srcset=\")(?!\w+:|#)([^)\s\"#]+)")
 NOTEBOOK = ".ipynb"
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".cff": "yaml", "": ""}
 STARTS = ("CONTRIBUTING.md", "CHANGELOG.md")
-ESTIMATORS = ("group", "unnormalized", "batch", "binary", "ranking", "multi_reward", "running", "process")
+ESTIMATORS = ("group", "unnormalized", "batch", "binary", "ranking", "multi_reward", "running", "process", "turns")
 MODIFIERS = ("modifiers.gate", "selection.pods", "modifiers.difficulty", "modifiers.filter_zero_std", "modifiers.clip")
 LOSSES = ("clipped", "reweighted", "sequence", "smooth", "covariance")
 

@@ -65,14 +65,14 @@ def turns(
         return zscore(values, ddof=ddof, eps=eps) if scale else center(values)
 
     total = rewards.total()
-    returns = discounted(steps.scored(total), gamma)
+    returns = _discounted(steps.scored(total), gamma)
     keys, taken = steps.by_state(rewards.judged)
-    of_turns = torch.zeros_like(returns).masked_scatter(taken, normalized_within(keys, returns[taken], normalized))
+    of_turns = torch.zeros_like(returns).masked_scatter(taken, _normalized_within(keys, returns[taken], normalized))
     per_turn = (normalized(total).unsqueeze(-1) + omega * of_turns).where(taken, 0.0)
     return _per_token(per_turn, steps.ends, num_tokens=max(1, int(rewards.spans.max())))
 
 
-def discounted(rewards: Tensor, gamma: float) -> Tensor:
+def _discounted(rewards: Tensor, gamma: float) -> Tensor:
     """Sum of each step's reward and the later ones, discounted: (..., J) -> (..., J). NaN, at the end, stays NaN."""
     returns, later = torch.full_like(rewards, torch.nan), torch.zeros_like(rewards[..., 0])
     for step in reversed(range(rewards.shape[-1])):
@@ -81,7 +81,7 @@ def discounted(rewards: Tensor, gamma: float) -> Tensor:
     return returns
 
 
-def normalized_within(keys: Tensor, values: Tensor, normalized: Callable[[Tensor], Tensor]) -> Tensor:
+def _normalized_within(keys: Tensor, values: Tensor, normalized: Callable[[Tensor], Tensor]) -> Tensor:
     """Values (n,), normalized among those of the same key. The only value of its key becomes 0."""
     if not len(keys):
         return values

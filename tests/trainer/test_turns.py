@@ -1,75 +1,41 @@
 """Turns of TRL's tool loop, of its environments and of a rollout function: where they end, and from which states."""
 
-from itertools import count
+from itertools import count as counter
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
-from datasets import Dataset
 from PIL import Image
 
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
 from grpo_plus.advantages import estimate
-from grpo_plus.demo.tiny import tiny_tokenizer
+from grpo_plus.demo.tiny import tiny_model
 from grpo_plus.replay import Rollouts, replay
 from grpo_plus.trainer.turns import PROMPT, Turns, turns_of
+from tests.calling import asking, calling_tokenizer, count
 from tests.close import assert_close
 from tests.training import make_trainer, vowels
 
+TOKENIZER = calling_tokenizer()
 OURS: dict[str, Any] = {"config_class": GRPOPlusConfig, "max_steps": 1, "advantage_estimator": "turns"}
 
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ message.role + ': ' + message.content }}"
-    "{% for call in message.tool_calls or [] %}{{ '<call>' + call.function | tojson + '</call>' }}{% endfor %}"
-    "{{ eos_token if message.role == 'assistant' else '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}assistant: {% endif %}"
-)
-RESPONSE_TEMPLATE = {
-    "defaults": {"role": "assistant"},
-    "start_anchor": "assistant: ",
-    "fields": {
-        "tool_calls": {
-            "open": "<call>",
-            "close": "</call>",
-            "content": "json",
-            "repeats": True,
-            "transform": {"type": "function", "function": "{content}"},
-        },
-        "content": {"close": "<eos>", "content": "text"},
-    },
-}
-
-
-def tries(door: int) -> str:
-    return f'<call>{{"name": "try_door", "arguments": {{"door": {door}}}}}</call>'
-
-
-# What the policy writes, turn by turn, in the completions of two prompts.
+# What the policy writes, turn by turn. In the first group, the first digit is the completion's number, and a last message
+# of 3 wins. The tool counts digits: it says 1 to the calls of completions 0 and 1, and 2 and then 1 to completion 2.
 SCRIPT = [
-    ["0" + tries(1), "win"],
-    ["1" + tries(1), "lose"],
-    ["2" + tries(2), tries(1), "win"],
-    ["3lose"],
-    *[["lose"]] * 4,
+    ["0<count>0</call>", "3"],
+    ["1<count>0</call>", "2"],
+    ["2<count>00</call>", "<count>0</call>", "3"],
+    ["32"],
+    *[["2"]] * 4,
 ]
-OPEN, SHUT = (f"tool: {word}\nassistant: " for word in ("open", "shut"))
-
-
-def try_door(door: int) -> str:
-    """Try a door.
-
-    Args:
-        door: The door's number.
-    """
-    return {1: "open", 2: "shut"}[door]
 
 
 class Scripted(GRPOPlusTrainer):
     """A policy that follows SCRIPT. All that goes on between its turns is TRL's."""
 
     def _generate_single_turn(self, prompt_ids, *_, **__):
-        histories = [self.processing_class.decode(ids).split("assistant: ")[1:] for ids in prompt_ids]
+        histories = [self.processing_class.decode(ids).split("<assistant>")[1:] for ids in prompt_ids]
         scripts = [SCRIPT[int(first[0]) if first else row] for row, (first, *_) in enumerate(histories)]
         texts = [script[len(history) - 1] + "<eos>" for script, history in zip(scripts, histories, strict=True)]
         return self.processing_class(texts)["input_ids"], None
@@ -80,22 +46,18 @@ class Scripted(GRPOPlusTrainer):
 
 
 def won(completions: list[Any], **_: Any) -> list[float]:
-    return [float(messages[-1]["content"] == "win") for messages in completions]
+    return [float(messages[-1]["content"] == "3") for messages in completions]
 
 
 def playing(output_dir: Any, **config: Any) -> Any:
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template, tokenizer.response_template = CHAT_TEMPLATE, RESPONSE_TEMPLATE
-    rows = [{"prompt": [{"role": "user", "content": f"game {game}"}]} for game in range(2)]
     trainer = make_trainer(
         output_dir,
         trainer_class=Scripted,
-        reward_funcs=config.pop("reward_funcs", [won]),
-        train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer,
-        max_completion_length=400,
-        trainer_arguments=config.pop("trainer_arguments", {"tools": [try_door]}),
-        **OURS | config,
+        model=tiny_model(TOKENIZER, hidden_size=16, num_heads=2),
+        train_dataset=asking("01", "10"),
+        processing_class=TOKENIZER,
+        max_completion_length=20,
+        **OURS | {"reward_funcs": [won], "trainer_arguments": {"tools": [count]}} | config,
     )
     trainer.train()
     return trainer
@@ -109,21 +71,16 @@ def played(tmp_path_factory) -> Any:
 
 def test_turns_end_where_the_policy_stops_and_start_from_what_the_tool_said(played):
     steps = played.rewards.steps
-    texts = [["0" + tries(1), OPEN, "win"], ["1" + tries(1), OPEN, "lose"]]
-    texts += [["2" + tries(2), SHUT, tries(1), OPEN, "win"], ["3lose"]]
-    ends = []
-    for row in texts:
-        lengths = [len(text) + (0 if text in (OPEN, SHUT) else 1) for text in row]  # a turn ends with <eos>
-        ends.append([sum(lengths[: turn + 1]) - 1 for turn in range(0, len(row), 2)])
-    assert [[end for end in row if end >= 0] for row in steps.ends[0].tolist()] == ends
-    prompt, opened, shut, none = 0, 1, 2, -1
-    expected = [[prompt, opened, none], [prompt, opened, none], [prompt, shut, opened], [prompt, none, none]]
+    # Each word and digit is a token, a turn ends with <eos>, and the tool's words are <tool>, a digit and <assistant>.
+    assert steps.ends[0].tolist() == [[4, 9, -1], [4, 9, -1], [5, 12, 17], [2, -1, -1]]
+    prompt, one, two, none = 0, 1, 2, -1
+    expected = [[prompt, one, none], [prompt, one, none], [prompt, two, one], [prompt, none, none]]
     assert steps.states.tolist() == [expected, [[prompt, none, none]] * 4]
 
 
 def test_each_turn_reaches_the_loss_with_its_advantage(played):
     # A_E of 1, 0, 1, 0: 1/2 and -1/2. Returns under gamma 1/2: .5, 1 and 0, 0 and .25, .5, 1 and 0.
-    # From the prompt: mean .1875. From an open door 1, 0, 1: mean 2/3. The shut door occurs once.
+    # From the prompt: mean .1875. From the tool's 1: 1, 0, 1, mean 2/3. Its 2 occurs once.
     by_turn = [
         [0.5 + 0.3125, 0.5 + 1 / 3],
         [-0.5 - 0.1875, -0.5 - 2 / 3],
@@ -152,33 +109,31 @@ def test_the_log_holds_the_turns_so_that_a_replay_judges_them_as_the_training_di
 
 
 class House:
-    """An environment whose first two games of eight begin in the north, and the others in the south."""
+    """An environment whose first two games of eight begin elsewhere than the others."""
 
-    resets = count()
+    resets = counter()
 
     def reset(self, **_: Any) -> str:
-        self.tried: list[int] = []
-        return " north" if next(self.resets) % 8 < 2 else " south"
+        return "0" if next(self.resets) % 8 < 2 else "1"
 
-    def try_door(self, door: int) -> str:
-        """Try a door.
+    def count(self, digits: str) -> int:
+        """Count digits.
 
         Args:
-            door: The door's number.
+            digits: Digits.
         """
-        self.tried.append(door)
-        return try_door(door)
+        return count(digits)
 
 
 def test_an_environments_first_words_are_the_state_of_the_first_turn(tmp_path):
     trainer = playing(tmp_path, trainer_arguments={"environment_factory": House})
-    north, opened, south, shut, none = 0, 1, 2, 3, -1
-    expected = [[north, opened, none], [north, opened, none], [south, shut, opened], [south, none, none]]
+    here, one, there, two, none = 0, 1, 2, 3, -1
+    expected = [[here, one, none], [here, one, none], [there, two, one], [there, none, none]]
     assert trainer.rewards.steps.states[0].tolist() == expected
 
 
 def reporting(completions: list[Any], log_extra: Any, **_: Any) -> list[float]:
-    """A point for the turn that finds a shut door. The state is all that the tool has said."""
+    """A point for the turn to which the tool says 2. The state is all that the tool has said."""
     states, points = [], []
     for messages in completions:
         heard: list[str] = []
@@ -189,7 +144,7 @@ def reporting(completions: list[Any], log_extra: Any, **_: Any) -> list[float]:
                 its_points.append(0.0)
             else:
                 heard.append(message["content"])
-                its_points[-1] += message["content"] == "shut"
+                its_points[-1] += message["content"] == "2"
         states.append(its_states)
         points.append(its_points)
     log_extra("step_states", states)
@@ -200,8 +155,8 @@ def reporting(completions: list[Any], log_extra: Any, **_: Any) -> list[float]:
 def test_a_reward_function_says_what_the_turns_earn_and_where_they_start(tmp_path):
     trainer = playing(tmp_path, reward_funcs=[reporting])
     steps = trainer.rewards.steps
-    start, opened, shut, both, none = 0, 1, 2, 3, -1
-    expected = [[start, opened, none], [start, opened, none], [start, shut, both], [start, none, none]]
+    start, one, two, both, none = 0, 1, 2, 3, -1
+    expected = [[start, one, none], [start, one, none], [start, two, both], [start, none, none]]
     assert steps.states[0].tolist() == expected
     assert steps.rewards[0].nan_to_num(-1.0).tolist() == [[0, 0, -1], [0, 0, -1], [1, 0, 0], [0, -1, -1]]
     assert not steps.at_end.any()
