@@ -20,8 +20,9 @@ from grpo_plus.kernels.linear_logprob.kept import KeptRows
 from grpo_plus.packing import PaddedRows, Truncated, why_not_packed, why_not_truncated
 from grpo_plus.packing.check import PaddedLogps
 from grpo_plus.rollout.kept import KeptRecorder
-from grpo_plus.rollout.recorder import recording, shares
+from grpo_plus.rollout.recorder import recording
 from grpo_plus.trainer.names import KEPT_COUNTS, KEPT_LISTS, ONLY_LISTS
+from grpo_plus.trainer.written import Rows, Written
 
 logger = logging.getLogger("grpo_plus")
 
@@ -62,7 +63,7 @@ class KeptSets:
         with recording(trainer.accelerator.unwrap_model(trainer.model_wrapped), KeptRecorder) as recorders:
             yield recorders
 
-    def take(self, recorders: list[KeptRecorder], completion_ids: list[list[int]], images: list | None) -> None:
+    def take(self, recorders: list[KeptRecorder], written: Written | None, images: list | None) -> None:
         """Keep what belongs to the completions, until they are scored."""
         if not self._acts:
             return
@@ -70,14 +71,13 @@ class KeptSets:
             raise ValueError(
                 "truncated_sampling='correct' is for rows of text, and the dataset has images. Leave it unset."
             )
-        parts = shares(recorders, [len(ids) for ids in completion_ids])
-        if parts is None:
+        tables = None if written is None else written.tables(recorders, _table)
+        if written is None or tables is None:
             raise ValueError(
-                "truncated_sampling='correct' has seen model.generate make "
-                f"{sum(recorder.size for recorder in recorders)} rows, and TRL has "
-                f"{len(completion_ids)} completions. It needs both to be the same. Leave truncated_sampling unset."
+                f"truncated_sampling='correct' has seen model.generate make {sum(each.size for each in recorders)} "
+                "rows, and these are not what TRL has made its completions of. Leave truncated_sampling unset."
             )
-        self._rows = KeptRows.joined([recorder.table(lengths) for recorder, lengths in parts])
+        self._rows = tables[0] if written.in_one_piece else written.placed_kept(tables)
 
     def added_to(self, output: dict[str, Any]) -> dict[str, Any]:
         """TRL's dictionary with the kept sets of its rows, which follow the rows from there."""
@@ -124,8 +124,6 @@ def _why_not(trainer: GRPOTrainer) -> str | None:
     columns = getattr(trainer.train_dataset, "column_names", None) or ()
     if trainer.rollout_func is not None:
         return "a rollout function samples, and does not say which tokens it could draw"
-    if trainer.tools:
-        return "completions with tools are made of several turns"
     if {"image", "images"} & set(columns):
         return "the dataset has images, and only rows of text are followed"
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
@@ -135,6 +133,10 @@ def _why_not(trainer: GRPOTrainer) -> str | None:
     if trainer.aux_loss_enabled:
         return "the model has a router loss, whose forward is TRL's"
     return why_not_packed(trainer.accelerator.unwrap_model(trainer.model))
+
+
+def _table(parts: list[tuple[KeptRecorder, Rows]]) -> KeptRows:
+    return KeptRows.joined([recorder.table([len(ids) for ids in rows]) for recorder, rows in parts])
 
 
 def _only_lists(counts: Tensor, completion_mask: Tensor) -> Tensor:

@@ -5,7 +5,8 @@ quantized. TRL would put `sampling_per_token_logps` into its off-policy mask. Th
 only the log reads it.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,10 +19,11 @@ from grpo_plus.config.speed import generates_in_batches
 from grpo_plus.packing import base_model, why_not_packed
 from grpo_plus.packing.transfer import on_device
 from grpo_plus.rollout import why_not_model
-from grpo_plus.rollout.recorder import recording, shares
+from grpo_plus.rollout.recorder import recording
 from grpo_plus.rollout.sampled import SampledRecorder
 from grpo_plus.trainer.gap_log import GapLog
 from grpo_plus.trainer.names import SAMPLED_LOGPS, trained_tokens
+from grpo_plus.trainer.written import Rows, Written
 
 
 class SampledLogps:
@@ -37,15 +39,23 @@ class SampledLogps:
     def _acts(self) -> bool:
         return self._follows and self._trainer.model.training
 
-    def followed(self, generate: Callable[[list], tuple], prompts: list) -> tuple:
-        """TRL's `_generate`, and what the sampler gave the tokens of its completions, kept until they are scored."""
+    @contextmanager
+    def recorded(self) -> Iterator[list[SampledRecorder]]:
+        """Inside, what is generated is recorded."""
         if not self._acts:
-            return generate(prompts)
+            yield []
+            return
         trainer = self._trainer
         with recording(trainer.accelerator.unwrap_model(trainer.model_wrapped), SampledRecorder) as recorders:
-            generated = generate(prompts)
-        self._logps = _joined(recorders, generated[1])
-        return generated
+            yield recorders
+
+    def take(self, recorders: list[SampledRecorder], written: Written | None) -> None:
+        """Keep what the sampler gave the tokens of the completions, until they are scored."""
+        tables = None if written is None or not self._acts else written.tables(recorders, _table)
+        if written is None or tables is None:
+            self._logps = None
+        else:
+            self._logps = tables[0] if written.in_one_piece else written.placed_logps(tables)
 
     def added_to(self, output: dict[str, Any]) -> dict[str, Any]:
         """TRL's dictionary with what the sampler gave its tokens, for the update to compare with.
@@ -91,11 +101,11 @@ class SampledLogps:
 
 
 def _follows(trainer: Any) -> bool:
-    """Whether transformers' sampling makes every completion of the run, in one piece, as far as is known here."""
+    """Whether transformers' sampling makes every completion of the run, as far as is known here."""
     args = trainer.args
     if trainer.plus.generation_loop == "trl" or not generates_in_batches(args) or args.torch_compile:
         return False
-    if trainer.rollout_func is not None or trainer.tools or trainer.environments:
+    if trainer.rollout_func is not None:
         return False
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or args.n_gpu > 1:
         return False
@@ -105,11 +115,8 @@ def _follows(trainer: Any) -> bool:
     return trainer.generation_config.get_generation_mode() == GenerationMode.SAMPLE
 
 
-def _joined(recorders: list[SampledRecorder], completion_ids: list[list[int]]) -> Tensor | None:
-    """What has been recorded of the completions (B, T). None where somebody else has made some of them."""
-    parts = shares(recorders, completion_ids)
-    if parts is None:
-        return None
+def _table(parts: list[tuple[SampledRecorder, Rows]]) -> Tensor:
+    """What has been recorded of one generation's rows (B, T)."""
     tables = [recorder.table(ids) for recorder, ids in parts]
     longest = max(table.shape[1] for table in tables)
     return torch.cat([_widened(table, longest) for table in tables])

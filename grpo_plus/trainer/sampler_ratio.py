@@ -31,7 +31,8 @@ class SamplerRatio:
         self._in_update = in_update
         self._log = GapLog(trainer)
         self._sampled = SampledLogps(trainer, self._log)
-        self.followed, self.added_to = self._sampled.followed, self._sampled.added_to
+        sampled = self._sampled
+        self.recorded, self.take, self.added_to = sampled.recorded, sampled.take, sampled.added_to
 
     def reset(self) -> None:
         """Begin a training: an earlier one may have ended within a step."""

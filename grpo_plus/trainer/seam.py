@@ -55,6 +55,7 @@ from grpo_plus.trainer.shown import Shown
 from grpo_plus.trainer.speed import speed_of
 from grpo_plus.trainer.step_figures import step_figures_of
 from grpo_plus.trainer.steps import gathered_steps, own_turns, reads_turns
+from grpo_plus.trainer.written import Generation, Written
 
 
 class TRLSeam(ScoringSeam):
@@ -96,6 +97,7 @@ class TRLSeam(ScoringSeam):
         self._sampler = SamplerRatio(self, in_update=self.speed.drops_old_policy_pass)
         self._step_figures = step_figures_of(self)
         self._rollout_log = RolloutLog(self)
+        self._generations: list[Generation] = []  # of the batch that is being generated
 
     def _begins_training(self) -> None:
         for part in (self._kept, self._refills, self._sampler, self._step_figures):
@@ -137,9 +139,12 @@ class TRLSeam(ScoringSeam):
         return rewards_per_func
 
     def _generate(self, prompts: list) -> tuple:
-        with self._kept.recorded() as recorders:
-            generated = self._sampler.followed(super()._generate, prompts)
-        self._kept.take(recorders, generated[1], generated[6])
+        self._generations = []
+        with self._kept.recorded() as kept, self._sampler.recorded() as sampled:
+            generated = super()._generate(prompts)
+        written = Written.of(self._generations, *generated[:3])
+        self._kept.take(kept, written, generated[6])
+        self._sampler.take(sampled, written)
         self._tool_masks = generated[2]
         return generated
 
@@ -160,12 +165,15 @@ class TRLSeam(ScoringSeam):
                 return generate(part.prompt_ids, part.images, part.fields, num_generations, has_tool_images)
 
         with exact, self.speed.adapters.held(), self._rollout_log.followed(len(prompt_ids)):
-            if self.speed.chunks is None:
-                return complete(shown)
-            if shown.why_whole is not None:
+            if shown.why_whole is not None and self.speed.chunks is not None:
                 warnings.warn(f"generation_chunk_size: all rows at once. {shown.why_whole}.", stacklevel=2)
-                return complete(shown)
-            return self.speed.chunks.generate(lambda rows: complete(shown[rows])[0], prompt_ids), None
+            if self.speed.chunks is None or shown.why_whole is not None:
+                completion_ids, logps = complete(shown)
+            else:
+                parts = self.speed.chunks.generate(lambda rows: complete(shown[rows])[0], prompt_ids)
+                completion_ids, logps = parts, None
+        self._generations.append(Generation(prompt_ids, list(completion_ids)))  # TRL cuts ends in its own list
+        return completion_ids, logps
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         score = super()._generate_and_score_completions

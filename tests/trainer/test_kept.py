@@ -12,9 +12,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, MinPLogitsWarper, PreTrainedModel, TopKLogitsWarper, TopPLogitsWarper
 
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
-from grpo_plus.demo.tiny import tiny_tokenizer
+from grpo_plus.demo.tiny import tiny_model, tiny_tokenizer
 from grpo_plus.kernels.linear_logprob import listed
 from grpo_plus.trainer.kept import KeptSets
+from grpo_plus.trainer.names import trained_tokens
+from grpo_plus.trainer.written import Generation, Written
+from tests.calling import asking, called, calling_tokenizer, count, grow
 from tests.packing.models import tiny
 from tests.refilling import MIXED, Judge
 from tests.training import PROMPTS, make_trainer
@@ -70,7 +73,7 @@ class Watched(GRPOPlusTrainer):
         scores = super()._get_per_token_logps_and_entropies(*args, **kwargs)
         inputs = self._micro_batch
         if inputs is not None and inputs["global_step"][0] == self.state.global_step:
-            trained = inputs["completion_mask"].bool() & inputs["advantages"].ne(0).unsqueeze(1)
+            trained = trained_tokens(inputs).bool() & inputs["advantages"].ne(0).unsqueeze(1)
             self.seen.append(
                 tuple(values.detach()[trained] for values in (scores[0], inputs["sampler"], inputs["whole"]))
             )
@@ -175,6 +178,26 @@ def test_refilled_rows_bring_what_could_be_drawn(tmp_path):
     sampled_by_the_policy(trainer)
 
 
+@pytest.mark.parametrize("config", [{"packing": "shared_prompt"}, {"packing": "none", "generation_chunk_size": 3}])
+def test_turns_with_a_tool_start_from_the_policy_that_sampled(tmp_path, config):
+    tokenizer = calling_tokenizer()
+    trainer = watched(
+        tmp_path,
+        max_steps=2,
+        model=tiny_model(tokenizer, hidden_size=16, num_heads=2),
+        processing_class=tokenizer,
+        train_dataset=asking(*"0123"),
+        reward_funcs=[called],
+        trainer_arguments={"tools": [count, grow]},
+        max_completion_length=20,
+        **TOP_P,
+        **config,
+    )
+    trainer.train()
+    assert any((batch["tool_mask"] == 0).any() for batch in trainer.batches)
+    sampled_by_the_policy(trainer)
+
+
 def test_evaluation_is_over_the_same_tokens(tmp_path):
     trainer = watched(
         tmp_path, trainer_arguments={"eval_dataset": PROMPTS.select(range(2)), "peft_config": LORA}, beta=0.1, **TOP_P
@@ -253,7 +276,6 @@ def test_a_head_of_another_kind_ends_the_run_at_its_first_batch(tmp_path):
 def test_what_only_the_trainer_knows_is_refused_by_name(tmp_path, monkeypatch):
     trainer = watched(tmp_path)
     for name, value, message in (
-        ("tools", [print], "several turns"),
         ("is_fsdp_enabled", True, "FSDP or DeepSpeed"),
         ("is_deepspeed_enabled", True, "FSDP or DeepSpeed"),
         ("aux_loss_enabled", True, "router loss"),
@@ -263,5 +285,6 @@ def test_what_only_the_trainer_knows_is_refused_by_name(tmp_path, monkeypatch):
             with pytest.raises(ValueError, match=message):
                 KeptSets(trainer, "correct", tells=True)
     kept = KeptSets(trainer, "correct", tells=True)
-    with pytest.raises(ValueError, match="make 0 rows, and TRL has 2 completions"):
-        kept.take([], [[1], [2]], None)
+    written = Written.of([Generation([[1], [1]], [[2], [3]])], [[1], [1]], [[2], [3]], None)
+    with pytest.raises(ValueError, match="make 0 rows, and these are not what TRL has made its completions of"):
+        kept.take([], written, None)

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
+from grpo_plus.demo.tiny import tiny_model
 from grpo_plus.losses.sampler import SamplerGap, suspicion
+from tests.calling import asking, called, calling_tokenizer, count, grow
 from tests.refilling import MIXED, Judge
 from tests.training import make_trainer
 
@@ -93,6 +95,7 @@ def gaps(tmp_path, **config):
     ]
 
 
+CALLING = calling_tokenizer()
 ROWS = {"gradient_accumulation_steps": 2, "generation_chunk_size": 3}
 RUNS = {
     "compared in the update, over rows that moved": {
@@ -101,6 +104,15 @@ RUNS = {
         "reward_funcs": [Judge()],
         "max_refills": 1,
         "skip_zero_advantage": True,
+    },
+    "compared turn by turn, around what a tool wrote": {
+        "processing_class": CALLING,
+        "model": tiny_model(CALLING, hidden_size=16, num_heads=2),
+        "train_dataset": asking(*"0123"),
+        "reward_funcs": [called],
+        "trainer_arguments": {"tools": [count, grow]},
+        "max_completion_length": 20,
+        "generation_chunk_size": 3,
     },
     "compared with the old policy, padded": {**ROWS, "num_iterations": 2, "packing": "none"},
 }
