@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import wraps
+from operator import itemgetter
 from types import MethodType
 from typing import Any, Self
 
@@ -128,7 +129,9 @@ class Form:
         """Lay out one group, at most `max_tokens` at a time, or one completion where that is longer."""
         if self.lay_out_long is not None:
             return [on_device(self.lay_out_long(group, device, max_tokens), device)]
-        parts = runs(group.apart(), lambda rows: self.tokens([merged(rows)], device) <= max_tokens)
+        # Rows that begin alike come together.
+        rows = [row for _, row in sorted(zip(group.tree.last, group.apart(), strict=True), key=itemgetter(0))]
+        parts = runs(rows, lambda rows: self.tokens([merged(rows)], device) <= max_tokens)
         return [self.ready([merged(rows)], device) for rows in parts]
 
     def run(self, call: Any, head: Head | None, model: PreTrainedModel, forward: Callable[..., Any]) -> Logps:

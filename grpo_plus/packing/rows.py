@@ -72,7 +72,11 @@ def _packed_tokens(groups: Sequence[Group], device: torch.device) -> int:
     return sum(group.tokens for group in groups)
 
 
+def _prompts_first_tokens(groups: Sequence[Group], device: torch.device) -> int:
+    return _packed_tokens(prompts_first(groups), device)
+
+
 SEGMENTS = Form("shared_prompt", "segment attention", True, _segments, _passes, _packed_tokens)
-CASCADE = Form("shared_prompt", "cascade attention", True, _cascade, _passes, _packed_tokens)
+CASCADE = Form("shared_prompt", "cascade attention", True, _cascade, _passes, _prompts_first_tokens)
 PADDING_FREE = Form("padding_free", "segment attention", False, _segments, _passes, _packed_tokens)
-PADDING_FREE_FLASH = Form("padding_free", "flash attention", False, _cascade, _passes, _packed_tokens)
+PADDING_FREE_FLASH = Form("padding_free", "flash attention", False, _cascade, _passes, _prompts_first_tokens)

@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 
 from grpo_plus.packing import tree
 from grpo_plus.packing.head import single_pass_head
-from grpo_plus.packing.layout import group_rows, pack, unpack
+from grpo_plus.packing.layout import Group, group_rows, pack, unpack
 from grpo_plus.packing.packer import Choice, _run
 from grpo_plus.packing.padded import Layout
 from grpo_plus.packing.rows import CASCADE, SEGMENTS
@@ -131,5 +131,17 @@ def test_each_beginning_goes_through_the_model_once(everything_is_shared):
         _, entropies, tokens = in_form(model, SEGMENTS)
     # Prompts without their last tokens, then the runs: 17 + 8 + 4 + 8, then 5, then 6 + 5 + 5, then 5 + 6 + 8.
     assert tokens == 22 + 37 + 13 + 5 + 8 + 16 + 0 + 19
-    assert tokens == sum(SEGMENTS.tokens([group], CPU) for group in group_rows(ids, mask, COMPLETION))
+    groups = group_rows(ids, mask, COMPLETION)
+    assert SEGMENTS.tokens(groups, CPU) == tokens
+    assert (
+        CASCADE.tokens(groups, CPU) == CASCADE.ready(groups, CPU).tokens == tokens + 5
+    )  # a prompt of one token forks not
     assert_close("entropies", entropies, padded_output(model, ids, mask).entropy[:, -COMPLETION:], rtol=2e-6)
+
+
+def test_passes_of_bounded_size_keep_rows_that_begin_alike_together(everything_is_shared):
+    first, other = torch.arange(10), torch.arange(20, 30)
+    group = Group(torch.tensor([7, 8]), (0, 1, 2, 3), (first, other, first, other))
+    parts = SEGMENTS.ready_in_parts(group, CPU, 11)  # one token of the prompt and ten of a completion
+    assert [part.rows.unique().tolist() for part in parts] == [[0, 2], [1, 3]]
+    assert [part.tokens for part in parts] == [11, 11]
