@@ -105,7 +105,8 @@ class GRPOPlusConfig(GRPOConfig):
             model's cache carries them exactly, and a completion is never cut. The loss is that of all rows together,
             and the gradients differ by rounding alone. None: one pass, as TRL. "auto": as many tokens as the free
             memory of a CUDA device holds by the planner's count. Where the memory runs out all the same, the passes are
-            halved and the micro-batch is computed again. Other devices take one pass, and so do rows with images.
+            halved and the micro-batch of text is computed again. Other devices take one pass. A prompt with images
+            stays whole, and rows with images that stay padded take one pass.
         mlp_tile_tokens: number of tokens that MLPs and norms see at a time. Longer rows go through them in tiles, so
             that a layer's peak in backward is its attention's. "auto": 4096 where gradient checkpointing is on and not
             reentrant, which costs no further forward of the MLP in most models. None or 0: all tokens at once. A number

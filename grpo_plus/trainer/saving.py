@@ -32,6 +32,7 @@ from grpo_plus.trainer.checkpoints import chosen_checkpoint, rotate, saved_state
 from grpo_plus.trainer.hooks import Hooks
 from grpo_plus.trainer.manifest import begin, seal
 from grpo_plus.trainer.position import Position, saved_position, settings_of, take_up, why_another_batch, within_batch
+from grpo_plus.trainer.renamed import load_renamed
 from grpo_plus.trainer.rescue import OptimizerWatch, all_are_there, why_not_rescued
 
 REFERENCE_FILE = "grpo_plus_reference.pt"
@@ -230,6 +231,7 @@ class SavingSeam(Hooks, GRPOTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         check_adapter_folder(resume_from_checkpoint, self.model)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+        load_renamed(resume_from_checkpoint, self.model)
         if names := nonfinite_weights(self.model):
             raise ValueError(
                 f"The weight {names[0]!r} (one of {len(names)}) in {resume_from_checkpoint} is not finite. Resume from "
@@ -243,6 +245,7 @@ class SavingSeam(Hooks, GRPOTrainer):
             logger.warning(f"The best checkpoint {best} {reason}. The model keeps its last weights.")
             return
         super()._load_best_model()
+        load_renamed(best, self.model)
         load_best_adapter(self.state.best_model_checkpoint, self.model)
         self._adapters_as_trained({})
 

@@ -91,9 +91,9 @@ def test_a_run_with_images_goes_on_within_a_generation_batch(tmp_path):
     settings = {"steps_per_generation": 2, "num_iterations": 2, "max_completion_length": 4, "save_strategy": "steps"}
     settings |= {"save_steps": 1, "max_steps": 4, "train_dataset": pictured((1, 2)), "per_device_train_batch_size": 4}
     settings |= {"trainer_class": GRPOPlusTrainer, "config_class": GRPOPlusConfig}
-    whole = make_vision_trainer(tmp_path, "smolvlm", **settings)
+    whole = make_vision_trainer(tmp_path, "qwen2_5_vl", **settings)
     whole.train()
-    again = make_vision_trainer(tmp_path, "smolvlm", **settings)
+    again = make_vision_trainer(tmp_path, "qwen2_5_vl", **settings)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert logs_of(again)[1:-1] == logs_of(whole)[1:-1]
     assert differing(weights_of(again), weights_of(whole)) == []
