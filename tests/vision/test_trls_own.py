@@ -82,6 +82,12 @@ def test_images_are_logged_where_asked_for(tmp_path, log_multimodal):
     assert [len(images) for images in trainer._logs["images"]] in ([[1, 1], [2, 2]] if log_multimodal else [[]])
 
 
+def test_one_batch_has_no_rows_with_and_without_images(tmp_path):
+    # TRL's limit, of which docs/vision.md tells.
+    with pytest.raises(TypeError, match="only a single or a list of entries is supported"):
+        trained(tmp_path, "qwen2_5_vl", (1, 0), per_device_train_batch_size=4)
+
+
 def screenshot() -> list:
     """
     Take a screenshot.
