@@ -41,8 +41,16 @@ def test_images_are_cut_by_row_and_joined_again(layout):
         assert torch.equal(again[name], value) if isinstance(value, torch.Tensor) else again[name] == value
 
 
-def test_images_that_fit_no_number_of_rows_are_not_cut():
-    assert not knows_rows(batch("images") | {"pixel_values": torch.zeros(4, 1)})
+def test_rows_whose_images_are_unknown_are_left_to_trl_and_that_is_said(tmp_path):
+    unknown = batch("images") | {"pixel_values": torch.zeros(4, 1)}
+    assert not knows_rows(unknown)
+    made = make_vision_trainer(
+        tmp_path, "smolvlm", trainer_class=GRPOPlusTrainer, config_class=GRPOPlusConfig, packing="auto"
+    )
+    ids = torch.ones(3, 5).long()
+    with pytest.warns(UserWarning, match="stay padded where the numbers of images do not tell which row has which"):
+        rows = made._padded_rows(ids, ids, 2, unknown)
+    assert (rows.pictures, rows.live, rows.layout) == (None, None, None)
 
 
 def micro_batches():
