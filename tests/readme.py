@@ -99,6 +99,20 @@ def update_rows(results: str = "update_cpu.json") -> list[tuple[str, ...]]:
     return table
 
 
+def tree_rows() -> list[tuple[str, ...]]:
+    """Speed of an update where completions begin alike, beside stock TRL and beside shared prompts alone."""
+    rows = json.loads((RESULTS / "tree.json").read_text())["rows"]
+    cells = {(row["case"], row["variant"]): row for row in rows}
+    variants = list(dict.fromkeys(variant for _, variant in cells))
+    table = [("completions", "tokens: TRL, prompts, trees", *variants)]
+    for case in dict.fromkeys(case for case, _ in cells):
+        measured = [cells[case, variant] for variant in variants]
+        ratios = [[f"{row['faster_than'][way]:.2f}x" for way in ("trl", "prompts")] for row in measured]
+        tokens = ", ".join(f"{count:,}" for count in measured[0]["tokens"].values())
+        table.append((case, tokens, *map(", ".join, ratios)))
+    return table
+
+
 def gpu_rows() -> list[tuple[str, ...]]:
     """Updates of the first run on a GPU: seconds and peak memory of TRL's, and how the other ways compare."""
     rows = json.loads((RESULTS / "gpu_h200_first.json").read_text())["stages"]["update"]["rows"]
@@ -192,6 +206,7 @@ TABLES = {
     "turns": turns_rows,
     "update": update_rows,
     "update_vision": lambda: update_rows("update_vision_cpu.json"),
+    "tree": tree_rows,
     "gpu": gpu_rows,
     "multitask": multitask_rows,
     "longest": longest_rows,
