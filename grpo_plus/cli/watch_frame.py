@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 
 from grpo_plus.cli.figures import duration, figure, rows, sparkline
 from grpo_plus.cli.words import for_terminal
-from grpo_plus.report.completions import NOT_REWARDS
+from grpo_plus.report.completions import NOT_REWARDS, said
 from grpo_plus.report.run_log import RunLog
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ def _end(text: str, signs: int) -> str:
 def _said(value: Any) -> str:
     """The text of a prompt or a completion: of its last message where it is a conversation."""
     if isinstance(value, list):
-        value = value[-1].get("content", "") if value and isinstance(value[-1], dict) else ""
+        value = said(value[-1].get("content")) if value and isinstance(value[-1], dict) else ""
     return " ".join(str(value).split())
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_plus.compare.store import SAMPLES, read_json
+from grpo_plus.report.completions import said
 from grpo_plus.report.secrets import masked_text
 
 KEPT = 3  # samples of a model
@@ -36,14 +37,7 @@ def as_text(written: Any) -> str:
     """A prompt or a completion as text: messages one after the other, each after its role."""
     if isinstance(written, str):
         return written
-    return "\n".join(f"{message.get('role', '')}: {_content(message.get('content'))}" for message in written)
-
-
-def _content(content: Any) -> str:
-    """What a message says; of images and the like, their kind."""
-    if isinstance(content, list):
-        return " ".join(str(part.get("text", f"[{part.get('type')}]")) for part in content)
-    return "" if content is None else str(content)
+    return "\n".join(f"{message.get('role', '')}: {said(message.get('content'))}" for message in written)
 
 
 def _shortened(text: str) -> str:

@@ -166,3 +166,13 @@ def test_a_length_that_a_reward_function_logs_is_no_reward(tmp_path, capsys, mon
     printed = frame(tmp_path, capsys, monkeypatch)
     assert "right 1" in printed
     assert "3.5" not in printed
+
+
+def test_a_prompt_with_a_picture_shows_its_text_and_the_place_of_the_picture(tmp_path, capsys, monkeypatch):
+    log(tmp_path, [0.1, 0.2])
+    (tmp_path / "completions").mkdir()
+    asked = [{"type": "image", "text": None}, {"type": "text", "text": "How many?"}]
+    rows = {"step": [2], "prompt": [[{"role": "user", "content": asked}]], "right": [1.0]}
+    rows["completion"] = [[{"role": "assistant", "content": "3"}]]
+    pd.DataFrame(rows).to_parquet(tmp_path / "completions" / "completions_00002.parquet")
+    assert "[image] How many?" in frame(tmp_path, capsys, monkeypatch)

@@ -46,7 +46,7 @@ def test_the_first_prompts_are_kept_with_a_completion_each_and_the_same_ones_und
 
 
 def test_messages_are_told_with_their_roles():
-    parts = [{"type": "image"}, {"type": "text", "text": "What is this?"}]
+    parts = [{"type": "image", "text": None}, {"type": "text", "text": "What is this?"}]  # as a dataset gives them
     assert as_text([{"role": "user", "content": parts}, {"role": "assistant", "content": None}]) == (
         "user: [image] What is this?\nassistant: "
     )
