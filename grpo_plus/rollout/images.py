@@ -39,9 +39,9 @@ def encoded(
     """The arguments of some rows with their images, encoded as `generate` does it: outside of the model's forward."""
     if not images:
         return arguments
-    with_images: dict[str, Any] = arguments | images | {ENCODED: {}}
+    seen: dict[str, Any] = arguments | images
     config = model.generation_config  # which is read for encoder-decoders alone
-    return model._maybe_prepare_encoder_kwargs_for_generation(input_ids, with_images, "input_ids", config)
+    return model._maybe_prepare_encoder_kwargs_for_generation(input_ids, seen, "input_ids", config)
 
 
 @contextmanager
