@@ -1,32 +1,55 @@
 """Generation with each prompt once and rows that leave, beside transformers' own loop, token by token the same.
 
-python -m benchmarks.generation [--device cuda|cpu] [--pairs 5]
+python -m benchmarks.generation [--device cuda|cpu] [--pairs 5] [--images]
 
-Qwen3-shaped models with random weights, float32 on a CPU and bfloat16 on a GPU, sampling at temperature 1. Rows end
+Qwen3-shaped models with random weights, float32 on a CPU and bfloat16 on a GPU, sampling at temperature 1. With
+`--images`, Qwen2.5-VL-shaped ones, and an image in each prompt. Rows end
 with the same probability at every token, 45 % of the longest on average before the cut, unless the case says that all
 are as long. The tokens are compared first, in float32: other tokens end the run. Then both loops take turns; a ratio is
 the median over pairs. On a CPU: seconds of the process, one thread. Bytes are those of tensors alive at once, counted
-one by one (on a GPU: the allocator's), above what was there before. Writes benchmarks/results/generation_<device>.json.
+one by one (on a GPU: the allocator's), above what was there before. Writes benchmarks/results/generation_<device>.json,
+with images generation_images_<device>.json.
 """
 
 import argparse
 import json
 import os
 import statistics
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessorList, PreTrainedModel, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    Qwen2_5_VLConfig,
+    Qwen3Config,
+)
 
 from benchmarks.lengths import FixedLengths, geometric
 from benchmarks.machine import RESULTS, describe, device_name, peak_mb, seconds
+from grpo_plus.models.pictures import Pictures
 from grpo_plus.rollout import Rollouts
 from tests.planner.tracking import Allocations
 
 VOCABULARY, EOS, PAD = 8000, 2, 0
+IMAGE = 3  # the token that stands for four patches
+PATCH = 14
+# Beside a language model of size "m", as large as Qwen2.5-VL-3B's tower is beside its own.
+TOWER = {
+    "depth": 6,
+    "hidden_size": 192,
+    "intermediate_size": 512,
+    "num_heads": 4,
+    "patch_size": PATCH,
+    "fullatt_block_indexes": [2, 5],
+}
 SIZES = {
     "m": {"hidden_size": 384, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 64},
     "s": {"hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 32},
@@ -40,6 +63,7 @@ class Case:
     Attributes:
         note: what is special. "" for nothing.
         equal: whether all rows have the greatest length.
+        image: width and height of each prompt's image in patches, which the prompt's tokens count. 0 without images.
     """
 
     prompt: int
@@ -49,6 +73,7 @@ class Case:
     size: str
     note: str = ""
     equal: bool = False
+    image: int = 0
 
     @property
     def words(self) -> str:
@@ -66,6 +91,7 @@ CASES = (
     Case(32, 48, 4, 2, "s", "equal lengths", equal=True),
     Case(32, 48, 8, 1, "s", "nothing shared, equal lengths", equal=True),
 )
+IMAGE_CASES = (Case(320, 64, 4, 8, "m", "256 of an image", image=32),)
 
 
 def main() -> None:
@@ -73,10 +99,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--images", action="store_true", help="prompts with images")
     args = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
-    for case in CASES:
+    for case in IMAGE_CASES if args.images else CASES:
         rows.append(_measured(case, args.device, args.pairs))
         print(
             f"{case.words:<48} TRL {rows[-1]['seconds']['trl']:6.2f} s  ours {rows[-1]['seconds']['grouped']:6.2f} s  "
@@ -85,14 +112,14 @@ def main() -> None:
             flush=True,
         )
     machine = describe() | {"device": device_name(args.device), "threads": 1, "load": round(os.getloadavg()[0], 1)}
-    command = f"python -m benchmarks.generation --device {args.device} --pairs {args.pairs}"
-    path = RESULTS / f"generation_{args.device}.json"
+    command = f"python -m benchmarks.generation --device {args.device} --pairs {args.pairs}{' --images' * args.images}"
+    path = RESULTS / f"generation_{'images_' * args.images}{args.device}.json"
     path.write_text(json.dumps({"command": command, "machine": machine, "rows": rows}, indent=1) + "\n")
     print(f"written to {path.name}")
 
 
 def _measured(case: Case, device: str, pairs: int) -> dict[str, Any]:
-    model = small_model(case.size).to(device)
+    model = (_seeing_model(case.size) if case.image else small_model(case.size)).to(device)
     loops = {"trl": Batch(case, model, None), "grouped": Batch(case, model, Rollouts(insists=True))}
     drawn = {name: batch.generate(seed=0) for name, batch in loops.items()}  # in float32, also on a GPU
     if not torch.equal(*drawn.values()):
@@ -130,8 +157,23 @@ class Batch:
 
     def __init__(self, case: Case, model: PreTrainedModel, rollouts: Rollouts | None) -> None:
         self.case, self.model, self.rollouts = case, model, rollouts
-        prompts = torch.randint(5, VOCABULARY, (case.groups, case.prompt), generator=torch.Generator().manual_seed(0))
+        generator = torch.Generator().manual_seed(0)
+        prompts = torch.randint(5, VOCABULARY, (case.groups, case.prompt), generator=generator)
+        self.images: dict[str, Tensor] = {}
+        if case.image:
+            prompts[:, 8 : 8 + case.image**2 // 4] = IMAGE
+            pixels = torch.randn(case.groups, case.image**2, 6 * PATCH**2, generator=generator)
+            rows = case.groups * case.generations
+            self.images = {
+                "pixel_values": pixels.repeat_interleave(case.generations, 0).flatten(0, 1).to(model.device),
+                "image_grid_thw": torch.tensor([[1, case.image, case.image]] * rows, device=model.device),
+                "mm_token_type_ids": (prompts == IMAGE).int().repeat_interleave(case.generations, 0).to(model.device),
+            }
         self.ids = prompts.repeat_interleave(case.generations, 0).to(model.device)
+
+    def by_row(self, images: Mapping[str, Tensor]) -> Pictures:
+        """The images of each row."""
+        return Pictures.of({name: list(value.chunk(len(self.ids))) for name, value in images.items()})
 
     def generate(self, *, seed: int) -> Tensor:
         """Ids of prompts and completions. The same seed gives the same lengths."""
@@ -149,10 +191,13 @@ class Batch:
         )
         processors = LogitsProcessorList([] if case.equal else [FixedLengths([lengths], EOS)])
         torch.manual_seed(seed)
-        with torch.no_grad(), self.rollouts.decoding(self.model) if self.rollouts else nullcontext():
+        rollouts = self.rollouts
+        decoding = rollouts.decoding(self.model) if rollouts else nullcontext()
+        with torch.no_grad(), decoding, rollouts.seeing(self.by_row) if rollouts else nullcontext():
             return self.model.generate(
                 input_ids=self.ids,
                 attention_mask=torch.ones_like(self.ids),
+                **self.images,
                 generation_config=config,
                 logits_processor=processors,
             )
@@ -169,6 +214,26 @@ def small_model(size: str) -> PreTrainedModel:
         **SIZES[size],
     )
     return AutoModelForCausalLM.from_config(config).eval()
+
+
+def _seeing_model(size: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    hidden, eighth = SIZES[size]["hidden_size"], SIZES[size]["head_dim"] // 16
+    text = {
+        "vocab_size": VOCABULARY,
+        "num_hidden_layers": 6,
+        "intermediate_size": 3 * hidden,
+        "max_position_embeddings": 4096,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "mrope_section": [2 * eighth, 3 * eighth, 3 * eighth],
+        },
+        **SIZES[size],
+    }
+    text |= {"bos_token_id": 1, "eos_token_id": EOS}
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=TOWER | {"out_hidden_size": hidden}, image_token_id=IMAGE)
+    return AutoModelForImageTextToText.from_config(config).eval()
 
 
 if __name__ == "__main__":

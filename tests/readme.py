@@ -59,7 +59,8 @@ def _step_minutes(run: dict[str, Any]) -> float:
 
 def generation_rows() -> list[tuple[str, ...]]:
     """Seconds and memory of generation beside transformers' own loop."""
-    rows = json.loads((RESULTS / "generation_cpu.json").read_text())["rows"]
+    files = [RESULTS / f"generation_{name}.json" for name in ("cpu", "images_cpu")]
+    rows = [row for file in files for row in json.loads(file.read_text())["rows"]]
     table = [("prompt, longest completion, groups x G", "transformers", "grouped loop", "faster", "memory at the peak")]
     for row in rows:
         seconds = [f"{row['seconds'][side]:.2f} s" for side in ("trl", "grouped")]
