@@ -188,7 +188,7 @@ def _in_parts(prompt: _Prompts, max_tokens: int) -> tuple[_Prompts, ...]:
         return (prompt,)
     # Two tokens at least: a recurrent layer takes a single token for a step of generation.
     count = max(1, min(-(-length // max_tokens), length // 2))
-    parts = zip(*(ids.tensor_split(count, dim=1) for ids in (prompt.input_ids, prompt.position_ids)), strict=True)
+    parts = zip(*(ids.tensor_split(count, dim=-1) for ids in (prompt.input_ids, prompt.position_ids)), strict=True)
     return tuple(_Prompts(ids, positions, None) for ids, positions in parts)
 
 

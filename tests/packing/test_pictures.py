@@ -73,7 +73,8 @@ def test_pictures_of_unequal_sizes_beside_text_give_what_each_row_gives_alone(na
 @pytest.mark.parametrize("name", ["gemma3", "qwen3_vl"])
 def test_checkpointed_layers_and_bounded_passes_give_the_same(name):
     model, processor = pictured_model(name, checkpointing=True)
-    assert_exact(model, model, pictured_batch(model, processor), bound=40)
+    # So short that the prompt of text goes through in parts.
+    assert_exact(model, model, pictured_batch(model, processor), bound=20)
 
 
 def test_lora_on_the_language_model_above_a_frozen_tower_gives_the_same():
