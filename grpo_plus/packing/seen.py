@@ -71,9 +71,10 @@ def why_not_seen(
     model: PreTrainedModel, groups: Sequence["Group"], known: HostPictures, completion_length: int
 ) -> str | None:
     """Reason why completions of prompts with images cannot go on from a cache. None where they may."""
-    if any(types[:, -completion_length:].any() for types in known.types.values()):
-        return "a completion has images, such as a tool's"
     image = image_token(model)
+    typed = any(types[:, -completion_length:].any() for types in known.types.values())
+    if typed or any(group.seen and _go_on_in_completions(group, group.seen, image) for group in groups):
+        return "a completion has images, such as a tool's"
     if any(group.seen and group.seen.images and int(group.prompt[-1]) == image for group in groups):
         return "a prompt ends within an image"
     find = getattr(model.base_model, "get_rope_index", None)
@@ -84,6 +85,18 @@ def why_not_seen(
     if any(group.seen and (group.seen.grid is None or TYPES_OF_GRIDS not in group.seen.types) for group in groups):
         return f"the batch lacks {GRIDS} or {TYPES_OF_GRIDS}, from which the model finds the positions of tokens"
     return None
+
+
+def _go_on_in_completions(group: "Group", seen: Seen, image: int | None) -> bool:
+    """Whether some of the images are a completion's: trainers do not type the tokens of images for every model.
+
+    A policy may write the token of an image, too. Then the prompt has a run of these tokens for each image.
+    """
+    if image is None or not any(completion.eq(image).any() for completion in group.completions):
+        return False
+    is_image = pad(group.prompt.eq(image), (1, 0))
+    runs = int((is_image[1:] & ~is_image[:-1]).sum())
+    return runs < seen.counts.get("num_images", 0)
 
 
 def image_token(model: PreTrainedModel) -> int | None:

@@ -182,6 +182,21 @@ def test_images_in_a_completion_or_at_the_end_of_a_prompt_leave_the_rows_padded(
         assert logps_of(model, replace(rows, input_ids=ids))[1] is None
 
 
+def test_an_image_in_a_completion_is_told_from_a_token_of_images_that_the_policy_writes():
+    model, processor = pictured_model("llava_next")
+    rows = pictured_batch(model, processor).rows
+    assert not rows.pictures.types
+    ids = rows.input_ids.clone()
+    ids[4, -COMPLETION] = model.config.image_token_id
+    written = replace(rows, input_ids=ids)
+    with torch.no_grad():
+        assert logps_of(model, written)[1] is not None
+        one_more = [count + (row in (1, 4, 7)) for row, count in enumerate(rows.pictures.counts["num_images"])]
+        answered = replace(written, pictures=replace(rows.pictures, counts={"num_images": one_more}))
+        with pytest.warns(UserWarning, match="stay padded where a completion has images, such as a tool's"):
+            assert logps_of(model, answered)[1] is None
+
+
 class Clock:
     """Seconds by what ran since the last look: a padded forward takes longer."""
 
