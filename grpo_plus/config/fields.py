@@ -7,6 +7,7 @@ from trl import GRPOConfig
 
 from grpo_plus.advantages import ESTIMATORS
 from grpo_plus.config.advantages import check_advantages, check_refills
+from grpo_plus.config.determinism import check_determinism
 from grpo_plus.config.evaluation import check_pass_at_k
 from grpo_plus.config.guard import check_guard
 from grpo_plus.config.keywords import as_dictionary
@@ -119,6 +120,10 @@ class GRPOPlusConfig(GRPOConfig):
         max_nonfinite_steps: optimizer steps in a row that may have a loss or a gradient that is not finite. Each is
             skipped: the weights and Adam's moments stay, and `guard/skipped_steps` in the log counts it. The last one
             ends the run with an error that names its prompts, after a checkpoint, and with its rows in a file.
+        deterministic: whether two runs of one script end with the same bits, on the same machine. torch, cuBLAS and
+            cuDNN then take deterministic algorithms while `train()` runs, and no choice depends on the clock or on
+            free memory: a `max_tokens_per_pass` of "auto" is one pass. What cannot be repeated is refused. Each
+            checkpoint's line in the log has a hash of its weights. `docs/reliability.md` says what it takes.
 
     Raises:
         ValueError: an unknown estimator, loss or keyword, a keyword's value out of range, or a setting of TRL's that
@@ -294,6 +299,13 @@ class GRPOPlusConfig(GRPOConfig):
             "end the run."
         },
     )
+    deterministic: bool = field(
+        default=False,
+        metadata={
+            "help": "Make two runs equal to the last bit: deterministic algorithms, and no choice by time or free "
+            "memory."
+        },
+    )
 
     def __post_init__(self) -> None:
         """Check the fields of ours and those of TRL's that they meet."""
@@ -311,6 +323,7 @@ class GRPOPlusConfig(GRPOConfig):
         check_truncated_sampling(self)
         check_adapter_dtype(self)
         check_guard(self)
+        check_determinism(self)
         check_pass_at_k(self)
         self.advantage_kwargs = as_dictionary("advantage_kwargs", self.advantage_kwargs)
         self.advantage_modifiers = as_dictionary("advantage_modifiers", self.advantage_modifiers)

@@ -11,6 +11,7 @@ OFF: dict[str, Any] = {
     "advantage_estimator": None,
     "advantage_kwargs": {},
     "advantage_modifiers": {},
+    "deterministic": False,
     "max_nonfinite_steps": 5,
     "max_refills": 0,
     "task_column": None,

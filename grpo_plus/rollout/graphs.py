@@ -96,6 +96,7 @@ class Graphed(Keeper):
     """A cache of fixed shapes, with a graph of the step on it."""
 
     words = "CUDA graphs"
+    is_timed = True
 
     def __init__(
         self, model: PreTrainedModel, cache: DynamicCache, record: Callable[[Call], Call] = cuda_graph

@@ -21,11 +21,13 @@ class Keeper(ABC):
 
     Attributes:
         words: what it does, for the line in the log.
+        is_timed: whether the clock chooses how it computes a step.
         cache: transformers' cache, which the model reads and writes.
         failure: reason why later batches had better do without this keeper. None where there is none.
     """
 
     words: ClassVar[str]
+    is_timed: ClassVar[bool] = False
     failure: str | None = None
 
     def __init__(self, model: PreTrainedModel, cache: DynamicCache) -> None:

@@ -74,13 +74,15 @@ class Rollouts:
 
     Args:
         insists: whether a batch that cannot be decoded so is an error.
+        may_time: whether the clock may choose how a step is computed.
 
     Attributes:
         statistics: of each batch since the last call of `decoding`.
     """
 
-    def __init__(self, *, insists: bool = False) -> None:
+    def __init__(self, *, insists: bool = False, may_time: bool = True) -> None:
         self.insists = insists
+        self.may_time = may_time
         self.statistics: list[Statistics] = []
         self._watch: Watch = nobody
         self._by_row: ByRow | None = None
@@ -189,7 +191,7 @@ class Rollouts:
         model, cache, prompts = given.model, given.arguments["past_key_values"], given.prompts
         reasons = []
         for kind in KEEPERS:
-            if not kind.pays(model, prompts, given.input_ids.shape[1]):
+            if (kind.is_timed and not self.may_time) or not kind.pays(model, prompts, given.input_ids.shape[1]):
                 continue
             use = Use.of(kind, given)
             if use not in self._verdicts:

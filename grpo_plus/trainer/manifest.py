@@ -11,7 +11,8 @@ manifest was written to its end, and has not changed since.
 import hashlib
 import json
 import os
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ WRITTEN = (
     "entropy_ctrl_state.json",
     "grpo_plus_*",
 )
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin")
 
 
 def begin(folder: Path, keep: Container[str] = ()) -> None:
@@ -54,19 +56,20 @@ def begin(folder: Path, keep: Container[str] = ()) -> None:
             path.unlink()
 
 
-def seal(folder: Path, **facts: Any) -> None:
-    """Write the manifest, after every file of the folder has reached the disk.
+def seal(folder: Path, **facts: Any) -> str | None:
+    """Write the manifest, after every file of the folder has reached the disk. Returns `weights_sha256`.
 
     Args:
         facts: what else the manifest says, for JSON.
     """
-    files = {}
+    files: dict[str, dict[str, Any]] = {}
     for path in _files(folder):
         _sync(path)
         files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
     for subfolder in {path.parent for path in _files(folder)}:
         _sync(subfolder)
-    text = json.dumps({"format": FORMAT, **facts, "files": files}, indent=1)
+    weights = weights_sha256(files)
+    text = json.dumps({"format": FORMAT, **facts, "weights_sha256": weights, "files": files}, indent=1)
     partial = folder / f"{MANIFEST}.partial"
     partial.write_text(text, encoding="utf-8")
     _sync(partial)
@@ -74,6 +77,21 @@ def seal(folder: Path, **facts: Any) -> None:
     _sync(folder)
     (folder / UNFINISHED).unlink(missing_ok=True)
     _sync(folder.parent)
+    return weights
+
+
+def weights_sha256(files: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """One hash of all weights: what `sha256sum *.safetensors | sha256sum` prints in the folder.
+
+    It is made of hashes that the manifest has anyway, so no file is read for it. None where no file of the folder
+    itself holds weights, as with weights that processes save in parts.
+
+    Args:
+        files: the manifest's, by name.
+    """
+    names = sorted(name for name in files if "/" not in name and any(fnmatch(name, pattern) for pattern in WEIGHTS))
+    lines = "".join(f"{files[name]['sha256']}  {name}\n" for name in names)
+    return hashlib.sha256(lines.encode()).hexdigest() if names else None
 
 
 def manifest_of(folder: Path) -> dict[str, Any] | None:

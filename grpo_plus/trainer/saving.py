@@ -207,7 +207,9 @@ class SavingSeam(Hooks, GRPOTrainer):
         if (folder / TRAINING_ARGS_NAME).exists():
             torch.save(self.args, folder / TRAINING_ARGS_NAME)  # it was saved while `save_total_limit` was unset
         facts = {"global_step": self.state.global_step, "num_processes": self.accelerator.num_processes}
-        seal(folder, **facts, save_only_model=self.args.save_only_model)
+        weights = seal(folder, **facts, save_only_model=self.args.save_only_model)
+        if self.plus.deterministic and weights is not None:
+            logger.info(f"deterministic: the weights of {folder.name} have the SHA-256 {weights}.")
 
     @property
     def _moves_reference(self) -> bool:

@@ -24,6 +24,7 @@ from grpo_plus.config.speed import check_liger
 from grpo_plus.losses import TRL_LOSSES, LossInputs
 from grpo_plus.models.adapters import adapter_values
 from grpo_plus.qlora.checks import check_run
+from grpo_plus.trainer.determinism import prepare_cublas
 from grpo_plus.trainer.eval_rewards import EvalRewards, both, listed, weighing
 from grpo_plus.trainer.figures import Figures
 from grpo_plus.trainer.generation import generating
@@ -78,6 +79,7 @@ class TRLSeam(ScoringSeam):
         check_numbers(given.get("args"))
         check_liger(given.get("args"))
         check_data(given, added)
+        prepare_cublas(given.get("args"))
         check_run(*(given.get(name) for name in ("model", "args", "quantization_config", "peft_config")))
         exact = adapter_values(given["model"])
         with weighing(given.get("args"), len(added)):

@@ -17,6 +17,7 @@ from torch import Tensor
 from trl import GRPOTrainer
 
 from grpo_plus.config import GRPOPlusConfig
+from grpo_plus.config.determinism import fixes_choices
 from grpo_plus.config.speed import (
     AUTO_CHUNKS,
     AUTO_PASSES,
@@ -135,10 +136,10 @@ def speed_of(trainer: GRPOTrainer, config: GRPOPlusConfig) -> Speed:
 
 
 def _is_measured(trainer: GRPOTrainer, config: GRPOPlusConfig) -> bool:
-    """Whether the run may take what is fastest. Processes must agree, and `full_determinism` fixes the rounding."""
+    """Whether the run may take what is fastest. Processes must agree, and a deterministic run repeats itself."""
     if trainer.accelerator.device.type not in MEASURED_ON or trainer.accelerator.num_processes > 1:
         return False
-    if config.packing == "none" or config.full_determinism:
+    if config.packing == "none" or fixes_choices(config):
         return False
     return trainer.args.n_gpu <= 1 and not is_reentrant(config)
 
@@ -265,7 +266,7 @@ def _rollouts(trainer: GRPOTrainer, config: GRPOPlusConfig) -> Rollouts | None:
     insists = config.generation_loop == "grouped"
     reason = _why_not_grouped(trainer)
     if reason is None:
-        return Rollouts(insists=insists)
+        return Rollouts(insists=insists, may_time=not fixes_choices(config))
     if insists:
         raise ValueError(
             f"generation_loop='grouped' is not possible: {reason}. Change that, or leave generation_loop unset."
@@ -301,6 +302,8 @@ def _passes(trainer: GRPOTrainer, config: GRPOPlusConfig) -> Passes:
     if reason is not None and size != AUTO_PASSES:
         raise ValueError(f"max_tokens_per_pass={size} is not possible: {reason}. Leave max_tokens_per_pass unset.")
     if size is None or reason is not None:
+        return Passes()
+    if size == AUTO_PASSES and fixes_choices(config):
         return Passes()
     if size == AUTO_PASSES:
         return Passes(fitting=lambda prompt_length: tokens_that_fit(trainer.model, config, prompt_length))

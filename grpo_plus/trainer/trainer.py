@@ -11,6 +11,7 @@ The story of a step:
 
 import copy
 import warnings
+from contextlib import nullcontext
 from functools import cached_property
 from typing import Any
 
@@ -35,6 +36,7 @@ from grpo_plus.models.adapters import has_adapters
 from grpo_plus.qlora.frozen import FrozenAdapterCallback
 from grpo_plus.qlora.settings import log_setting_check
 from grpo_plus.trainer.checkpoints import STATE_FILE
+from grpo_plus.trainer.determinism import deterministic_algorithms
 from grpo_plus.trainer.digests import digest
 from grpo_plus.trainer.manifest import MANIFEST
 from grpo_plus.trainer.record import add_to_card, record_of, write_record
@@ -82,7 +84,8 @@ class GRPOPlusTrainer(TRLSeam):
         if self.plus.health_warnings and not self._has(RewardHealthCallback):
             weights = dict(zip(self.reward_func_names, self.reward_weights.tolist(), strict=True))
             self.add_callback(RewardHealthCallback(weights=weights))
-        with self.speed.around_training(self.model):
+        algorithms = deterministic_algorithms() if self.plus.deterministic else nullcontext()
+        with algorithms, self.speed.around_training(self.model):
             return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _has(self, kind: type[TrainerCallback]) -> bool:

@@ -15,9 +15,9 @@ def model():
     return tiny("qwen3")
 
 
-def told(model, caplog, batches=2):
+def told(model, caplog, batches=2, may_time=True):
     """What the log says about a run whose tokens are transformers' own."""
-    run, inputs = Rollouts(insists=True), batch(padded=True)
+    run, inputs = Rollouts(insists=True, may_time=may_time), batch(padded=True)
     expected = generated(model, inputs, generation_config=config(**SAMPLED))
     with caplog.at_level(logging.INFO, logger="grpo_plus"):
         for _ in range(batches):
@@ -52,6 +52,13 @@ def test_prompts_are_copied_where_layers_hold_more_than_keys_and_values(caplog, 
     first, second = told(tiny("lfm2"), caplog)
     assert "not with one cache of each prompt. a cache with LinearAttentionLayer" in first
     assert second == "generation: each prompt once (4x fewer), finished rows leave, cache in place"
+
+
+def test_no_graph_is_chosen_where_the_clock_may_not_choose(model, caplog, monkeypatch):
+    monkeypatch.setattr(Graphed, "pays", classmethod(lambda cls, model, prompts, length: True))
+    assert told(model, caplog, may_time=False) == [
+        "generation: each prompt once (4x fewer), finished rows leave, cache in place"
+    ]
 
 
 def test_a_graph_that_fails_is_told_once_and_later_batches_do_without(model, caplog, monkeypatch):
