@@ -8,6 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+PIXELS = "pixel_values"
 # Arguments of a forward that have an entry for each token: what kind of token it is.
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 GRIDS = "image_grid_thw"  # (images, 3), from which some models compute the positions of tokens
@@ -129,6 +130,12 @@ class Pictures:
         # Equal sums are a guess. What they put together is compared, and a row that differs stands alone.
         same = torch.stack([_equal(row, rows[number]) for row, number in zip(rows, numbers, strict=True)]).tolist()
         return [number if equal else at for at, (number, equal) in enumerate(zip(numbers, same, strict=True))]
+
+
+def image_token(config: Any) -> int | None:
+    """The token that stands for an image, or for a part of an image. None where the config names no such token."""
+    token: int | None = getattr(config, "image_token_id", None)
+    return token
 
 
 def joined_entries(parts: Sequence[Tensor]) -> Tensor:

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from grpo_plus.models.pictures import PIXELS
 from grpo_plus.packing.layout import Group
-
-PIXELS = "pixel_values"
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
-from grpo_plus.models.pictures import GRIDS, HostPictures, Pictures, joined_entries
+from grpo_plus.models.pictures import GRIDS, HostPictures, Pictures, image_token, joined_entries
 
 if TYPE_CHECKING:
     from grpo_plus.packing.layout import Group
@@ -71,7 +71,7 @@ def why_not_seen(
     model: PreTrainedModel, groups: Sequence["Group"], known: HostPictures, completion_length: int
 ) -> str | None:
     """Reason why completions of prompts with images cannot go on from a cache. None where they may."""
-    image = image_token(model)
+    image = image_token(model.config)
     typed = any(types[:, -completion_length:].any() for types in known.types.values())
     if typed or any(group.seen and _go_on_in_completions(group, group.seen, image) for group in groups):
         return "a completion has images, such as a tool's"
@@ -97,12 +97,6 @@ def _go_on_in_completions(group: "Group", seen: Seen, image: int | None) -> bool
     is_image = pad(group.prompt.eq(image), (1, 0))
     runs = int((is_image[1:] & ~is_image[:-1]).sum())
     return runs < seen.counts.get("num_images", 0)
-
-
-def image_token(model: PreTrainedModel) -> int | None:
-    """The token that stands for an image, or for a part of an image. None where the model names no such token."""
-    token: int | None = getattr(model.config, "image_token_id", None)
-    return token
 
 
 def located(model: PreTrainedModel, groups: Sequence["Group"]) -> list["Group"]:
@@ -131,7 +125,7 @@ def seen_probes(model: PreTrainedModel, groups: Sequence["Group"]) -> tuple["Gro
     other = next(
         (group for group in others if _shapes(group) not in ([], _shapes(first))), others[0] if others else first
     )
-    if other is first and len(first.prompt) > 1 and int(first.prompt[0]) != image_token(model):
+    if other is first and len(first.prompt) > 1 and int(first.prompt[0]) != image_token(model.config):
         other = replace(first, prompt=first.prompt[1:], seen=first.seen.without_first())
     return _with_copies(first), _with_copies(other)
 

@@ -7,10 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from grpo_plus.models.pictures import TOKEN_TYPES, Pictures
+from grpo_plus.models.pictures import PIXELS, TOKEN_TYPES, Pictures
 
-# With pixels among its arguments, `generate` encodes the images of all rows before it calls a loop.
-PIXELS = "pixel_values"
 ENCODED = "mm_encoder_outputs"
 LAID_OUT_BY_ROW = {"input_ids", "attention_mask", "position_ids", *TOKEN_TYPES}
 

@@ -9,7 +9,7 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from grpo_plus.models.pictures import TOKEN_TYPES, Pictures
+from grpo_plus.models.pictures import TOKEN_TYPES, Pictures, image_token
 from grpo_plus.rollout.given import Given
 from grpo_plus.rollout.reasons import reads_images
 
@@ -84,8 +84,8 @@ class Probes:
         # A prompt ends with text, and may begin with an image.
         shorter = shorter.cut(slice(-most, None) if pictures is None else slice(most))
         known = torch.cat([longer.ids, shorter.ids]).unique()
-        if pictures is not None:
-            known = known[known != getattr(given.model.config, "image_token_id", None)]
+        if (image := image_token(given.model.config)) is not None:
+            known = known[known != image]
         low, middle, high = known[:1], known[len(known) // 2][None], known[-1:]
         tokens = low, torch.cat([middle, high]), torch.cat([high, low])
         return cls(longer, shorter, tokens, pictures, given.arguments.get("position_ids") is not None)

@@ -11,12 +11,12 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from grpo_plus.models.pictures import Pictures
+from grpo_plus.models.pictures import PIXELS, Pictures
 from grpo_plus.rollout.cache import Expanded
 from grpo_plus.rollout.check import why_not_exact, why_not_exact_in_passes
 from grpo_plus.rollout.given import Given
 from grpo_plus.rollout.graphs import Graphed
-from grpo_plus.rollout.images import PIXELS, ByRow, image_arguments
+from grpo_plus.rollout.images import ByRow, image_arguments
 from grpo_plus.rollout.installed import installed
 from grpo_plus.rollout.keeper import Keeper
 from grpo_plus.rollout.loop import Watch, decode, nobody
@@ -118,6 +118,7 @@ class Rollouts:
                 if lost := sorted(LOST & kwargs.keys()):
                     raise NotGroupedError(f"generate is called with {', '.join(lost)}")
                 pictures = self._pictures(image_arguments(kwargs))
+                # With pixels among its arguments, `generate` encodes the images of all rows before it calls a loop.
                 seen = {name: value for name, value in kwargs.items() if pictures is None or name != PIXELS}
                 return generate(*args, custom_generate=partial(self._decode, pictures=pictures), **seen)
             except NotGroupedError as error:

@@ -23,6 +23,7 @@ from grpo_plus.config.plain import own_fields
 from grpo_plus.config.speed import check_liger
 from grpo_plus.losses import TRL_LOSSES, LossInputs
 from grpo_plus.models.adapters import adapter_values
+from grpo_plus.models.pictures import image_token
 from grpo_plus.qlora.checks import check_run
 from grpo_plus.trainer.determinism import prepare_cublas
 from grpo_plus.trainer.eval_rewards import EvalRewards, both, listed, weighing
@@ -160,7 +161,7 @@ class TRLSeam(ScoringSeam):
     ) -> tuple[list[list[int]], list | None]:
         generate = super()._generate_single_turn
         exact = generating(self) if self.has_own_fields else nullcontext()
-        shown = Shown(prompt_ids, images, multimodal_fields, getattr(self.model.config, "image_token_id", -1))
+        shown = Shown(prompt_ids, images, multimodal_fields, image_token(self.model.config))
 
         def complete(part: Shown) -> tuple[list[list[int]], list | None]:
             with self.speed.seeing(part.by_row):

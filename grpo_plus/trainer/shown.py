@@ -27,13 +27,13 @@ class Shown:
         prompt_ids: of each row.
         images: of each row, a list or None. None where no row has an image.
         fields: what the processor made of the images, and what kind each token is.
-        image_token: id of the token that stands for a piece of an image. -1 where the model names none.
+        image_token: id of the token that stands for a piece of an image. None where the model names none.
     """
 
     prompt_ids: list[list[int]]
     images: list | None
     fields: dict[str, Any]
-    image_token: int
+    image_token: int | None
 
     @cached_property
     def pictures(self) -> Pictures | str | None:
@@ -60,7 +60,7 @@ class Shown:
         counts = [len(own or ()) for own in self.images or [None] * len(self.prompt_ids)]
         arguments: dict[str, Any] = {**tensors, NUM_IMAGES: counts}
         if (sizes := _sizes_of_tiles(tensors, sum(counts))) is not None:
-            tiles = tiles_by_row(sizes, [ids.count(self.image_token) for ids in self.prompt_ids])
+            tiles = tiles_by_row(sizes, [sum(token == self.image_token for token in ids) for ids in self.prompt_ids])
             if tiles is None:
                 return "nothing tells which tiles an image was cut into"
             arguments[NUM_TILES] = tiles

@@ -102,6 +102,7 @@ def test_the_log_holds_the_turns_so_that_a_replay_judges_them_as_the_training_di
     folder = Path(played.args.output_dir)
     table = pd.read_parquet(next((folder / "completions").glob("*.parquet")))
     assert [len(states) for states in table["step_states"]] == [2, 2, 3, 1, 1, 1, 1, 1]
+    assert "step_rewards" not in table  # nobody reported any
     assert table["step_states"][2][2] == table["step_states"][0][1] != table["step_states"][2][1]
     found = replay(Rollouts(folder), {"turns": {"gamma": 0.5, "scale": False}, "process": {}})
     assert found.difference["turns"] == pytest.approx(0.0, abs=1e-6)
