@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from grpo_plus.planner import QLORA, Run
+from grpo_plus.planner.run import AUTO
 
 # TRL's ModelConfig has these where use_peft is set and the file does not say more.
 TRL_LORA: dict[str, Any] = {"lora_r": 16, "lora_dropout": 0.05}
@@ -107,6 +108,9 @@ def _settings(file: Mapping[str, Any], *, qlora: bool) -> dict[str, Any]:
     if not adapters:  # --lora_r alone trains all weights
         settings.pop("lora_r", None)
         settings.pop("lora_dropout", None)
+    fixed = file.get("deterministic") or file.get("full_determinism")
+    if fixed and settings.get("max_tokens_per_pass", AUTO) == AUTO:  # as GRPOPlusConfig has it
+        settings["max_tokens_per_pass"] = None
     if settings.get("mlp_tile_tokens") == 0:
         settings["mlp_tile_tokens"] = None
     if rows := file.get("generation_batch_size"):

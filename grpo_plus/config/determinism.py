@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from grpo_plus.config.speed import AUTO_CHUNKS
+from grpo_plus.config.speed import AUTO_CHUNKS, AUTO_PASSES
 
 if TYPE_CHECKING:
     from grpo_plus.config.fields import GRPOPlusConfig
@@ -21,7 +21,7 @@ def fixes_choices(config: "GRPOPlusConfig") -> bool:
 
 
 def check_determinism(config: "GRPOPlusConfig") -> None:
-    """Refuse, by its field, what cannot be repeated to the last bit."""
+    """Refuse, by its field, what cannot be repeated to the last bit. Passes whose size memory decides become one."""
     if not isinstance(config.deterministic, bool):
         raise ValueError(f"deterministic={config.deterministic!r} must be True or False.")
     if fixes_choices(config) and config.generation_chunk_size == AUTO_CHUNKS:
@@ -30,6 +30,8 @@ def check_determinism(config: "GRPOPlusConfig") -> None:
             f"{mode}=True with generation_chunk_size={AUTO_CHUNKS!r}: the free memory decides which completions are "
             "drawn together, and so what is drawn. Set generation_chunk_size to a number of rows, or leave it unset."
         )
+    if fixes_choices(config) and config.max_tokens_per_pass == AUTO_PASSES:
+        config.max_tokens_per_pass = None  # the planner and the record of the run read it, too
     if config.deterministic and (reason := why_not_repeatable(config, config.device.type)):
         raise ValueError(f"deterministic=True with {reason}, or leave deterministic unset.")
 

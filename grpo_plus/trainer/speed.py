@@ -303,8 +303,6 @@ def _passes(trainer: GRPOTrainer, config: GRPOPlusConfig) -> Passes:
         raise ValueError(f"max_tokens_per_pass={size} is not possible: {reason}. Leave max_tokens_per_pass unset.")
     if size is None or reason is not None:
         return Passes()
-    if size == AUTO_PASSES and fixes_choices(config):
-        return Passes()
     if size == AUTO_PASSES:
         return Passes(fitting=lambda prompt_length: tokens_that_fit(trainer.model, config, prompt_length))
     return Passes(int(size))

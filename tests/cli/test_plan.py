@@ -3,6 +3,7 @@ import json
 import pytest
 
 from grpo_plus import cli
+from grpo_plus.cli.plan_config import asked
 from grpo_plus.planner import QLORA, Run, load_shape, longest, longest_table, plan
 from tests.planner.configs import QWEN3_4B
 from tests.readme import DOCS
@@ -95,6 +96,14 @@ def test_a_file_of_train_is_planned_under_the_command_line(model, tmp_path, caps
     output = capsys.readouterr().out
     assert plan(load_shape(model), Run(**settings, max_completion_length=2048)).table() in output
     assert f"Not planned, though in {file}, and it changes the memory: use_vllm.\n" in output
+
+
+@pytest.mark.parametrize(("more", "size"), [("", None), ("max_tokens_per_pass: 512\n", 512)])
+def test_a_deterministic_run_is_planned_in_the_passes_that_it_takes(model, tmp_path, more, size):
+    file = tmp_path / "run.yaml"
+    file.write_text(f"model_name_or_path: {model}\ndeterministic: true\n{more}")
+    run = asked(str(file), {}, model=None, revision=None, qlora=False).run
+    assert run.max_tokens_per_pass == size
 
 
 def test_adapters_of_a_file_have_trls_dropout_and_need_use_peft(model, tmp_path, capsys):

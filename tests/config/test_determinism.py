@@ -37,7 +37,11 @@ def test_top_p_is_refused_on_a_gpu_alone():
     assert why_not_repeatable(config(deterministic=True), "cuda") is None
 
 
-def test_transformers_own_mode_fixes_our_choices_too():
-    assert fixes_choices(config(deterministic=True))
-    assert fixes_choices(config(full_determinism=True))
+@pytest.mark.parametrize("mode", ["deterministic", "full_determinism"])
+def test_both_modes_fix_our_choices_and_leave_numbers_alone(mode):
+    made = config(**{mode: True})
+    assert fixes_choices(made)
+    assert made.max_tokens_per_pass is None
+    assert config(**{mode: True}, max_tokens_per_pass=64).max_tokens_per_pass == 64
     assert not fixes_choices(config())
+    assert config().max_tokens_per_pass == "auto"
