@@ -5,7 +5,7 @@ PREVIOUS_TRL := 1.15.0
 # Two neighboring halves of the tests: a fixture of a module is built by one worker.
 WORKERS := -n 2 --dist worksteal
 
-.PHONY: demo test docs style test-kernels test-kills test-previous-trl clean
+.PHONY: demo test docs style bench-check test-kernels test-kills test-previous-trl clean
 
 demo: .venv/demo
 	$(BIN)/grpo-plus demo
@@ -23,6 +23,10 @@ style: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Launches, bytes, memory and speed beside stock TRL, against benchmarks/baseline.json. `make test` has the counts.
+bench-check: .venv/dev
+	$(BIN)/python -m benchmarks.check
 
 # Triton's kernels, interpreted on the CPU and compiled for GPUs that are not there. Laid over the environment: installed
 # in it, Triton and Liger would be found by transformers and TRL in every other test too.

@@ -19,7 +19,8 @@ import os
 import statistics
 import sys
 import tempfile
-from contextlib import ExitStack, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -127,31 +128,16 @@ def _spawn(shape: tuple[int, int, int], variant: str, side: str, args: argparse.
 
 def measure(shape: tuple[int, int, int], variant: str, side: str, device: str, repeats: int) -> dict[str, Any]:
     """`side` both: check and time, and on a GPU weigh. "trl" or "plus": the peak of one side alone."""
-    groups = 5 if variant == "dead" else 1
-    batches = [rows_of(shape, device, seed, dead=seed in (1, 3) and groups > 1) for seed in range(groups)]
-    if variant in VISION:
-        batches = [vision.with_a_picture(batch, seed) for seed, batch in enumerate(batches)]
-    with patch("trl.trainer.utils._use_triton", return_value=True), ExitStack() as training:
-        sides = ("trl", "plus") if side == "both" else (side,)
-        trainers = {name: trainer_of(name, shape, variant, device) for name in sides}
-        if "plus" in trainers:  # as train() does
-            training.enter_context(trainers["plus"].speed.around_training(trainers["plus"].model))
+    batches = batches_of(shape, variant, device)
+    with sides(shape, variant, device, ("trl", "plus") if side == "both" else (side,)) as trainers:
         if side != "both":
             return {"peak_mb": {side: _peak(trainers[side], batches, device)}}
-        for ours, trls in zip(*(_trained(trainers[name]) for name in ("plus", "trl")), strict=True):
-            ours.data.copy_(trls.data)
-        gradients = {name: _update(trainer, batches) for name, trainer in trainers.items()}
-        error = float((gradients["plus"] - gradients["trl"]).norm() / gradients["trl"].norm())
-        if error > TOLERANCE[device]:
-            raise SystemExit(f"gradients differ by {error:.1e}")
-        taken: dict[str, list[float]] = {name: [] for name in trainers}
-        for _ in range(repeats):
-            for name, trainer in trainers.items():
-                taken[name].append(seconds(partial(run, trainer, batches), device))
+        error = gradient_error(trainers, batches, device)
+        taken = timed(trainers, batches, device, repeats)
         peaks = (
             {name: _peak(trainer, batches, device) for name, trainer in trainers.items()} if device == "cuda" else {}
         )
-    ratios = trainers["plus"]._metrics["train"]["packing/token_ratio"][-groups:]
+    ratios = trainers["plus"]._metrics["train"]["packing/token_ratio"][-len(batches) :]
     return {
         "seconds": taken,
         "peak_mb": peaks,
@@ -159,6 +145,52 @@ def measure(shape: tuple[int, int, int], variant: str, side: str, device: str, r
         "token_ratio": len(ratios) / sum(1 / ratio for ratio in ratios),
         "packing": trainers["plus"].speed.packer.describe(),
     }
+
+
+def batches_of(shape: tuple[int, int, int], variant: str, device: str) -> list[dict[str, Any]]:
+    """The micro-batches of an update, one group each."""
+    groups = 5 if variant == "dead" else 1
+    batches = [rows_of(shape, device, seed, dead=seed in (1, 3) and groups > 1) for seed in range(groups)]
+    if variant in VISION:
+        batches = [vision.with_a_picture(batch, seed) for seed, batch in enumerate(batches)]
+    return batches
+
+
+@contextmanager
+def sides(
+    shape: tuple[int, int, int],
+    variant: str,
+    device: str,
+    names: tuple[str, ...] = ("trl", "plus"),
+    model: dict[str, Any] | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Trainers as `trainer_of` makes them, with the same weights, inside what surrounds a training."""
+    with patch("trl.trainer.utils._use_triton", return_value=True), ExitStack() as training:
+        trainers = {name: trainer_of(name, shape, variant, device, model) for name in names}
+        if "plus" in trainers:  # as train() does
+            training.enter_context(trainers["plus"].speed.around_training(trainers["plus"].model))
+        for weights in zip(*map(_trained, trainers.values()), strict=True):
+            for weight in weights[1:]:
+                weight.data.copy_(weights[0].data)
+        yield trainers
+
+
+def gradient_error(trainers: dict[str, Any], batches: list[dict[str, Any]], device: str) -> float:
+    """Relative error of our whole gradient. One that is too large ends the run."""
+    gradients = {name: _update(trainer, batches) for name, trainer in trainers.items()}
+    error = float((gradients["plus"] - gradients["trl"]).norm() / gradients["trl"].norm())
+    if error > TOLERANCE[device]:
+        raise SystemExit(f"gradients differ by {error:.1e}")
+    return error
+
+
+def timed(trainers: dict[str, Any], batches: list[dict[str, Any]], device: str, repeats: int) -> dict[str, list[float]]:
+    """Seconds of each update. The sides take turns."""
+    taken: dict[str, list[float]] = {name: [] for name in trainers}
+    for _ in range(repeats):
+        for name, trainer in trainers.items():
+            taken[name].append(seconds(partial(run, trainer, batches), device))
+    return taken
 
 
 def rows_of(shape: tuple[int, int, int], device: str, seed: int, *, dead: bool) -> dict[str, Any]:
@@ -257,10 +289,19 @@ def run(trainer: Any, batches: list[dict[str, Any]]) -> None:
     """Forward and backward of each micro-batch, with what surrounds them in a training."""
     trainer.model.zero_grad()
     for inputs in batches:
-        with trainer.speed.adapters.step() if hasattr(trainer, "speed") else nullcontext():
-            with trainer.accelerator.autocast():
-                loss = trainer._compute_loss(trainer.model, inputs)
-            loss.backward()
+        with around_update(trainer):
+            loss_of(trainer, inputs).backward()
+
+
+def around_update(trainer: Any) -> AbstractContextManager[None]:
+    """What surrounds forward and backward of a micro-batch on the trainer's side."""
+    return trainer.speed.adapters.step() if hasattr(trainer, "speed") else nullcontext()
+
+
+def loss_of(trainer: Any, inputs: dict[str, Any]) -> torch.Tensor:
+    """The forward of a micro-batch."""
+    with trainer.accelerator.autocast():
+        return trainer._compute_loss(trainer.model, inputs)  # type: ignore[no-any-return]
 
 
 def _peak(trainer: Any, batches: list[dict[str, Any]], device: str) -> float:

@@ -191,7 +191,7 @@ def on_cpu(where):
     return replace(where, queries=torch.tensor([0, 4, 9]), keys=torch.tensor([0, 5, 12]))
 
 
-def test_attention_keeps_the_keys_once_and_no_copies(monkeypatch):
+def test_attention_keeps_the_keys_once_and_no_copies():
     # Qwen3-4B's layer at (512, 256, 8), in bfloat16 on no device: 32 heads, 8 of keys, 128 wide.
     completions = tuple(torch.full((n,), n) for n in range(32, 257, 32))
     row = pack_prompts_first([Group(torch.zeros(512, dtype=torch.long), tuple(range(8)), completions)])
@@ -199,7 +199,7 @@ def test_attention_keeps_the_keys_once_and_no_copies(monkeypatch):
     assert tokens == 511 + 1152
     shapes = ((1, heads, tokens, 128) for heads in (32, 8, 8))
     query, key, value = (torch.empty(s, dtype=torch.bfloat16, device="meta", requires_grad=True) for s in shapes)
-    with launches(monkeypatch), kept_bytes() as kept:
+    with launches(), kept_bytes() as kept:
         out = cascade_attention(module(), query, key, value, cascade_of(row.blocks))
     for one_each in (query, out):  # any attention keeps its query and its output
         kept.pop(one_each.untyped_storage()._cdata)
