@@ -16,6 +16,7 @@ from grpo_plus.packing.layout import group_rows
 from grpo_plus.packing.packer import PACKING, Packer
 from grpo_plus.packing.padded import Layout, Packed, PaddedRows, forward_live, forward_padded
 from grpo_plus.packing.regroup import regroup, reorder
+from grpo_plus.packing.spread import SpreadPacker
 
 __all__ = [
     "PACKING",
@@ -25,6 +26,7 @@ __all__ = [
     "Packed",
     "Packer",
     "PaddedRows",
+    "SpreadPacker",
     "Truncated",
     "base_model",
     "forward_live",

@@ -60,6 +60,19 @@ def candidates_with_images(packing: str, base: PreTrainedModel) -> tuple[list[Fo
     return ([CACHED], []) if reason is None else ([], [reason])
 
 
+def candidates_of_spread_weights(
+    packing: str, base: PreTrainedModel, no_segments: str | None
+) -> tuple[list[Form], list[str]]:
+    """Forms of text that run every layer once, whatever the rows, and reasons why others are not among them."""
+    unshared, segments = _why_not_shared(base), no_segments or why_not_segments(base)
+    forms = []
+    if packing != "padding_free":
+        forms += _where([(SEGMENTS, unshared or segments)])
+    if packing != "shared_prompt":
+        forms += _where([(PADDING_FREE, segments)])
+    return forms, [reason for reason in (unshared, segments) if reason is not None]
+
+
 def _why_not_shared(base: PreTrainedModel) -> str | None:
     dropout = dropout_of(base)
     return dropout and f"{dropout}: a shared prompt would draw one dropout mask for all of its completions"

@@ -57,6 +57,7 @@ class Verdict:
 class SelfCheck:
     """What plain rows give on one model.
 
+    called: what is called in place of `model`: the wrapper, where the model's weights cannot be had without it.
     truth: (M,) log-probabilities of the probes.
     gradients: at the tokens' embeddings. None where no gradient is compared.
     allowed: root mean square of log-prob differences that passes.
@@ -64,6 +65,7 @@ class SelfCheck:
     """
 
     model: PreTrainedModel
+    called: nn.Module
     probes: Sequence[Group]
     truth: Tensor
     gradients: Gradients | None
@@ -72,7 +74,13 @@ class SelfCheck:
 
     @classmethod
     def of(
-        cls, model: PreTrainedModel, groups: Sequence[Group], padded_logps: PaddedLogps, *, gradient: bool
+        cls,
+        model: PreTrainedModel,
+        groups: Sequence[Group],
+        padded_logps: PaddedLogps,
+        *,
+        gradient: bool,
+        called: nn.Module | None = None,
     ) -> "SelfCheck":
         """Run plain rows.
 
@@ -81,6 +89,7 @@ class SelfCheck:
             groups: rows of the batch at hand, as a source of real tokens.
             padded_logps: the forward to agree with.
             gradient: whether to compare a gradient too. A check cannot get a gradient from a reentrant checkpoint.
+            called: the wrapper to call. None calls the base model.
         """
         probes = _probes(model, groups)
         floor, ceiling, gradient_limit = LIMITS[precision_of_products(model)]
@@ -91,17 +100,21 @@ class SelfCheck:
             model, _plain_rows(probes, padded_logps, model.device, 0), pixels if gradient else None
         )
         allowed = min(max(NOISE_FACTOR * _rms(padded - truth), floor), ceiling)
-        return cls(model, probes, truth, gradients, allowed, gradient_limit)
+        return cls(model, called or model, probes, truth, gradients, allowed, gradient_limit)
 
     def why_not(self, form: Form, head: Head | None) -> str | None:
-        """Reason why a form is not exact with this head. None where it is."""
-        name = f"{'with the single-pass head, ' if head else ''}{form}"
-        pixels = None if self.gradients is None else pixels_of(self.probes)
+        """Reason why a form fails or is not exact with this head. None where it is."""
         try:
-            forward = partial(_in_form, form, self.probes, head, self.model)
-            logps, found = results(self.model, [forward], pixels)
+            return self.why_not_exact(form, head)
         except FAILURES as failure:
-            return f"{name} failed: {type(failure).__name__}: {failure}"
+            return f"{_named(form, head)} failed: {type(failure).__name__}: {failure}"
+
+    def why_not_exact(self, form: Form, head: Head | None) -> str | None:
+        """Reason why a form is not exact with this head. None where it is. A form that fails raises."""
+        name = _named(form, head)
+        pixels = None if self.gradients is None else pixels_of(self.probes)
+        forward = partial(_in_form, form, self.probes, head, self.model, self.called)
+        logps, found = results(self.model, [forward], pixels)
         error, gradient_error = _rms(logps - self.truth), relative_error(found, self.gradients)
         if error <= self.allowed and gradient_error <= self.gradient_limit:
             return None
@@ -186,10 +199,16 @@ def _plain_row(
     return padded_logps(ids, mask, len(completion) + padding, **seen)[0, : len(completion)]
 
 
-def _in_form(form: Form, probes: Sequence[Group], head: Head | None, model: PreTrainedModel) -> Tensor:
+def _named(form: Form, head: Head | None) -> str:
+    return f"{'with the single-pass head, ' if head else ''}{form}"
+
+
+def _in_form(
+    form: Form, probes: Sequence[Group], head: Head | None, model: PreTrainedModel, called: nn.Module
+) -> Tensor:
     ready = form.ready(form.arrange(probes), model.device)
     logps: Tensor
-    logps, _ = model(packed=partial(form.run, ready.call, head))
+    logps, _ = called(packed=partial(form.run, ready.call, head))
     return logps.index_select(0, (ready.rows * COMPLETION + ready.columns).argsort())
 
 

@@ -16,7 +16,7 @@ from grpo_plus.models.dropout import without_dropout
 from grpo_plus.models.positions import rescaled_from
 from grpo_plus.packing.attention import uninstall_segments
 from grpo_plus.packing.candidates import candidates, candidates_with_images
-from grpo_plus.packing.check import PaddedLogps, SelfCheck, choose
+from grpo_plus.packing.check import PaddedLogps, SelfCheck, Verdict, choose
 from grpo_plus.packing.forward import Form, Head, Logps, Pass, Ready
 from grpo_plus.packing.head import why_not_single_pass
 from grpo_plus.packing.kept import Truncated
@@ -143,7 +143,7 @@ class Packer:
         if not layout.groups or not self._sees(base, rows, layout):
             return None
         if base not in choices:
-            choices[base] = self._decide(base, layout.groups, padded_logps, rows)
+            choices[base] = self._decide(model, base, layout.groups, padded_logps, rows)
         choice = choices[base]
         if policy and choice is not None and self._is_to_measure(base, rows):
             choice = choices[base] = self._fastest(base, rows, layout, padded_logps, limits, choice)
@@ -201,13 +201,17 @@ class Packer:
         return next((choice.description for choice in choices if choice is not None), "none")
 
     def _decide(
-        self, base: PreTrainedModel, groups: Sequence[Group], padded_logps: PaddedLogps, rows: PaddedRows
+        self,
+        model: nn.Module,
+        base: PreTrainedModel,
+        groups: Sequence[Group],
+        padded_logps: PaddedLogps,
+        rows: PaddedRows,
     ) -> Choice | None:
         forms, reasons = self._candidates(base, rows)
-        heads = self._heads(base)
         with without_dropout(base):
-            verdict = choose(forms, base, groups, padded_logps, heads, gradient=self.gradient_check)
-        if self.insist_on_head and verdict.head is not heads[0]:
+            verdict = self._verdict(model, base, forms, groups, padded_logps)
+        if self.insist_on_head and verdict.head is not self._heads(base)[0]:
             warnings.warn(f"logprob_backend: the model's fused head. {'; '.join(verdict.reasons)}.", stacklevel=2)
         reasons += verdict.reasons
         if verdict.form in (CACHED, None):
@@ -229,6 +233,16 @@ class Packer:
         for reason in reasons:
             logger.info("packing: %s", reason)
         return choice
+
+    def _verdict(
+        self,
+        model: nn.Module,
+        base: PreTrainedModel,
+        forms: Sequence[Form],
+        groups: Sequence[Group],
+        padded_logps: PaddedLogps,
+    ) -> Verdict:
+        return choose(forms, base, groups, padded_logps, self._heads(base), gradient=self.gradient_check)
 
     def _candidates(self, base: PreTrainedModel, rows: PaddedRows) -> tuple[list[Form], list[str]]:
         if rows.pictures is not None:

@@ -22,6 +22,7 @@ from grpo_plus.packing.check import PaddedLogps
 from grpo_plus.rollout.kept import KeptRecorder
 from grpo_plus.rollout.recorder import recording
 from grpo_plus.trainer.names import KEPT_COUNTS, KEPT_LISTS, ONLY_LISTS
+from grpo_plus.trainer.spread import why_not_whole_weights
 from grpo_plus.trainer.written import Rows, Written
 
 logger = logging.getLogger("grpo_plus")
@@ -126,8 +127,8 @@ def _why_not(trainer: GRPOTrainer) -> str | None:
         return "a rollout function samples, and does not say which tokens it could draw"
     if {"image", "images"} & set(columns):
         return "the dataset has images, and only rows of text are followed"
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        return "the weights are spread over the processes by FSDP or DeepSpeed"
+    if reason := why_not_whole_weights(trainer):
+        return reason
     if trainer.args.n_gpu > 1:
         return "torch's DataParallel copies the model to other devices"
     if trainer.aux_loss_enabled:

@@ -23,6 +23,7 @@ from grpo_plus.rollout.recorder import recording
 from grpo_plus.rollout.sampled import SampledRecorder
 from grpo_plus.trainer.gap_log import GapLog
 from grpo_plus.trainer.names import SAMPLED_LOGPS, trained_tokens
+from grpo_plus.trainer.spread import spreads_weights
 from grpo_plus.trainer.written import Rows, Written
 
 
@@ -107,7 +108,7 @@ def _follows(trainer: Any) -> bool:
         return False
     if trainer.rollout_func is not None:
         return False
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or args.n_gpu > 1:
+    if spreads_weights(trainer) or args.n_gpu > 1:
         return False
     model = trainer.accelerator.unwrap_model(trainer.model)
     if why_not_packed(model) is not None or why_not_model(base_model(model)) is not None:

@@ -13,6 +13,7 @@ from grpo_plus.trainer.kept import KeptSets
 from grpo_plus.trainer.micro_batches import MicroBatches
 from grpo_plus.trainer.names import multimodal
 from grpo_plus.trainer.pictures import knows_rows, pictures_of, with_images
+from grpo_plus.trainer.spread import spreads_weights
 
 UNKNOWN_ROWS = "packing: rows with images stay padded where the numbers of images do not tell which row has which."
 
@@ -105,8 +106,11 @@ class ScoringSeam(GuardedSeam):
         max_tokens = None if batch_size is None else batch_size * rows.input_ids.shape[1]
         policy = self.model.training and model in (self.model, self.model_wrapped)
 
+        # A wrapper such as DDP's would take the gradients of a check for those of an update.
+        called = model if spreads_weights(self) else base
+
         def padded_logps(ids: Tensor, mask: Tensor, length: int, /, **shown: Any) -> Tensor:
-            return self._padded_logps(base, policy, ids, mask, length, **shown)[0]
+            return self._padded_logps(called, policy, ids, mask, length, **shown)[0]
 
         bound = self.speed.passes.tokens
         with self.accelerator.autocast():

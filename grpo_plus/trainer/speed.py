@@ -30,7 +30,15 @@ from grpo_plus.config.speed import (
 )
 from grpo_plus.kernels.linear_logprob import BACKENDS, why_not_on
 from grpo_plus.models.dropout import dropout_of
-from grpo_plus.packing import Head, Packer, base_model, single_pass_head, why_not_packed, why_not_single_pass
+from grpo_plus.packing import (
+    Head,
+    Packer,
+    SpreadPacker,
+    base_model,
+    single_pass_head,
+    why_not_packed,
+    why_not_single_pass,
+)
 from grpo_plus.packing.measure import Measure
 from grpo_plus.qlora.adapter_products import Products
 from grpo_plus.qlora.lora_layers import fits_any, fused_lora, has_lora, why_not_fused
@@ -38,6 +46,7 @@ from grpo_plus.rollout import ByRow, Rollouts, why_not_config, why_not_model
 from grpo_plus.trainer.generation import Chunks, rows_that_fit
 from grpo_plus.trainer.long_rows import LongRows, long_rows_of
 from grpo_plus.trainer.passes import Passes, tokens_that_fit
+from grpo_plus.trainer.spread import agreed, spreads_weights, why_not_packed_when_spread, why_not_whole_weights
 
 MEASURED_ON = ("cuda",)  # kinds of device on which the fastest way depends on more than the kind
 
@@ -181,29 +190,23 @@ def _packer(trainer: GRPOTrainer, config: GRPOPlusConfig, skips: bool, measure: 
         return None
     if insists_on_head:
         _check_head(trainer, config.logprob_backend)
-    return Packer(
-        config.packing,
-        head=_head(trainer, config, measured=measure is not None),
-        insist_on_head=insists_on_head,
-        gradient_check=not is_reentrant(config),
-        no_segments=_why_not_segments(config),
-        note="skipping zero-advantage rows" if skips else None,
-        measure=measure,
-    )
+    common: dict[str, Any] = {
+        "gradient_check": not is_reentrant(config),
+        "no_segments": _why_not_segments(config),
+        "note": "skipping zero-advantage rows" if skips else None,
+    }
+    if spreads_weights(trainer):
+        return SpreadPacker(config.packing, agreed=agreed, **common)
+    head = _head(trainer, config, measured=measure is not None)
+    return Packer(config.packing, head=head, insist_on_head=insists_on_head, measure=measure, **common)
 
 
 def _why_not_packed(trainer: GRPOTrainer) -> str | None:
-    if reason := _why_not_whole_weights(trainer):
-        return f"{reason}, where packing is not tested"
     if trainer.args.torch_compile:
         return "torch_compile would compile every length of a packed row anew"
+    if spreads_weights(trainer) and (reason := why_not_packed_when_spread(trainer)):
+        return reason
     return why_not_packed(trainer.accelerator.unwrap_model(trainer.model))
-
-
-def _why_not_whole_weights(trainer: GRPOTrainer) -> str | None:
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        return "the weights are spread over the processes by FSDP or DeepSpeed"
-    return None
 
 
 def _why_not_segments(config: GRPOPlusConfig) -> str | None:
@@ -223,7 +226,7 @@ def _head(trainer: GRPOTrainer, config: GRPOPlusConfig, *, measured: bool) -> He
 
 
 def _check_head(trainer: GRPOTrainer, backend: str) -> None:
-    reason = why_not_on(backend, trainer.accelerator.device.type)
+    reason = why_not_on(backend, trainer.accelerator.device.type) or why_not_whole_weights(trainer)
     if reason is not None:
         raise ValueError(f"logprob_backend={backend!r} cannot run here: {reason}. Leave logprob_backend unset.")
     reason = why_not_single_pass(base_model(trainer.accelerator.unwrap_model(trainer.model)))
@@ -253,7 +256,7 @@ def _fuses_lora(trainer: GRPOTrainer, config: GRPOPlusConfig) -> bool:
 
 
 def _why_not_own_layers(trainer: GRPOTrainer) -> str | None:
-    if reason := _why_not_whole_weights(trainer):
+    if reason := why_not_whole_weights(trainer):
         return reason
     if trainer.args.n_gpu > 1:
         return "torch's DataParallel copies the layers to other devices"
@@ -276,7 +279,7 @@ def _rollouts(trainer: GRPOTrainer, config: GRPOPlusConfig) -> Rollouts | None:
 
 
 def _why_not_grouped(trainer: GRPOTrainer) -> str | None:
-    if reason := _why_not_whole_weights(trainer):
+    if reason := why_not_whole_weights(trainer):
         return reason
     if trainer.args.torch_compile:
         return "torch_compile would compile every number of live rows anew"
@@ -288,7 +291,7 @@ def _chunks(trainer: GRPOTrainer, config: GRPOPlusConfig) -> Chunks | None:
     size = config.generation_chunk_size
     if size != AUTO_CHUNKS:
         return None if size is None else Chunks(int(size))
-    if _why_not_whole_weights(trainer):
+    if why_not_whole_weights(trainer):
         raise ValueError(
             "generation_chunk_size='auto' lets every process generate in parts of its own, but FSDP or DeepSpeed "
             "spreads the weights, so that all must generate together. Set a number of rows."
@@ -314,4 +317,4 @@ def _why_not_passes(trainer: GRPOTrainer) -> str | None:
         return "the model has a router loss, which looks at the whole micro-batch"
     if trainer.args.n_gpu > 1:
         return "torch's DataParallel splits the micro-batch itself"
-    return _why_not_packed(trainer)
+    return why_not_whole_weights(trainer) or _why_not_packed(trainer)

@@ -3,8 +3,11 @@
 import functools
 import json
 import math
+import os
+import random
 import signal
 import sys
+from collections.abc import Callable
 from contextlib import chdir, redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -12,8 +15,9 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from accelerate import PartialState
+from accelerate import DistributedType, PartialState
 from peft import LoraConfig
+from torch.distributed.tensor import DTensor
 
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer, cli
 from grpo_plus.report.completions import STEP_COLUMNS
@@ -112,6 +116,38 @@ def infinite(reward):
     return spoiled
 
 
+class Sharded(GRPOPlusConfig):
+    """FSDP2 on CPUs: accelerate would run DDP there without a word, and asks the kind of its processes alone."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        assert self.device.type == "cpu"  # reading it makes the processes meet
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+def given() -> Callable[..., dict[str, Any]]:
+    """Rollouts that depend on the number of the call and on the row alone, however many processes share the rows."""
+    calls: list[int] = []
+
+    def rollout(prompts: list[str], trainer: Any) -> dict[str, Any]:
+        calls.append(len(prompts))
+        first = PartialState().process_index * len(prompts)
+        draws = [random.Random(1000 * len(calls) + row) for row in range(first, first + len(prompts))]
+        return {
+            "prompt_ids": [trainer.processing_class(prompt)["input_ids"] for prompt in prompts],
+            "completion_ids": [[draw.randrange(5, 20) for _ in range(draw.randrange(2, 12))] for draw in draws],
+            "logprobs": None,
+        }
+
+    return rollout
+
+
+def whole_weights(trainer: GRPOPlusTrainer) -> dict[str, torch.Tensor]:
+    """As one process has them. All processes must ask."""
+    weights = weights_of(trainer)
+    return {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in weights.items()}
+
+
 def run_command(folder: Path, command: list[str]) -> None:
     """Run a command of ours as a user's shell would in that folder, and keep what it prints."""
     printed = StringIO()
@@ -141,16 +177,19 @@ def train(output_dir: Path, config: dict[str, Any]) -> None:
     if prompts := config.pop("held_out", 0):
         held_out = {"eval_dataset": PROMPTS.select(range(0, 4 * prompts, 4)), "eval_reward_funcs": even}
     adapter = LoraConfig(r=4, target_modules="all-linear") if config.pop("lora", False) else None
+    if config.pop("given", False):
+        held_out["rollout_func"] = given()
     trainer = make_trainer(
         output_dir,
         trainer_class=type("Faulty", (Spoiled,), faults),
-        config_class=GRPOPlusConfig,
+        config_class=Sharded if "fsdp" in config else GRPOPlusConfig,
         trainer_arguments={"peft_config": adapter, **held_out},
         log_completions=True,
         **task,
         **config,
     )
     rank = PartialState().process_index
+    start = torch.cat([weight.flatten() for weight in weights_of(trainer).values()])
     if fails:
         with pytest.raises((RuntimeError, ValueError)) as raised:
             trainer.train()
@@ -173,7 +212,10 @@ def train(output_dir: Path, config: dict[str, Any]) -> None:
         "tokens": trainer.tokens,
         "log": trainer.state.log_history,
         "state": trainer.estimator_state,
-        "weights": {name: weight.tolist() for name, weight in weights_of(trainer).items()},
+        "weights": {name: weight.tolist() for name, weight in whole_weights(trainer).items()},
+        "start": start.tolist(),
+        "spread": [name for name, weight in weights_of(trainer).items() if isinstance(weight, DTensor)],
+        "packing": trainer.speed.packer.describe() if trainer.speed.packer else "none",
     }
     for name, values in written.items():
         (output_dir / f"{name}_{rank}.json").write_text(json.dumps(values))
@@ -181,7 +223,10 @@ def train(output_dir: Path, config: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     folder, jobs = Path(sys.argv[1]), json.loads(sys.argv[2])
+    before = os.environ.copy()
     for name, config in jobs.items():
+        for variable in os.environ.keys() - before.keys():
+            del os.environ[variable]  # accelerate leaves word of FSDP to all that follows
         if "command" in config:
             run_command(folder / name, config["command"])
         else:

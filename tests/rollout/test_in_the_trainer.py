@@ -8,6 +8,7 @@ from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
 from grpo_plus.trainer.speed import speed_of
 from tests.close import differing
 from tests.qlora.models import load_nf4, lora, save_base
+from tests.spreading import under_fsdp, under_zero
 from tests.training import OF_THE_SAMPLER, PROMPTS, logs_of, make_trainer, weights_of
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
@@ -86,12 +87,15 @@ def test_prompts_without_a_token_are_as_on_trls_path(tmp_path):
     assert outcome("auto") == outcome("trl")
 
 
-@pytest.mark.parametrize("kind", ["is_fsdp_enabled", "is_deepspeed_enabled"])
-def test_spread_weights_are_generated_with_by_transformers_own_loop(tmp_path, kind):
+@pytest.mark.parametrize("name", ["FSDP", "DeepSpeed ZeRO-3"])
+def test_spread_weights_are_generated_with_by_transformers_own_loop(tmp_path, monkeypatch, name):
     made = trainer(tmp_path)
     assert made.speed.rollouts is not None
-    setattr(made, kind, True)
-    reason = "the weights are spread over the processes by FSDP or DeepSpeed"
+    if name == "FSDP":
+        under_fsdp(made, monkeypatch)
+    else:
+        under_zero(made, monkeypatch, stage=3)
+    reason = f"{name} spreads the weights over the processes"
     with pytest.warns(UserWarning, match=f"generation_loop: transformers' own loop. {reason}"):
         assert speed_of(made, made.args).rollouts is None
     made.args.generation_loop = "grouped"

@@ -276,8 +276,7 @@ def test_a_head_of_another_kind_ends_the_run_at_its_first_batch(tmp_path):
 def test_what_only_the_trainer_knows_is_refused_by_name(tmp_path, monkeypatch):
     trainer = watched(tmp_path)
     for name, value, message in (
-        ("is_fsdp_enabled", True, "FSDP or DeepSpeed"),
-        ("is_deepspeed_enabled", True, "FSDP or DeepSpeed"),
+        ("is_fsdp_enabled", True, "FSDP spreads the weights"),
         ("aux_loss_enabled", True, "router loss"),
     ):
         with monkeypatch.context() as patch:

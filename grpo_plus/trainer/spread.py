@@ -1,0 +1,52 @@
+"""Whether a run's weights are spread over its processes, and what can be packed there."""
+
+from typing import Any
+
+from accelerate.utils import DistributedType, gather_object
+from torch.distributed.fsdp import CPUOffloadPolicy
+from trl import GRPOTrainer
+
+from grpo_plus.models.positions import rescaled_from
+from grpo_plus.packing import base_model
+from grpo_plus.rollout import reads_images
+
+SPREADS_FROM = 3  # the stage of ZeRO that spreads weights. Earlier ones spread gradients and the optimizer's state.
+
+
+def spreads_weights(trainer: GRPOTrainer) -> bool:
+    """Whether no process has whole weights between two forwards."""
+    if trainer.is_deepspeed_enabled:
+        return bool(trainer.accelerator.state.deepspeed_plugin.zero_stage >= SPREADS_FROM)
+    return bool(trainer.is_fsdp_enabled)
+
+
+def why_not_whole_weights(trainer: GRPOTrainer) -> str | None:
+    """Reason against what needs whole weights. None where every process has them."""
+    if not spreads_weights(trainer):
+        return None
+    name = "DeepSpeed ZeRO-3" if trainer.is_deepspeed_enabled else "FSDP"
+    return f"{name} spreads the weights over the processes"
+
+
+def why_not_packed_when_spread(trainer: GRPOTrainer) -> str | None:
+    """Reason why the rows of a model with spread weights stay padded. None where they may be packed."""
+    accelerator = trainer.accelerator
+    if accelerator.distributed_type != DistributedType.FSDP or not accelerator.is_fsdp2:
+        return f"{why_not_whole_weights(trainer)}, where packing is tested with FSDP2 alone"
+    plugin: Any = accelerator.state.fsdp_plugin
+    if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+        return "FSDP keeps the weights on the host (cpu_offload), where packing is not tested"
+    if plugin.activation_checkpointing:
+        return "FSDP's own activation_checkpointing is not tested with packing: set gradient_checkpointing instead"
+    base = base_model(accelerator.unwrap_model(trainer.model))
+    if reads_images(base):
+        return "the model reads images, whose packed rows call parts of it, which FSDP cannot serve"
+    if rescaled_from(base) != float("inf"):
+        return "position frequencies depend on a row's length, which differs between the processes of FSDP"
+    return None
+
+
+def agreed(reason: str | None) -> str | None:
+    """The first reason that a process has. None where none has one. All processes must call it."""
+    reasons: list[str | None] = gather_object([reason])
+    return next((one for one in reasons if one is not None), None)
