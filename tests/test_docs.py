@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from grpo_plus.advantages import ESTIMATORS
-from grpo_plus.losses import LOSSES
+from grpo_plus.losses import LOSSES, TRL_LOSSES
 from tests.readme import gpu_rows
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -79,6 +79,12 @@ def test_the_quoted_errors_of_sweeps_are_those_of_the_benchmark():
 def test_the_readme_is_short():
     """A reader has the first ten minutes for it; what is longer has a page."""
     assert len(README.read_text(encoding="utf-8").splitlines()) <= 150
+
+
+def test_the_readme_counts_what_the_registries_hold():
+    said = README.read_text(encoding="utf-8")
+    assert f"TRL's, {len(ESTIMATORS)} by name" in said
+    assert f"TRL's {len(TRL_LOSSES)}, {len(LOSSES) - len(TRL_LOSSES)} more" in said
 
 
 def test_the_readmes_figures_of_speed_are_the_results():

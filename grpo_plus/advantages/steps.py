@@ -113,7 +113,7 @@ def _numbered(states: States) -> list[Tensor]:
 
 
 def _check_turns(row: int, rewards: Tensor, ends: Tensor, states: Sequence[str]) -> None:
-    found = ends.flatten().tolist()
+    found = [int(end) if end.is_integer() else end for end in ends.flatten().tolist()]
     if rewards.shape != ends.shape or len(states) != len(found):
         raise ValueError(
             f"Completion {row} has {len(found)} turns, with the ends {found}, but {rewards.numel()} step_rewards and "

@@ -18,7 +18,8 @@ def check_advantages(config: "GRPOPlusConfig") -> None:
         for name in ("advantage_kwargs", "advantage_modifiers"):
             if getattr(config, name):
                 raise ValueError(
-                    f"{name}={getattr(config, name)} has no estimator to go to. Set advantage_estimator too."
+                    f"{name}={getattr(config, name)} has no estimator to go to. Set advantage_estimator too, such as "
+                    "advantage_estimator='grpo'."
                 )
         return
     _check_conflicts(config)

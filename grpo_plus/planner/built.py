@@ -253,7 +253,7 @@ def _towers(model: Any) -> tuple[str, ...]:
     ]
     outer = [(path, size) for path, size in towers if not any(path.startswith(f"{other}.") for other, _ in towers)]
     return tuple(
-        f"{path.rpartition('.')[2]} has {size / 1e6:,.0f} M parameters, which are planned as weights. What images and "
-        "sound take is not planned."
+        f"The model's part {path.rpartition('.')[2]!r} has {size / 1e6:,.0f} M parameters, which are planned as "
+        "weights. What images and sound take beside them is not planned."
         for path, size in outer
     )

@@ -147,9 +147,9 @@ def test_keywords_that_cannot_work_are_refused_before_the_run(keywords, message)
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"rewards": [[1.0], [0.0, 0.0]]}, r"Completion 0 has 2 turns, with the ends \[1.0, 4.0\], but 1 step_rewards"),
+        ({"rewards": [[1.0], [0.0, 0.0]]}, r"Completion 0 has 2 turns, with the ends \[1, 4\], but 1 step_rewards"),
         ({"states": [["prompt", "A"], ["prompt"]]}, "Completion 1 has 2 turns, .* but 2 step_rewards and 1 step_state"),
-        ({"ends": [[1, 4], [4, 1]]}, r"Completion 1 has step_ends \[4.0, 1.0\]. Give the ends of turns in rising"),
+        ({"ends": [[1, 4], [4, 1]]}, r"Completion 1 has step_ends \[4, 1\]. Give the ends of turns in rising"),
     ],
 )
 def test_turns_that_do_not_fit_are_refused(given, message):

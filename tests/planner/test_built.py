@@ -140,8 +140,8 @@ def test_towers_are_named_and_planned_as_weights():
     shape, model = shape_of(config.to_dict()), model_of(config, "meta")
     tower = sum(weight.numel() for name, weight in model.named_parameters() if "vision_tower" in name)
     assert shape.notes == (
-        f"vision_tower has {tower / 1e6:,.0f} M parameters, which are planned as weights. What images and sound take is "
-        "not planned.",
+        f"The model's part 'vision_tower' has {tower / 1e6:,.0f} M parameters, which are planned as weights. What images "
+        "and sound take beside them is not planned.",
     )
     assert sum(linear.weights for linear in shape.outside) > 0
 
