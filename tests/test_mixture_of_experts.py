@@ -27,11 +27,13 @@ def experts_trainer(output_dir, loss_type, **arguments):
     return make_trainer(output_dir, model=tiny_experts(), loss_type=loss_type, **arguments)
 
 
+@pytest.mark.newest_trl
 def test_a_loss_of_ours_that_would_lose_the_auxiliary_loss_is_refused_at_construction(tmp_path):
     with pytest.raises(ValueError, match=r"loss_type='gmpo' .* router_aux_loss_coef=0\.5.*router_aux_loss_coef=0\.0"):
         experts_trainer(tmp_path, "gmpo")
 
 
+@pytest.mark.newest_trl
 def test_a_loss_of_ours_trains_without_the_auxiliary_loss(tmp_path):
     trainer = experts_trainer(tmp_path, "gmpo", router_aux_loss_coef=0.0)
     start = weights_of(trainer)

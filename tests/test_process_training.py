@@ -214,6 +214,7 @@ def only_rewards(completion_ids, log_extra, **_):
     return [1.0] * len(completion_ids)
 
 
+@pytest.mark.newest_trl
 @pytest.mark.parametrize(
     ("reward", "message"),
     [
@@ -231,6 +232,7 @@ def test_steps_that_cannot_be_used_stop_before_any_weight_moves(tmp_path, reward
     assert differing(weights_of(trainer), start) == []
 
 
+@pytest.mark.newest_trl
 def test_steps_and_an_outcome_add_up_in_an_overridden_hook(tmp_path):
     seen = []
 

@@ -34,6 +34,7 @@ def test_training_from_a_config_file(workplace, capsys):
     assert (workplace / "out" / "adapter_model.safetensors").exists()
 
 
+@pytest.mark.newest_trl
 def test_qlora_is_one_flag_and_every_other_one_still_counts(workplace, capsys, monkeypatch):
     trainers = []
     monkeypatch.setattr(
@@ -64,6 +65,7 @@ def test_qlora_is_one_flag_and_every_other_one_still_counts(workplace, capsys, m
     assert (workplace / "out" / "adapter_model.safetensors").exists()
 
 
+@pytest.mark.newest_trl
 def test_trls_own_flags_give_a_quantized_base_too(workplace):
     flags = ["--load_in_4bit", "--use_peft", "--lora_r", "4", "--max_completion_length", "8", "--output_dir", "out"]
     assert cli.main(["train", *NAMES, *flags, *SHORT, *CPU]) == 0
@@ -106,6 +108,7 @@ def test_a_dtype_that_4_bits_cannot_take_from_the_weights_is_refused_before_load
     assert "ValueError: --dtype auto with a base in 4 bits" in capsys.readouterr().err
 
 
+@pytest.mark.newest_trl
 def test_a_bug_in_a_reward_function_shows_its_line_and_ours_stays_one(workplace, capsys):
     (workplace / "my_rewards.py").write_text(
         "def vowels(completions, **_):\n    return [table(text) for text in completions]\n\n\n"
@@ -140,6 +143,7 @@ def test_a_missing_column_is_named_before_the_model_is_loaded(workplace, capsys)
     assert "On the command line: --prompt_column question." in error
 
 
+@pytest.mark.newest_trl
 def test_evaluations_have_rewards_and_tries_of_their_own(workplace, capsys):
     (workplace / "data" / "test.jsonl").write_text('{"prompt": "3+4="}')
     (workplace / "my_judges.py").write_text("def right(completions, **_):\n    return [1.0] * len(completions)\n")

@@ -20,11 +20,19 @@ def test_rewards_are_blocks_of_num_generations_rows(tmp_path):
     assert [len(set(seen[start : start + 4])) for start in range(0, 8, 4)] == [1, 1]
 
 
-@pytest.mark.parametrize("loss_type", TRL_LOSSES)
-def test_trl_knows_the_loss(tmp_path, loss_type):
-    trainer = make_trainer(tmp_path, max_steps=1, loss_type=loss_type)
+def test_trl_knows_every_loss(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=1)
+    compute, losses = trainer._compute_loss, {}
+
+    def of_every_name(model, inputs):
+        for trainer.loss_type in TRL_LOSSES:
+            losses[trainer.loss_type] = compute(model, inputs)
+        return losses["dapo"]
+
+    trainer._compute_loss = of_every_name
     trainer.train()
-    assert torch.tensor(trainer.state.log_history[0]["loss"]).isfinite()
+    assert list(losses) == list(TRL_LOSSES)
+    assert [name for name, loss in losses.items() if not loss.isfinite()] == []
 
 
 def test_trl_refuses_an_unknown_loss_only_in_training(tmp_path):

@@ -8,7 +8,7 @@ from trl import GRPOConfig
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
 from grpo_plus.config.plain import OFF
 from tests.close import differing
-from tests.training import logs_of, make_trainer, weights_of
+from tests.training import logs_of, make_trainer, newest, weights_of
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
 
@@ -19,11 +19,11 @@ ACCUMULATED = {
 }
 CHECKPOINTED = {"gradient_checkpointing": True, "gradient_accumulation_steps": 2}
 SETTINGS = [
-    pytest.param({"scale_rewards": "group"}, None, GRPOPlusConfig, id="group"),
+    newest({"scale_rewards": "group"}, None, GRPOPlusConfig, id="group"),
     pytest.param(CHECKPOINTED | {"num_iterations": 2}, LORA, GRPOPlusConfig, id="lora-2iterations-checkpoints"),
-    pytest.param({"scale_rewards": "none", "num_iterations": 2}, None, GRPOConfig, id="none-2iterations-plain"),
-    pytest.param({"scale_rewards": "none", "beta": 0.1}, LORA, GRPOPlusConfig, id="none-lora-beta"),
-    pytest.param(ACCUMULATED, None, GRPOPlusConfig, id="gdpo-accumulation"),
+    newest({"scale_rewards": "none", "num_iterations": 2}, None, GRPOConfig, id="none-2iterations-plain"),
+    newest({"scale_rewards": "none", "beta": 0.1}, LORA, GRPOPlusConfig, id="none-lora-beta"),
+    newest(ACCUMULATED, None, GRPOPlusConfig, id="gdpo-accumulation"),
     pytest.param(ACCUMULATED, None, GRPOConfig, id="gdpo-accumulation-plain"),
 ]
 
@@ -59,6 +59,7 @@ EQUIVALENTS = [
 ]
 
 
+@pytest.mark.newest_trl
 @pytest.mark.parametrize(("estimator", "trl_setting"), EQUIVALENTS)
 def test_an_estimator_gives_the_advantages_of_its_trl_setting(tmp_path, estimator, trl_setting):
     stock = make_trainer(tmp_path / "stock", max_steps=1, reward_weights=[1.0, 0.5], **trl_setting)

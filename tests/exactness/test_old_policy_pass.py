@@ -40,7 +40,7 @@ CASES = [
     newest("bnpo", settings("token_mask", 0.8, None), {"packing": "padding_free"}, None),
     newest("grpo", settings("sequence_truncate", None, 1.3), {"packing": "none"}, None),
     newest("dr_grpo", settings("sequence_mask", 0.5, 2.0), {"packing": "shared_prompt"}, None),
-    ("vespo", settings("token_mask", None, 1.2), {"packing": "shared_prompt"}, None),
+    newest("vespo", settings("token_mask", None, 1.2), {"packing": "shared_prompt"}, None),
     newest("sapo", {"off_policy_mask_threshold": 0.05, "max_steps": 2}, {"packing": "none"}, LORA),
     newest("cispo", {"num_iterations": 2, "beta": 0.1}, {"packing": "shared_prompt"}, LORA),
     newest("topr", settings("token_truncate", None, 1.2), {"packing": "shared_prompt"}, None),
@@ -142,6 +142,7 @@ def test_refilled_groups_bring_what_their_ratio_needs(tmp_path, monkeypatch):
     assert logs_of(runs[0])[0]["sampling/refills"] == 1
 
 
+@pytest.mark.newest_trl
 @pytest.mark.parametrize(
     ("config", "reason"),
     [

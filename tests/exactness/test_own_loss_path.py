@@ -32,7 +32,7 @@ CASES = [
     newest("grpo", {"gradient_accumulation_steps": 2}, None, id="grpo-accumulation"),
     newest("bnpo", {"num_iterations": 2}, None, id="bnpo-2iterations"),
     newest("dapo", {"gradient_accumulation_steps": 2, "steps_per_generation": 4}, None, id="dapo-4steps"),
-    pytest.param("dr_grpo", {"num_iterations": 2, "mask_truncated_completions": True}, None, id="dr_grpo-truncated"),
+    newest("dr_grpo", {"num_iterations": 2, "mask_truncated_completions": True}, None, id="dr_grpo-truncated"),
     pytest.param("luspo", {"beta": 0.2, "num_iterations": 2}, LORA, id="luspo-lora-kl"),
     newest("grpo", {"beta": 0.2, "use_bias_correction_kl": False, "num_iterations": 2}, LORA, id="grpo-plain-kl"),
     newest("sapo", {"num_iterations": 2}, None, id="sapo-2iterations"),
@@ -98,7 +98,8 @@ class OursWithTools(FromTools, GRPOPlusTrainer):
     pass
 
 
-@pytest.mark.parametrize("loss", ["dapo", newest("grpo")])
+@pytest.mark.newest_trl
+@pytest.mark.parametrize("loss", ["dapo", "grpo"])
 def test_tools_a_sampler_and_evaluation_follow_trls(tmp_path, twin, loss):
     # Two optimizer steps of two micro-batches per generation: in evaluation neither of the two may count.
     common = {

@@ -12,7 +12,7 @@ from trl import GRPOTrainer
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
 from grpo_plus.demo.tiny import tiny_model
 from tests.calling import Counting, Growing, asking, called, calling_tokenizer, count, grow
-from tests.training import logs_of, make_trainer, weights_of
+from tests.training import logs_of, make_trainer, newest, weights_of
 
 TOKENIZER = calling_tokenizer()
 PROMPTS = asking("012", "3", "12", "0")
@@ -50,6 +50,8 @@ CASES: dict[str, dict[str, Any]] = {
         "max_tool_calling_iterations": 1,
     },
 }  # fmt: skip
+# The minors differ in whose tools a completion is read with.
+ON_BOTH_MINORS = ("tools that fail or answer at length", "several environments")
 OF_THE_TRAINER = ("tools", "environment_factory", "peft_config", "reward_processing_classes")
 OURS: dict[str, Any] = {"trainer_class": GRPOPlusTrainer, "config_class": GRPOPlusConfig}
 
@@ -83,7 +85,7 @@ def trained_alike(ours: GRPOTrainer, stock: GRPOTrainer) -> None:
         torch.testing.assert_close(weights_of(ours)[name], weight, rtol=1e-5, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [case if case in ON_BOTH_MINORS else newest(case) for case in CASES])
 def test_two_steps_are_trls(tmp_path, case):
     stock = trained(tmp_path / "stock", CASES[case])
     trained_alike(trained(tmp_path / "ours", CASES[case], **OURS), stock)
@@ -98,6 +100,7 @@ def scripted(input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
     return torch.cat([input_ids, written], dim=1)
 
 
+@pytest.mark.newest_trl
 def test_a_model_with_a_generate_of_its_own_and_a_reward_model_are_trls(tmp_path):
     config = tiny_model(TOKENIZER, hidden_size=16, num_heads=2).config
     config.num_labels = 1

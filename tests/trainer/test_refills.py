@@ -252,6 +252,7 @@ def test_memory_is_of_the_final_batches_only(tmp_path, capsys):
     assert trainer.estimator_state == {task: pytest.approx(moments) for task, moments in state.items()}
 
 
+@pytest.mark.newest_trl
 def test_a_run_with_refills_resumes_to_the_same_weights(tmp_path, capsys):
     settings = {"advantage_estimator": "ema_task", "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     whole = refilling(tmp_path / "whole", Judge(), **settings)
@@ -264,6 +265,7 @@ def test_a_run_with_refills_resumes_to_the_same_weights(tmp_path, capsys):
         assert torch.equal(weights_of(resumed)[name], weight), name
 
 
+@pytest.mark.newest_trl
 def test_evaluation_does_not_refill(tmp_path, capsys):
     judge = Judge()
     trainer = refilling(tmp_path, judge, trainer_arguments={"eval_dataset": MIXED.select(range(4))})
@@ -271,6 +273,7 @@ def test_evaluation_does_not_refill(tmp_path, capsys):
     assert len(judge.calls) == 2  # four prompts of four completions, eight at a time
 
 
+@pytest.mark.newest_trl
 def test_reward_functions_see_the_same_columns_in_a_refill(tmp_path, capsys):
     judge = Judge()
     refilling(tmp_path, judge, remove_unused_columns=True, max_steps=1).train()
@@ -279,6 +282,7 @@ def test_reward_functions_see_the_same_columns_in_a_refill(tmp_path, capsys):
     assert "other" not in judge.columns[0]
 
 
+@pytest.mark.newest_trl
 def test_batches_that_hold_anything_but_text_are_refused_by_name(tmp_path):
     trainer = refilling(tmp_path, Judge(), trainer_class=GRPOPlusTrainer)
     batch = {"advantages": torch.zeros(4), "pixel_values": torch.zeros(9, 3)}

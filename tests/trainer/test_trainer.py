@@ -48,6 +48,7 @@ def test_the_completions_table_shows_the_estimators_values(tmp_path, estimator, 
     torch.testing.assert_close(torch.tensor(table["advantage"].to_numpy()).view(-1, 4), expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.newest_trl
 def test_the_loss_uses_the_estimators_values(tmp_path, registered):
     registered("five_times_centered")(lambda rewards: 5 * (rewards.total() - rewards.total().mean(-1, keepdim=True)))
     gradients = []
@@ -89,6 +90,7 @@ def counting(completion_ids, **_):
     return [float(len(ids)) for ids in completion_ids]
 
 
+@pytest.mark.newest_trl
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_non_finite_advantage_stops_before_any_weight_moves(tmp_path, registered, value):
     registered("broken")(lambda rewards: rewards.total() * 0 + value)
@@ -99,6 +101,7 @@ def test_a_non_finite_advantage_stops_before_any_weight_moves(tmp_path, register
     assert differing(weights_of(trainer), start) == []
 
 
+@pytest.mark.newest_trl
 def test_an_infinite_reward_stops_before_any_weight_moves(tmp_path):
     def endless(completions, **_):
         return [float("inf")] * len(completions)
@@ -110,6 +113,7 @@ def test_an_infinite_reward_stops_before_any_weight_moves(tmp_path):
     assert differing(weights_of(trainer), start) == []
 
 
+@pytest.mark.newest_trl
 def test_a_completion_that_nobody_judged_gets_zero_and_leaves_the_others_alone(tmp_path):
     def first_abstains(completions, **_):
         return [None if index % 4 == 0 else float(index) for index in range(len(completions))]
@@ -121,6 +125,7 @@ def test_a_completion_that_nobody_judged_gets_zero_and_leaves_the_others_alone(t
     assert completions_table(tmp_path)["advantage"].tolist() == [0, -1, 0, 1, 0, -1, 0, 1]
 
 
+@pytest.mark.newest_trl
 def test_an_incomplete_group_is_named(tmp_path):
     # Four prompts, four completions each, in evaluation batches of six: the group of the second prompt is cut.
     evaluated = {"eval_dataset": PROMPTS.select(range(4))}
@@ -132,6 +137,7 @@ def test_an_incomplete_group_is_named(tmp_path):
         trainer.evaluate()
 
 
+@pytest.mark.newest_trl
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
@@ -164,6 +170,7 @@ def tiny_reward_model():
     return AutoModelForSequenceClassification.from_config(config), tokenizer
 
 
+@pytest.mark.newest_trl
 def test_a_reward_model_is_a_judge_too(tmp_path):
     model, tokenizer = tiny_reward_model()
     arguments = {"reward_processing_classes": [tokenizer, None]}
@@ -232,6 +239,7 @@ def test_what_trl_accepts_still_trains(tmp_path, arguments):
     assert differing(weights_of(trainer), start)
 
 
+@pytest.mark.newest_trl
 @pytest.mark.parametrize("num_generations_eval", [1, 2])
 def test_evaluation_groups_by_its_own_number_of_generations(tmp_path, num_generations_eval, registered):
     shapes = []
@@ -310,8 +318,9 @@ def has_vowel(completions, **_):
     return [float(any(letter in "aeiou" for letter in text)) for text in completions]
 
 
+@pytest.mark.newest_trl
 @pytest.mark.parametrize(
-    ("saved", "found"), [newest("rloo", "nothing that an estimator remembers"), ("popart", "what 'popart' remembers")]
+    ("saved", "found"), [("rloo", "nothing that an estimator remembers"), ("popart", "what 'popart' remembers")]
 )
 def test_a_checkpoint_without_the_estimators_state_is_warned_about(tmp_path, saved, found):
     settings = {"max_steps": 3, "save_strategy": "steps", "save_steps": 2, "reward_funcs": [has_vowel]}
@@ -324,7 +333,8 @@ def test_a_checkpoint_without_the_estimators_state_is_warned_about(tmp_path, sav
     assert fresh.estimator_state == {"": [0.5, 0.5]}
 
 
-@pytest.mark.parametrize("config_class", [newest(GRPOConfig), GRPOPlusConfig])
+@pytest.mark.newest_trl
+@pytest.mark.parametrize("config_class", [GRPOConfig, GRPOPlusConfig])
 def test_what_an_overridden_hook_remembers_survives_a_checkpoint(tmp_path, config_class):
     class Remembering(GRPOPlusTrainer):
         def estimate_advantages(self, rewards):
@@ -337,6 +347,7 @@ def test_what_an_overridden_hook_remembers_survives_a_checkpoint(tmp_path, confi
     assert resumed.estimator_state == {"batches": 3}
 
 
+@pytest.mark.newest_trl
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
@@ -356,6 +367,7 @@ def test_a_state_that_no_checkpoint_can_hold_is_refused_in_the_first_step(tmp_pa
         trainer.train()
 
 
+@pytest.mark.newest_trl
 def test_images_in_a_prompt_are_told_apart_by_their_content(tmp_path):
     image = pytest.importorskip("PIL.Image")
     trainer = plus(tmp_path, advantage_estimator="spo", reward_funcs=[has_vowel])
@@ -370,6 +382,7 @@ def test_images_in_a_prompt_are_told_apart_by_their_content(tmp_path):
         trainer.prompt_key([{"role": "user", "content": object()}])
 
 
+@pytest.mark.newest_trl
 def test_evaluation_leaves_no_trace_in_the_state(tmp_path):
     evaluated = {"eval_dataset": TASKS.select(range(4))}
     trainer = plus(
@@ -382,6 +395,7 @@ def test_evaluation_leaves_no_trace_in_the_state(tmp_path):
     assert trainer.estimator_state == before
 
 
+@pytest.mark.newest_trl
 def test_a_task_column_that_is_not_there_is_named(tmp_path):
     settings = {"advantage_estimator": "ema_task", "task_column": "tusk"}
     message = "task_column='tusk' is no column of the dataset. Did you mean 'task'.*Known: prompt, answer, task"
@@ -433,6 +447,7 @@ def twice(name: str):
     return reward
 
 
+@pytest.mark.newest_trl
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -453,14 +468,17 @@ def test_what_does_not_fit_the_reward_functions_is_refused_at_construction(tmp_p
         plus(tmp_path, **({"advantage_estimator": "dr_grpo"} | settings))
 
 
+@pytest.mark.newest_trl
 def test_functions_that_are_only_watched_fit_process_rewards(tmp_path):
     plus(tmp_path, advantage_estimator="process", reward_weights=[1.0, 0.0])
 
 
+@pytest.mark.newest_trl
 def test_two_functions_of_one_name_are_left_to_trl_where_trl_estimates(tmp_path):
     plus(tmp_path, reward_funcs=[twice("same"), twice("same")], max_steps=1).train()
 
 
+@pytest.mark.newest_trl
 @pytest.mark.parametrize(
     ("loss_type", "message"),
     [
@@ -473,6 +491,7 @@ def test_a_loss_that_a_plain_config_cannot_describe_is_refused_at_construction(t
         make_trainer(tmp_path, trainer_class=GRPOPlusTrainer, loss_type=loss_type)
 
 
+@pytest.mark.newest_trl
 def test_an_overridden_loss_needs_no_config_of_ours(tmp_path):
     class Own(GRPOPlusTrainer):
         def policy_loss(self, inputs, *, num_items, accumulation_steps):
@@ -500,7 +519,8 @@ def with_kl(tmp_path, **settings):
     return plus(tmp_path, num_iterations=2, beta=0.5, trainer_arguments={"peft_config": lora}, **settings)
 
 
-@pytest.mark.parametrize(("loss_type", "accumulation"), [newest("grpo", 1), newest("gmpo", 1), ("dapo", 2)])
+@pytest.mark.newest_trl
+@pytest.mark.parametrize(("loss_type", "accumulation"), [("grpo", 1), ("gmpo", 1), ("dapo", 2)])
 def test_beta_moves_once_a_step_towards_the_kl_that_is_wanted(tmp_path, loss_type, accumulation):
     settings = {"loss_type": loss_type, "gradient_accumulation_steps": accumulation}
     trainer = with_kl(tmp_path, kl_target=1e-9, kl_horizon=100, **settings)
@@ -525,6 +545,7 @@ def test_an_adapted_beta_survives_a_checkpoint(tmp_path):
     assert resumed.beta == whole.beta
 
 
+@pytest.mark.newest_trl
 def test_without_a_target_a_checkpoint_does_not_set_beta(tmp_path):
     trainer = with_kl(tmp_path)
     trainer.load_running_state({"beta": 0.123})
@@ -544,6 +565,7 @@ def test_the_model_card_names_the_package(tmp_path):
     assert "- grpo_plus" in (tmp_path / "README.md").read_text()
 
 
+@pytest.mark.newest_trl
 def test_a_plain_config_keeps_trls_advantages(tmp_path):
     trainer = make_trainer(tmp_path, trainer_class=GRPOPlusTrainer, config_class=GRPOConfig, reward_funcs=[brevity])
     assert trainer.estimate_advantages(None) is None
