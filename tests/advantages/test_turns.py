@@ -107,8 +107,11 @@ def test_equal_rewards_of_equal_ways_give_exactly_zero_and_a_shorter_way_is_bett
 
 
 def test_what_follows_the_last_turn_gets_nothing():
-    advantages = estimate("turns", group_of([1.0, 0.0, 0.0], lengths=[9, 5, 5]), PLAIN)
+    turns = {"ends": [[1], *ENDS[1:]], "states": [["prompt"], *STATES[1:]]}
+    advantages = estimate("turns", group_of([1.0, 0.0, 0.0], **turns, lengths=[9, 5, 5]), PLAIN)
     assert advantages.shape == (1, 3, 9)
+    assert (advantages[0, 0, :2] > 0).all()
+    assert (advantages[0, 0, 2:] == 0).all()
     assert (advantages[..., 5:] == 0).all()
 
 

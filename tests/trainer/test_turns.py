@@ -133,6 +133,12 @@ def test_an_environments_first_words_are_the_state_of_the_first_turn(tmp_path):
     assert trainer.rewards.steps.states[0].tolist() == expected
 
 
+def test_a_prompt_is_known_by_its_row_whatever_an_environment_says(tmp_path):
+    trainer = playing(tmp_path, trainer_arguments={"environment_factory": House}, advantage_estimator="spo")
+    known = {trainer.prompt_key(row["prompt"]) for row in trainer.train_dataset}
+    assert set(trainer.rewards.prompts) == known
+
+
 def reporting(completions: list[Any], log_extra: Any, **_: Any) -> list[float]:
     """A point for the turn to which the tool says 2. The state is all that the tool has said."""
     states, points = [], []
