@@ -14,8 +14,6 @@ from grpo_plus.models.pictures import TOKEN_TYPES, Pictures
 from grpo_plus.trainer.names import NUM_IMAGES, NUM_TILES, PIXELS
 from grpo_plus.trainer.pictures import knows_rows, pictures_of
 
-# Arguments with an entry for each image: where one of them is given, TRL knows which pixels are an image's.
-OF_EACH_IMAGE = ("image_grid_thw", "image_position_ids", "image_sizes")
 PATCHES = "spatial_shapes"  # (tiles, 2), patches of each tile
 
 
@@ -74,12 +72,11 @@ def _tensor(value: Any) -> Tensor:
 
 
 def _sizes_of_tiles(tensors: Mapping[str, Tensor], images: int) -> list[int] | None:
-    """The size of each tile, in any unit. None where an image is not cut into tiles, or TRL knows its tiles."""
+    """The size of each tile, in any unit. None where an image is not cut into tiles, or its tiles are one entry."""
     if PATCHES in tensors:
         return tensors[PATCHES].prod(-1).tolist()
     pixels = tensors[PIXELS]
-    is_known = any(name in tensors for name in OF_EACH_IMAGE) or pixels.dim() != 4 or len(pixels) == images
-    return None if is_known else [1] * len(pixels)
+    return [1] * len(pixels) if pixels.dim() == 4 and len(pixels) != images else None
 
 
 def tiles_by_row(sizes: Sequence[int], tokens: Sequence[int]) -> list[int] | None:

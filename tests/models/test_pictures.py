@@ -19,6 +19,11 @@ def test_rows_of_equal_images_have_the_number_of_the_first():
     assert _pictures(SMALL, MOVED, SMALL.clone(), NONE, SMALL[:1], NONE).numbers() == [0, 1, 0, 3, 4, 3]
 
 
+def test_images_of_other_shapes_are_others_whatever_is_in_them():
+    black = SMALL * 0
+    assert Pictures.of({"pixel_values": [black, NONE, black[:1], black]}).numbers() == [0, 1, 2, 0]
+
+
 def test_equal_checksums_do_not_make_images_equal(monkeypatch):
     monkeypatch.setattr(pictures, "_checksum", lambda tensor: torch.tensor(7))
     assert _pictures(SMALL, MOVED, SMALL.clone()).numbers() == [0, 1, 0]

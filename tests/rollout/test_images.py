@@ -8,7 +8,7 @@ from peft import LoraConfig
 from trl import GRPOTrainer
 
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
-from grpo_plus.rollout import Rollouts, prefix, steps
+from grpo_plus.rollout import Rollouts, passes, prefix, steps
 from grpo_plus.trainer import shown
 from grpo_plus.trainer.shown import tiles_by_row
 from tests.close import differing
@@ -154,6 +154,14 @@ def test_tiles_that_tokens_do_not_explain_are_left_to_transformers(tmp_path, mon
     ):
         assert generated(made, SEEING) == expected
     assert not made.speed.rollouts.statistics
+
+
+def test_prompts_of_text_that_begin_alike_take_one_pass_on_a_model_that_sees(tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, logger="grpo_plus")
+    monkeypatch.setitem(passes.LEAST_SAVED, "cpu", 1)
+    made = trainer(tmp_path, "qwen2_5_vl")
+    assert generated(made, READING) == by_trl(made, READING)
+    assert "generation: each prompt in one pass. the model reads more than text." in caplog.text
 
 
 @pytest.mark.parametrize("name", ["qwen3_vl", "gemma3"])

@@ -5,7 +5,7 @@ import torch
 
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
 from grpo_plus.trainer.micro_batches import MicroBatches, read
-from grpo_plus.trainer.pictures import joined_by_row, knows_rows, pictures_of, split_by_row
+from grpo_plus.trainer.pictures import joined_by_row, knows_rows, pictures_of, split_by_row, with_images
 from grpo_plus.trainer.regrouping import regrouped
 from tests.close import differing
 from tests.packing.counting import OnDevice
@@ -34,7 +34,8 @@ def test_images_are_cut_by_row_and_joined_again(layout):
     assert knows_rows(inputs)
     pictures = pictures_of(inputs)
     assert tuple(map(len, pictures.images["pixel_values"])) == LAYOUTS[layout][1]
-    assert not pictures.has_images([1])
+    assert with_images(pictures, [1]) is None
+    assert with_images(pictures, [1, 2]) is pictures
     again = joined_by_row(split_by_row(inputs))
     assert again.keys() == inputs.keys()
     for name, value in inputs.items():

@@ -32,6 +32,9 @@ def test_each_turn_is_found_where_it_stands():
         [Piece(0, 2, 1, 0), Piece(1, 2, 1, 1)],
     ]
     assert not written.in_one_piece
+    # Of two equal turns, the first is left out. The second has read something else.
+    cut = Written.of([FIRST, SECOND], PROMPTS, [[5, 7], *COMPLETIONS[1:]], [[1, 0], *MASKS[1:]])
+    assert cut.pieces[1] == [Piece(1, 2, 1, 1)]
     plain = Written.of([FIRST], PROMPTS, [list(ids) for ids in FIRST.completion_ids], None)
     assert plain.in_one_piece
 
