@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from grpo_plus.advantages import Rewards
-from grpo_plus.compare.samples import KEPT, Sample, as_text
+from grpo_plus.compare.samples import KEPT, Sample
+from grpo_plus.report.completions import as_text
 from grpo_plus.trainer import GRPOPlusTrainer
 from grpo_plus.trainer.names import logged_texts
 

@@ -3,10 +3,8 @@
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from grpo_plus.compare.store import SAMPLES, read_json
-from grpo_plus.report.completions import said
 from grpo_plus.report.secrets import masked_text
 
 KEPT = 3  # samples of a model
@@ -31,13 +29,6 @@ def read_samples(folder: Path) -> list[Sample]:
     """The samples of an arm or of the start; [] where it keeps none, as one of an earlier release."""
     path = folder / SAMPLES
     return [Sample(**sample) for sample in read_json(path)] if path.exists() else []
-
-
-def as_text(written: Any) -> str:
-    """A prompt or a completion as text: messages one after the other, each after its role."""
-    if isinstance(written, str):
-        return written
-    return "\n".join(f"{message.get('role', '')}: {said(message.get('content'))}" for message in written)
 
 
 def _shortened(text: str) -> str:

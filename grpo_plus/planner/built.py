@@ -7,6 +7,7 @@ names of its modules; `decoder.py` reads them.
 
 import copy
 import re
+import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -230,7 +231,9 @@ def _adapters(model: Any) -> dict[str, int]:
 
     config = LoraConfig(r=1, lora_alpha=1, target_modules="all-linear")
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), warnings.catch_warnings():
+            # PEFT asks the model by a name that transformers deprecates. No reader of a plan can change that.
+            warnings.simplefilter("ignore", FutureWarning)
             wrapped: Any = get_peft_model(copy.deepcopy(model), config, low_cpu_mem_usage=True)
     except (
         ValueError

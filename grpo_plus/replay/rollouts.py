@@ -31,7 +31,7 @@ from grpo_plus.replay.batches import (
 from grpo_plus.replay.columns import plain_text
 from grpo_plus.replay.grouping import Sample, Size, label_size, logged_dead, size_of_groups
 from grpo_plus.replay.tables import TableError, converted, numbers, read_table
-from grpo_plus.report.completions import LENGTH, NOT_REWARDS
+from grpo_plus.report.completions import LENGTH, NOT_REWARDS, as_text
 from grpo_plus.report.files import read_json
 from grpo_plus.report.run_file import RunRecord, read_run
 
@@ -113,7 +113,7 @@ class Rollouts:
     def texts(self, batch_path: Path, rows: Sequence[int]) -> list[tuple[str, str]]:
         """Prompt and completion of rows of a file."""
         table = read_table(batch_path, ("prompt", "completion")).take(list(rows))
-        return list(zip(*(plain_text(table[name]).to_pylist() for name in ("prompt", "completion")), strict=True))
+        return list(zip(*(map(as_text, table[name].to_pylist()) for name in ("prompt", "completion")), strict=True))
 
     @property
     def _run_folders(self) -> list[Path]:

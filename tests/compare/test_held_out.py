@@ -2,7 +2,7 @@ import pytest
 from datasets import Dataset
 
 from grpo_plus.compare.held_out import HeldOutTrainer
-from grpo_plus.compare.samples import as_text
+from grpo_plus.report.completions import as_text
 from tests.compare.small import ROWS, TOKENIZER, small_task
 
 HELD_OUT = Dataset.from_dict({"prompt": [f"held out {number}" for number in range(6)]})

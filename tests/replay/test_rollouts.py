@@ -55,6 +55,23 @@ def test_messages_with_more_than_text_are_compared_too(tmp_path):
     assert read(tmp_path)[0].size == 2
 
 
+def test_pictures_and_calls_are_shown_for_a_reader(tmp_path):
+    asked = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "How many?"}]}]
+    calls = [
+        {"function": {"name": "count", "arguments": {"what": "disks"}}},
+        {"function": {"name": "add", "arguments": {"a": 1, "b": 2}}},  # the table adds what=None here, a=None above
+    ]
+    told = [
+        {"role": "assistant", "content": "", "tool_calls": calls},
+        {"role": "tool", "content": "3", "tool_calls": None},
+    ]
+    path = write_rewards(tmp_path, 1, {"r": [1.0, 0.0]}, prompt=[asked] * 2, completion=[told] * 2)
+    rollouts, _ = read(tmp_path)
+    assert rollouts.texts(path, [1]) == [
+        ("user: [image] How many?", "assistant: count(what='disks') add(a=1, b=2)\ntool: 3")
+    ]
+
+
 def test_a_group_column_goes_before_the_prompts(tmp_path):
     # Two groups of one prompt: only the column tells them apart, and they are not in blocks.
     columns = table({"r": [1.0, 2.0, 3.0, 4.0]}, prompt=["p"] * 4, group=[0, 1, 0, 1], task=["a", "b", "a", "b"])
