@@ -38,6 +38,9 @@ KINDS = {
 }
 SPREAD = {kind: job(f"sharded-{kind}", **TEN_STEPS, **extra, **FSDP) for kind, extra in KINDS.items()}
 SAMPLED = job("sharded-sampled", **CONFIG, packing="shared_prompt", **FSDP)
+SAVED = {"max_steps": 2, "per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 1, **FSDP}
+WHOLE = job("sharded-whole", **SAVED)
+RESUMED = job("sharded-resumed", resume_from=f"{WHOLE}/checkpoint-1", **SAVED)
 
 
 def read(folder: Path, name: str, rank: int = 0) -> Any:
@@ -83,3 +86,9 @@ def test_a_process_whose_micro_batch_is_all_dead_keeps_no_other_waiting(runs):
 def test_sampled_completions_train_the_weights_of_whole_models(runs):
     plain = runs / PAIRS["plain"]["off"]
     assert_close("weights", weights(runs / SAMPLED, 0), weights(plain, 0), rtol=1e-6)
+
+
+def test_a_run_with_spread_weights_resumes_to_the_same_weights(runs):
+    log = read(runs / RESUMED, "log")
+    assert [entry["step"] for entry in log if "loss" in entry] == [1, 2]
+    assert read(runs / RESUMED, "weights") == read(runs / WHOLE, "weights")
