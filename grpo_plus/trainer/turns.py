@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 from grpo_plus.trainer.digests import digest
+from grpo_plus.trainer.written import policy_runs
 
 PROMPT = "prompt"  # the state of a first turn, where all completions of a group read the same prompt
 
@@ -34,16 +34,13 @@ def turns_of(ids: Sequence[int], mask: Sequence[int], completion: Any, *, start:
     """
     ends: list[int] = []
     states: list[str] = []
-    observed, pictures = start, _pictures_before(completion)
-    for by_policy, run in groupby(range(len(ids)), key=lambda place: bool(mask[place])):
-        places = list(run)
-        if not by_policy:
-            written = digest([ids[place] for place in places])
-            observed = written if ends else start + written
-            continue
-        seen = pictures[len(ends)] if len(ends) < len(pictures) else []
-        states.append(observed + digest(seen) if seen else observed)
-        ends.append(places[-1])
+    pictures = _pictures_before(completion)
+    for turn, (first, length) in enumerate(policy_runs(mask)):
+        told = ids[ends[-1] + 1 if ends else 0 : first]
+        seen = pictures[turn] if turn < len(pictures) else []
+        observed = [digest(part) for part in (list(told), seen) if part]
+        states.append("".join(observed if ends else [start, *observed]))
+        ends.append(first + length - 1)
     return Turns(ends, states)
 
 

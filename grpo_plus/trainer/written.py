@@ -66,7 +66,7 @@ class Written:
         Args:
             masks: of the completions, 0 at the tokens that a tool wrote. None where there are none.
         """
-        runs = [list(_runs(mask)) for mask in masks or [[1] * len(ids) for ids in completion_ids]]
+        runs = [list(policy_runs(mask)) for mask in masks or [[1] * len(ids) for ids in completion_ids]]
         pieces: list[list[Piece]] = []
         for turn, generation in enumerate(generations):
             sources = enumerate(zip(generation.prompt_ids, generation.completion_ids, strict=True))
@@ -133,8 +133,8 @@ class Written:
         return KeptRows(counts, pad_sequence([torch.cat(row) for row in lists], batch_first=True))
 
 
-def _runs(mask: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Start and length of each run of ones."""
+def policy_runs(mask: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Start and length of each run of ones, which the policy has written without a break."""
     for by_policy, run in groupby(range(len(mask)), key=lambda place: bool(mask[place])):
         places = list(run)
         if by_policy:

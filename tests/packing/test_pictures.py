@@ -15,7 +15,7 @@ from grpo_plus.packing.packer import Choice, _run
 from grpo_plus.packing.padded import Layout
 from grpo_plus.packing.passes import CACHED
 from tests.close import assert_close
-from tests.packing.pictured import pictured_alone, pictured_batch, pictured_model
+from tests.packing.pictured import PROMPTS, pictured_alone, pictured_batch, pictured_model
 from tests.packing.rows import COMPLETION, gradients
 
 FIVE = ("qwen2_5_vl", "qwen3_vl", "gemma3", "smolvlm", "llava_next")
@@ -152,6 +152,14 @@ def test_the_self_check_finds_wrong_positions_wrong_images_and_missing_types(
     assert chosen.describe() == "none"
     with pytest.raises(ValueError, match="packing='shared_prompt' cannot be exact here"):
         logps_of(model, batch.rows, "shared_prompt")
+
+
+def test_a_batch_of_one_prompt_is_checked_behind_padding_too(qwen, monkeypatch):
+    model, processor = qwen
+    batch = pictured_batch(model, processor, PROMPTS[:1], range(3))
+    monkeypatch.setattr(passes, "_prompts", lambda groups, length: replace(prompts(groups, length), mask=None))
+    with pytest.warns(UserWarning, match="rows with images stay padded.*two passes"):
+        assert logps_of(model, batch.rows)[1] is None
 
 
 def test_a_tower_whose_gradient_is_lost_on_the_way_is_found(qwen, monkeypatch):
