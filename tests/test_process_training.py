@@ -76,7 +76,6 @@ def trained(trainer: GRPOTrainer) -> GRPOTrainer:
 LEVELS = [("dapo", "token"), ("sapo", "token"), ("vespo", "token"), ("cispo", "token"), ("luspo", "sequence")]
 
 
-@pytest.mark.newest_trl
 @pytest.mark.parametrize(("loss", "level"), LEVELS)
 def test_trls_losses_have_the_gradient_that_trl_gives_them(tmp_path, loss, level):
     config = {**SETTINGS, "loss_type": loss, "importance_sampling_level": level}
@@ -93,7 +92,6 @@ def test_trls_losses_have_the_gradient_that_trl_gives_them(tmp_path, loss, level
     assert without_ours == logs_of(stock)
 
 
-@pytest.mark.newest_trl
 @pytest.mark.parametrize("loss", ["grpo", "dapo", "sapo", "luspo"])
 def test_our_path_has_the_gradient_that_trl_gives_the_same_loss(tmp_path, twin, loss):
     stock = trained(make_trainer(tmp_path / "stock", trainer_class=Stock, loss_type=loss, **SETTINGS))
@@ -104,7 +102,6 @@ def test_our_path_has_the_gradient_that_trl_gives_the_same_loss(tmp_path, twin, 
             assert_close(name, mine[name], gradient, rtol=1e-4)
 
 
-@pytest.mark.newest_trl
 @pytest.mark.parametrize("loss", [name for name in LOSSES if LOSSES[name].origin == "grpo_plus"])
 def test_a_loss_of_ours_trains_on_step_rewards(tmp_path, loss):
     arguments = {"trainer_class": GRPOPlusTrainer, "config_class": GRPOPlusConfig, "loss_type": loss}
@@ -214,7 +211,6 @@ def only_rewards(completion_ids, log_extra, **_):
     return [1.0] * len(completion_ids)
 
 
-@pytest.mark.newest_trl
 @pytest.mark.parametrize(
     ("reward", "message"),
     [
@@ -232,7 +228,6 @@ def test_steps_that_cannot_be_used_stop_before_any_weight_moves(tmp_path, reward
     assert differing(weights_of(trainer), start) == []
 
 
-@pytest.mark.newest_trl
 def test_steps_and_an_outcome_add_up_in_an_overridden_hook(tmp_path):
     seen = []
 

@@ -90,6 +90,7 @@ def test_a_run_is_trls(tmp_path, monkeypatch, loss, config, ours, adapter):
     assert_same_run(made, trainer(tmp_path / "theirs", **config, **trls))
 
 
+@pytest.mark.newest_trl
 def test_the_pass_is_gone_in_training_and_stays_in_evaluation(tmp_path, monkeypatch):
     install_engine(monkeypatch)
     made, stock = (

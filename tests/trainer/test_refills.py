@@ -11,7 +11,7 @@ from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
 from grpo_plus.advantages import estimate
 from tests.advantages.cases import rewards_of
 from tests.refilling import MIXED, Judge, expected_batches, is_dead
-from tests.training import PROMPTS, logs_of, make_trainer, newest, weights_of
+from tests.training import PROMPTS, logs_of, make_trainer, weights_of
 
 
 class Recorder(GRPOPlusTrainer):
@@ -65,7 +65,8 @@ def sampling(trainer, name: str) -> list:
     return [entry[f"sampling/{name}"] for entry in trainer.state.log_history if f"sampling/{name}" in entry]
 
 
-@pytest.mark.parametrize("estimator", ["dr_grpo", *map(newest, ("batch_std", "gdpo", None))])
+@pytest.mark.newest_trl
+@pytest.mark.parametrize("estimator", ["dr_grpo", "batch_std", "gdpo", None])
 def test_dead_slots_are_filled_and_the_final_batch_is_trained_and_shown(tmp_path, estimator, capsys):
     judge = Judge()
     trainer = refilling(tmp_path, judge, advantage_estimator=estimator)

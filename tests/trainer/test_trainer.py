@@ -59,6 +59,7 @@ def test_the_loss_uses_the_estimators_values(tmp_path, registered):
     assert gradients[1] == pytest.approx(5 * gradients[0], rel=1e-4)
 
 
+@pytest.mark.newest_trl
 def test_an_estimator_sees_names_weights_and_lengths(tmp_path, registered):
     seen: list[Rewards] = []
 
@@ -260,6 +261,7 @@ def test_evaluation_groups_by_its_own_number_of_generations(tmp_path, num_genera
     assert shapes == [(8 // num_generations_eval, num_generations_eval, 2)] * num_generations_eval
 
 
+@pytest.mark.newest_trl
 def test_the_completions_table_of_several_evaluation_batches_is_in_order(tmp_path):
     trainer = plus(
         tmp_path,
@@ -278,6 +280,7 @@ def test_the_completions_table_of_several_evaluation_batches_is_in_order(tmp_pat
     torch.testing.assert_close(torch.tensor(table["advantage"].to_numpy()).view(4, 2), centered, rtol=0, atol=1e-6)
 
 
+@pytest.mark.newest_trl
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
     settings = {"advantage_estimator": "rloo", "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     whole = plus(tmp_path / "whole", **settings)
@@ -292,7 +295,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path):
 TASKS = Dataset.from_list([{**row, "task": "even" if i % 2 else "odd"} for i, row in enumerate(PROMPTS)])
 
 
-@pytest.mark.parametrize("estimator", [*map(newest, ("ema_task", "popart")), "spo"])
+@pytest.mark.newest_trl
+@pytest.mark.parametrize("estimator", ["ema_task", "popart", "spo"])
 def test_a_stateful_estimator_resumes_to_the_same_numbers(tmp_path, estimator):
     settings = {
         "advantage_estimator": estimator,
