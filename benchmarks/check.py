@@ -102,7 +102,8 @@ def main() -> None:
         BASELINE.write_text(json.dumps(baseline | written, indent=1) + "\n")
         print(f"written to {BASELINE.name}")
         return
-    print(*(f"another version: {note}" for note in other_versions(baseline)), sep="\n")
+    for note in other_versions(baseline):
+        print(f"the baseline is of another version: {note}")
     if failed := sum(not line.holds for line in lines):
         sys.exit(WHAT_TO_DO.format(count=failed, total=len(lines), counts=" --counts" if args.counts else ""))
 

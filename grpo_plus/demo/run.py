@@ -113,7 +113,7 @@ def _run(config: GRPOPlusConfig, output_dir: Path, warm_up_steps: int, recipe: Q
     if recipe is not None:
         model = _quantized(model, recipe)
     before = _examine(model, tokenizer, held_out)
-    trainer = _demo_trainer(config, model, tokenizer, held_out, recipe)
+    trainer = demo_trainer(config, model, tokenizer, held_out, recipe)
     try:
         trainer.train()
     except SystemExit:  # SIGTERM has ended the training in good order, but there is no demo
@@ -162,13 +162,14 @@ def demo_config(
     )
 
 
-def _demo_trainer(
+def demo_trainer(
     config: GRPOPlusConfig,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     held_out: Dataset,
     recipe: QLoRA | None,
 ) -> GRPOPlusTrainer:
+    """The demo's trainer of a model that is warmed up."""
     trainer = GRPOPlusTrainer(
         model=model,
         reward_funcs=[task.correctness_reward, task.format_reward],
