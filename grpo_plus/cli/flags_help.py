@@ -46,7 +46,7 @@ OURS = {
         "logprob_backend",
         "lora_backend",
     ),
-    "safety": ("health_warnings", "max_nonfinite_steps", "reward_timeout"),
+    "safety": ("health_warnings", "max_nonfinite_steps", "reward_timeout", "deterministic"),
 }
 
 

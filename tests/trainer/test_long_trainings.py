@@ -11,7 +11,7 @@ from trl import GRPOConfig, GRPOTrainer
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
 from grpo_plus.models.offload import Offload
 from grpo_plus.models.tiles import Tiles
-from grpo_plus.packing import candidates, passes
+from grpo_plus.packing import candidates, packer, passes
 from grpo_plus.trainer.long_rows import LongRows
 from tests.close import assert_close, differing
 from tests.qlora.models import lora, save_base
@@ -89,7 +89,9 @@ def expected(tmp_path_factory, base):
 @pytest.mark.parametrize("form", FORMS)
 def test_everything_for_long_rows_trains_as_trl_and_resumes(tmp_path, base, expected, monkeypatch, form):
     for refused in FORMS[form]:
-        monkeypatch.setattr(candidates, refused, lambda model: "not in this test")
+        for module in (candidates, packer):  # the packer asks for the cache once more, to cut prompts
+            if hasattr(module, refused):
+                monkeypatch.setattr(module, refused, lambda model: "not in this test")
     cut, sizes = passes._in_parts, []
     monkeypatch.setattr(passes, "_in_parts", lambda *inputs: sizes.append(len(cut(*inputs))) or cut(*inputs))
     tiles, offload = Tiles(3), Offload(least_bytes=1)
