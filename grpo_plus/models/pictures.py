@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 PIXELS = "pixel_values"
+NUM_IMAGES = "num_images"  # of each row: the count by which a trainer sorts the images
 # Arguments of a forward that have an entry for each token: what kind of token it is.
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 GRIDS = "image_grid_thw"  # (images, 3), from which some models compute the positions of tokens
@@ -59,7 +60,7 @@ class Pictures:
 
         Args:
             fields: each a list of one tensor per row, or a tensor with an entry per row.
-            counts: as the attribute. A row whose first count is 0 has no image, whatever fills its place in a tensor.
+            counts: as the attribute. A row of 0 images has none, whatever fills its place in a tensor.
         """
         images: dict[str, Sequence[Tensor]] = {
             name: value.split(1) if isinstance(value, Tensor) else value
@@ -67,9 +68,8 @@ class Pictures:
             if name not in TOKEN_TYPES
         }
         if counts:
-            numbers = next(iter(counts.values()))
             images = {
-                name: [own if number else own[:0] for own, number in zip(by_row, numbers, strict=True)]
+                name: [own if number else own[:0] for own, number in zip(by_row, counts[NUM_IMAGES], strict=True)]
                 for name, by_row in images.items()
             }
         return cls(

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
-from grpo_plus.models.pictures import GRIDS, HostPictures, Pictures, image_token, joined_entries
+from grpo_plus.models.pictures import GRIDS, NUM_IMAGES, HostPictures, Pictures, image_token, joined_entries
 
 if TYPE_CHECKING:
     from grpo_plus.packing.layout import Group
@@ -96,7 +96,7 @@ def _go_on_in_completions(group: "Group", seen: Seen, image: int | None) -> bool
         return False
     is_image = pad(group.prompt.eq(image), (1, 0))
     runs = int((is_image[1:] & ~is_image[:-1]).sum())
-    return runs < seen.counts.get("num_images", 0)
+    return runs < seen.counts.get(NUM_IMAGES, 0)
 
 
 def located(model: PreTrainedModel, groups: Sequence["Group"]) -> list["Group"]:

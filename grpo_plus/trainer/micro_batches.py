@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_plus.models.pictures import HostPictures, Pictures
+from grpo_plus.models.pictures import PIXELS, HostPictures, Pictures
 from grpo_plus.packing import Layout, group_rows
-from grpo_plus.trainer.names import PIXELS, trained_tokens
+from grpo_plus.trainer.names import trained_tokens
 from grpo_plus.trainer.pictures import pictures_of, with_images
 
 Inputs = dict[str, Any]

@@ -66,8 +66,8 @@ CONTROLLERS = ("beta", "entropy_coef", "_last_world_entropy")
 # What TRL moves with each micro-batch.
 MOVED_BY_A_LOSS = (*CONTROLLERS, "_entropy_window_stats")
 
-# Of these, the images, a mask that some processors make of them, and numbers of images and of tiles of each row.
-PIXELS, PIXEL_MASK, NUM_IMAGES, NUM_TILES = "pixel_values", "pixel_attention_mask", "num_images", "num_tiles"
+# Of these, a mask that some processors make of the images, and the number of tiles of each row.
+PIXEL_MASK, NUM_TILES = "pixel_attention_mask", "num_tiles"
 
 # What a row of text is made of.
 ROWS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "tool_mask")

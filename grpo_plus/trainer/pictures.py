@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_plus.models.pictures import GRIDS, TOKEN_TYPES, Pictures
-from grpo_plus.trainer.names import MULTIMODAL, NUM_IMAGES, NUM_TILES, PIXEL_MASK, PIXELS, multimodal
+from grpo_plus.models.pictures import GRIDS, NUM_IMAGES, PIXELS, TOKEN_TYPES, Pictures
+from grpo_plus.trainer.names import MULTIMODAL, NUM_TILES, PIXEL_MASK, multimodal
 
 Inputs = dict[str, Any]
 COUNTS = (NUM_IMAGES, NUM_TILES)

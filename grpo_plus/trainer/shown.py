@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from grpo_plus.models.pictures import TOKEN_TYPES, Pictures
-from grpo_plus.trainer.names import NUM_IMAGES, NUM_TILES, PIXELS
+from grpo_plus.models.pictures import NUM_IMAGES, PIXELS, TOKEN_TYPES, Pictures
+from grpo_plus.trainer.names import NUM_TILES
 from grpo_plus.trainer.pictures import knows_rows, pictures_of
 
 PATCHES = "spatial_shapes"  # (tiles, 2), patches of each tile

@@ -4,7 +4,7 @@ The sizes follow the tiny models of TRL's tests, except for the pictures: a pict
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
@@ -100,6 +100,19 @@ HYBRID = {
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 8,
 } | rotary(1, 1, 1, mrope_interleaved=True, partial_rotary_factor=0.5)
+
+IDEFICS3 = Family(
+    model_type="idefics3",
+    processor="Idefics3Processor",
+    images=lambda: Idefics3ImageProcessorPil(**SPLIT),
+    turns=Turns("<|im_start|>{}:", "<image>", "<end_of_utterance>\n", "Assistant:"),
+    text={"model_type": "llama"},
+    vision=TOWER | {"image_size": 16, "patch_size": PATCH},
+    token_ids={"image_token_id": "<image>"},
+    config={"scale_factor": 2},
+    tokens=("<|im_start|>", "<end_of_utterance>", "<fake_token_around_image>", "<image>", "<global-img>", *TILES),
+    settings={"image_seq_len": 4},
+)
 
 FAMILIES = {
     "qwen2_vl": Family(
@@ -220,29 +233,14 @@ FAMILIES = {
         tokens=("<|turn>", "<turn|>", "<|video|>"),
         settings={"image_seq_length": 70},
     ),
-    "smolvlm": Family(
+    "smolvlm": replace(
+        IDEFICS3,
         model_type="smolvlm",
         processor="SmolVLMProcessor",
         images=lambda: SmolVLMImageProcessorPil(**SPLIT),
-        turns=Turns("<|im_start|>{}:", "<image>", "<end_of_utterance>\n", "Assistant:"),
-        text={"model_type": "llama"},
-        vision=TOWER | {"image_size": 16, "patch_size": PATCH},
-        token_ids={"image_token_id": "<image>"},
-        tokens=("<|im_start|>", "<end_of_utterance>", "<fake_token_around_image>", "<image>", "<global-img>", *TILES),
-        settings={"image_seq_len": 4},
+        config={},
     ),
-    "idefics3": Family(
-        model_type="idefics3",
-        processor="Idefics3Processor",
-        images=lambda: Idefics3ImageProcessorPil(**SPLIT),
-        turns=Turns("<|im_start|>{}:", "<image>", "<end_of_utterance>\n", "Assistant:"),
-        text={"model_type": "llama"},
-        vision=TOWER | {"image_size": 16, "patch_size": PATCH},
-        token_ids={"image_token_id": "<image>"},
-        config={"scale_factor": 2},
-        tokens=("<|im_start|>", "<end_of_utterance>", "<fake_token_around_image>", "<image>", "<global-img>", *TILES),
-        settings={"image_seq_len": 4},
-    ),
+    "idefics3": IDEFICS3,
     "llava_next": Family(
         model_type="llava_next",
         processor="LlavaNextProcessor",
