@@ -1,6 +1,6 @@
 """GRPOPlusConfig: TRL's GRPOConfig with a handful of fields more, checked at construction."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from trl import GRPOConfig
@@ -10,6 +10,7 @@ from grpo_plus.config.advantages import check_advantages, check_refills
 from grpo_plus.config.determinism import check_determinism
 from grpo_plus.config.evaluation import check_pass_at_k
 from grpo_plus.config.guard import check_guard
+from grpo_plus.config.help import told
 from grpo_plus.config.keywords import as_dictionary
 from grpo_plus.config.losses import check_kl_target, check_loss
 from grpo_plus.config.numbers import check_numbers, check_reward_timeout
@@ -130,182 +131,41 @@ class GRPOPlusConfig(GRPOConfig):
             would have no effect.
     """
 
-    advantage_estimator: str | None = field(
-        default=None,
-        metadata={
-            "help": "Advantage estimator: a name from `grpo-plus ls advantages` or a dotted path to a function. If "
-            "unset, `scale_rewards` and `multi_objective_aggregation` decide."
-        },
-    )
-    advantage_kwargs: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={"help": "Keyword arguments of the advantage estimator, as JSON: '{\"ddof\": 0}'."},
-    )
-    advantage_modifiers: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={
-            "help": 'What else happens to rewards and advantages, in order, as JSON: \'{"clip": {"max": 5.0}}\'. '
-            "Known: gate, pods, difficulty, filter_zero_std, clip."
-        },
-    )
-    max_refills: int = field(
-        default=0,
-        metadata={
-            "help": "Dynamic sampling: up to how many further generation batches replace groups whose advantages are "
-            "all 0. 0: off."
-        },
-    )
+    advantage_estimator: str | None = told("advantage_estimator", None)
+    advantage_kwargs: dict[str, Any] | str | None = told("advantage_kwargs", None)
+    advantage_modifiers: dict[str, Any] | str | None = told("advantage_modifiers", None)
+    max_refills: int = told("max_refills", 0)
 
-    task_column: str | None = field(
-        default=None,
-        metadata={"help": "Dataset column with each prompt's task, for estimators and metrics that keep tasks apart."},
-    )
-    reward_timeout: float | None = field(
-        default=None,
-        metadata={
-            "help": "Seconds that one call of a reward function may take before the run ends with its name; unset: no "
-            "bound."
-        },
-    )
-    health_warnings: bool = field(
-        default=True,
-        metadata={
-            "help": "Warn, once per cause and with what to try, where the log says that the run cannot learn, or "
-            "learns something else than it should."
-        },
-    )
-    truncated_sampling: str | None = field(
-        default=None,
-        metadata={
-            "help": "correct: take log-probabilities over the tokens that top_p, top_k, min_p and the like have left; "
-            "unset: over the whole vocabulary, as in TRL."
-        },
-    )
-    eval_pass_at_k: list[int] | None = field(
-        default=None,
-        metadata={
-            "help": "Log eval_pass@k for these k: the chance that one of k completions is right. Each needs as many "
-            "num_generations_eval."
-        },
-    )
-    eval_pass_reward: str | None = field(
-        default=None,
-        metadata={"help": "Reward function that says which completions are right; unset: the only one."},
-    )
-    eval_pass_threshold: float = field(default=1.0, metadata={"help": "Least reward of a completion that is right."})
-    loss_kwargs: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Keyword arguments of a loss that TRL lacks (`grpo-plus ls losses`), as JSON: '{\"c\": 3.0}'."
-        },
-    )
-    loss_reduction: str | None = field(
-        default=None,
-        metadata={
-            "help": "How a loss that TRL lacks is summed; unset: as its authors do. Known: token-mean, "
-            "global-token-mean, seq-mean-token-mean, seq-mean-token-sum, seq-mean-token-sum-norm."
-        },
-    )
-    kl_estimator: str = field(
-        default="k3",
-        metadata={"help": "KL estimator k1, k2 or k3 of a loss that TRL lacks, where beta is not 0. TRL's use k3."},
-    )
+    task_column: str | None = told("task_column", None)
+    reward_timeout: float | None = told("reward_timeout", None)
+    health_warnings: bool = told("health_warnings", True)
+    truncated_sampling: str | None = told("truncated_sampling", None)
+    eval_pass_at_k: list[int] | None = told("eval_pass_at_k", None)
+    eval_pass_reward: str | None = told("eval_pass_reward", None)
+    eval_pass_threshold: float = told("eval_pass_threshold", 1.0)
+    loss_kwargs: dict[str, Any] | str | None = told("loss_kwargs", None)
+    loss_reduction: str | None = told("loss_reduction", None)
+    kl_estimator: str = told("kl_estimator", "k3")
 
-    kl_target: float | None = field(
-        default=None, metadata={"help": "KL per token that beta adapts to; unset: beta stays as it is."}
-    )
-    kl_horizon: int = field(
-        default=10_000,
-        metadata={"help": "Completions after which a KL far from kl_target has changed beta by a fifth."},
-    )
+    kl_target: float | None = told("kl_target", None)
+    kl_horizon: int = told("kl_horizon", 10_000)
 
-    packing: str = field(
-        default="auto",
-        metadata={
-            "help": "How rows go through the model: shared_prompt, padding_free, none (as TRL), or auto: the first of "
-            "these that is exact."
-        },
-    )
-    skip_zero_advantage: bool | None = field(
-        default=None,
-        metadata={"help": "Skip completions whose advantages are 0; unset: where they have no gradient."},
-    )
-    skip_old_policy_pass: bool | None = field(
-        default=None,
-        metadata={
-            "help": "With vLLM: the update's own log-probabilities serve as the old policy's; unset: where they are "
-            "the same."
-        },
-    )
-    generation_loop: str = field(
-        default="auto",
-        metadata={
-            "help": "What decodes where transformers generates: grouped (each prompt once, finished rows leave), trl, "
-            "or auto: grouped wherever it gives the same tokens."
-        },
-    )
-    generation_chunk_size: int | str | None = field(
-        default=None,
-        metadata={
-            "help": "Rows that a process generates for at a time; auto: as many as the free memory of the GPU holds; "
-            "unset: its whole generation batch."
-        },
-    )
-    offload_activations: bool = field(
-        default=False,
-        metadata={
-            "help": "Keep the inputs of checkpointed layers in the host's memory between forward and backward, for "
-            "longer rows on a GPU."
-        },
-    )
-    max_tokens_per_pass: int | str | None = field(
-        default="auto",
-        metadata={
-            "help": "Most tokens that an update sends through the model at once; auto: as many as the free memory of "
-            "the GPU holds; None: a whole micro-batch."
-        },
-    )
-    mlp_tile_tokens: int | str | None = field(
-        default="auto",
-        metadata={
-            "help": "Most tokens that MLPs and norms see at a time in an update; auto: 4096 under gradient "
-            "checkpointing that is not reentrant; 0: all."
-        },
-    )
-    adapter_dtype: str | None = field(
-        default=None,
-        metadata={
-            "help": "Dtype of the adapters and of Adam's state: float32, bfloat16 (as TRL above a quantized base), or "
-            "unset: float32 above a quantized base, else as PEFT made them."
-        },
-    )
+    packing: str = told("packing", "auto")
+    skip_zero_advantage: bool | None = told("skip_zero_advantage", None)
+    skip_old_policy_pass: bool | None = told("skip_old_policy_pass", None)
+    generation_loop: str = told("generation_loop", "auto")
+    generation_chunk_size: int | str | None = told("generation_chunk_size", None)
+    offload_activations: bool = told("offload_activations", False)
+    max_tokens_per_pass: int | str | None = told("max_tokens_per_pass", "auto")
+    mlp_tile_tokens: int | str | None = told("mlp_tile_tokens", "auto")
+    adapter_dtype: str | None = told("adapter_dtype", None)
 
-    logprob_backend: str = field(
-        default="auto",
-        metadata={
-            "help": "What computes log-probabilities in packed rows: trl, torch or triton (frozen heads), or auto."
-        },
-    )
+    logprob_backend: str = told("logprob_backend", "auto")
 
-    lora_backend: str = field(
-        default="auto",
-        metadata={"help": "What computes linear layers with LoRA during training: peft, torch, or auto."},
-    )
+    lora_backend: str = told("lora_backend", "auto")
 
-    max_nonfinite_steps: int = field(
-        default=5,
-        metadata={
-            "help": "Optimizer steps in a row with a loss or a gradient that is not finite, each of them skipped, that "
-            "end the run."
-        },
-    )
-    deterministic: bool = field(
-        default=False,
-        metadata={
-            "help": "Make two runs equal to the last bit: deterministic algorithms, and no choice by time or free "
-            "memory."
-        },
-    )
+    max_nonfinite_steps: int = told("max_nonfinite_steps", 5)
+    deterministic: bool = told("deterministic", False)
 
     def __post_init__(self) -> None:
         """Check the fields of ours and those of TRL's that they meet."""
