@@ -1,12 +1,15 @@
 """A mixture-of-experts model: its router's auxiliary loss is TRL's business, and a loss of ours says so at once."""
 
+import warnings
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from trl import GRPOConfig, GRPOTrainer
 
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
 from grpo_plus.demo.tiny import tiny_tokenizer
-from tests.close import differing
+from tests.close import assert_close, differing
 from tests.training import logs_of, make_trainer, weights_of
 
 
@@ -47,3 +50,20 @@ def test_a_loss_of_trls_trains_with_it(tmp_path):
     trainer.train()
     assert [entry for entry in logs_of(trainer)[:2] if entry["aux_loss"] <= 0] == []
     assert differing(weights_of(trainer), start)
+
+
+@pytest.mark.newest_trl
+def test_without_the_auxiliary_loss_rows_are_packed_and_train_as_under_trl(tmp_path, caplog):
+    def weights_after_training(name, **classes):
+        trainer = experts_trainer(tmp_path / name, "grpo", router_aux_loss_coef=0.0, learning_rate=1e-3, **classes)
+        trainer.train()
+        return trainer, weights_of(trainer)
+
+    with warnings.catch_warnings(), caplog.at_level("INFO", logger="grpo_plus"):
+        warnings.filterwarnings("error", message="packing|generation_loop")
+        trainer, ours = weights_after_training("ours")
+    assert [line for line in caplog.messages if "self-check" in line] == []
+    assert logs_of(trainer)[0]["packing/token_ratio"] > 1
+    _, trls = weights_after_training("trl", trainer_class=GRPOTrainer, config_class=GRPOConfig)
+    for name, weight in ours.items():
+        assert_close(name, weight, trls[name], rtol=1e-5)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from grpo_plus.models.routers import without_router_loss
 from grpo_plus.packing.layout import IGNORED, Group, merged, runs
 from grpo_plus.packing.transfer import on_device
 
@@ -143,7 +144,7 @@ def score(
     model: PreTrainedModel, forward: Callable[..., Any], head: Head | None, tokens: Tokens, **inputs: Any
 ) -> Logps:
     """Run rows through the model, and get the values of the scored tokens in the order of their places."""
-    inputs |= {"input_ids": tokens.input_ids, "position_ids": tokens.position_ids}
+    inputs |= {"input_ids": tokens.input_ids, "position_ids": tokens.position_ids, **without_router_loss(model)}
     if head is not None:
         hidden = model.base_model(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
         return head(model, hidden.index_select(0, tokens.places), tokens.targets)

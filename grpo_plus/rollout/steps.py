@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from grpo_plus.models.routers import without_router_loss
 from grpo_plus.rollout.images import encoded
 from grpo_plus.rollout.keeper import Keeper
 from grpo_plus.rollout.live import Moves
@@ -25,7 +26,7 @@ class Steps:
     def __init__(self, model: PreTrainedModel, keeper: Keeper, arguments: dict[str, Any]) -> None:
         self._model = model
         self._keeper = keeper
-        self._arguments = arguments
+        self._arguments = arguments | without_router_loss(model)
 
     def prefill(self, input_ids: Tensor, prompts: Prompts, generation_config: Any, images: dict[str, Tensor]) -> Tensor:
         """Logits (B, V) of each row's first token.
