@@ -1,14 +1,26 @@
 """Estimators that use a statistic of the whole batch.
 
 All prompts of a batch share one scale, so that their relative sizes stay. Another batch gets another scale.
-`batch_std` and `rloo_norm` center on the group. `gpg` makes up for groups that train nothing. REINFORCE++ whitens over
-the tokens of the batch, with a group baseline (`reinforce_pp_baseline`) or without (`reinforce_pp`).
+`batch_std` and `rloo_norm` center on the group. `gpg` makes up for groups that train nothing. `shrinkage` moves the
+baseline of a group toward the mean of the other groups, and does not scale. REINFORCE++ whitens over the tokens of the
+batch, with a group baseline (`reinforce_pp_baseline`) or without (`reinforce_pp`).
 """
 
+import torch
 from torch import Tensor
 
 from grpo_plus.advantages.estimator import check_choice, register
-from grpo_plus.advantages.reductions import center, center_on_others, count, divide, has_spread, std, zscore
+from grpo_plus.advantages.reductions import (
+    center,
+    center_on_others,
+    count,
+    divide,
+    has_spread,
+    mean,
+    others,
+    std,
+    zscore,
+)
 from grpo_plus.advantages.rewards import Rewards
 
 
@@ -56,6 +68,32 @@ def gpg(rewards: Rewards) -> Tensor:
     judged = count(total)
     live = judged.where(has_spread(total), 0.0)
     return center(total) * (judged.sum() / live.sum().clamp(min=1))
+
+
+@register("shrinkage", shift_invariant=True, trains_without_spread=True)
+def shrinkage(rewards: Rewards) -> Tensor:
+    """Center on the mean of the other completions, shrunk toward the mean of the other prompts: James-Stein.
+
+        Aᵢⱼ = rᵢⱼ − (1 − λᵢ) mean(rᵢₗ, l ≠ j) − λᵢ m̄ᵢ        m̄ᵢ = mean(μₖ, k ≠ i),   μₖ the mean of group k
+        λᵢ = (P−1)/P · vᵢ / (vᵢ + sᵢ)
+        vᵢ = mean(var(rₖ) / G, k ≠ i)                        how far noise moves the mean of a group
+        sᵢ = mean((μₖ − m̄ᵢ)², k ≠ i)                         how far the means of groups are apart
+
+    The mean of a few completions is a noisy baseline. Where prompts are alike, the other prompts say more of what to
+    expect, and λ is large. Where prompts differ, λ is near 0, and the estimator is `rloo`. There is nothing to tune.
+    No part of the baseline sees the completion that it judges, so the gradient is unbiased. A group of equal rewards
+    trains too: up if the other prompts do worse, down if they do better.
+    Zeng et al., "Shrinking the Variance" (https://huggingface.co/papers/2511.03710), Eq. 10-16 of its first version.
+    A single prompt has no others, and λ is 0.
+    """
+    total = rewards.total()
+    judged, means = count(total), mean(total).squeeze(-1)
+    noise = (std(total).square() / judged).where(judged > 1, torch.nan).squeeze(-1)
+    from_noise = mean(others(noise))  # (P, 1), and so are the next two
+    elsewhere = mean(others(means))
+    apart = mean((others(means) - elsewhere).square())
+    shrunk = (from_noise / (from_noise + apart)).nan_to_num() * (1 - 1 / count(means))
+    return (1 - shrunk) * center_on_others(total) + shrunk * (total - elsewhere.nan_to_num())
 
 
 @register("reinforce_pp", shift_invariant=True, scale_invariant=True, needs_lengths=True, trains_without_spread=True)

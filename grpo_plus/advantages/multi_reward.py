@@ -1,8 +1,9 @@
 """Estimators that look at each reward function by itself before they sum.
 
-A sum forgets its parts: (correct, malformed) and (wrong, well-formed) may add up to the same number. `gdpo`, `mo_grpo`
-and `sa_mrpo` keep the difference. They also keep a reward with a large spread from drowning a reward with a small
-spread. `dvao` only rescales the sum, by the spreads of its parts.
+A sum forgets its parts: (correct, malformed) and (wrong, well-formed) may add up to the same number. `gdpo`, `mo_grpo`,
+`sa_mrpo` and `gd2po` keep the difference. They also keep a reward with a large spread from drowning a reward with a
+small spread. `gd2po` leaves out the completions on which the rewards disagree. `dvao` only rescales the sum, by the
+spreads of its parts.
 """
 
 import math
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from grpo_plus.advantages.estimator import check_choice, register
-from grpo_plus.advantages.reductions import center, divide, has_spread, mean, std, zscore
+from grpo_plus.advantages.reductions import RESOLUTION, center, count, divide, has_spread, mean, std, zscore
 from grpo_plus.advantages.rewards import Rewards
 
 
@@ -108,6 +109,36 @@ def sa_mrpo(
     saturation = ((average - low) / (high - low)).clamp(0, 1)
     weighted = replace(rewards, weights=rewards.weights * (1 - saturation) ** gamma)
     return _over_batch(_normalize_then_sum(weighted, ddof=ddof, eps=eps), ddof=ddof, eps=eps, batch_over=batch_over)
+
+
+@register("gd2po", shift_invariant=True, scale_invariant=True, multi_reward=True, normalizes_each=True)
+def gd2po(rewards: Rewards, *, tau: float = 0.8, ddof: int = 1, eps: float = 1e-4) -> Tensor:
+    """`gdpo` without the completions whose rewards disagree, and with less weight on prompts that have many of them.
+
+        zᵢₖ = wₖ (rᵢₖ − mean(rₖ)) / (std(rₖ) + eps)          over the group
+        keptᵢ = |Σₖ zᵢₖ| ≥ tau Σₖ |zᵢₖ|
+        xᵢ = share of the group that is kept · Σₖ zᵢₖ
+        Aᵢ = (xᵢ − mean(x)) / (std(x) + eps)                 over the kept of the batch; 0 for the others
+
+    A completion that is better in one reward and worse in another has a sum near 0 that says little. Left out, such
+    completions no longer shrink the std, and the clear ones count for more. With one reward nothing disagrees, and the
+    estimator is `gdpo`.
+    Liu et al., "GD²PO" (https://huggingface.co/papers/2606.16771); we read the abstract and the authors' code. The code
+    whitens over tokens, and completions count once here, as in `gdpo`. There a group of equal rewards gets −mean(x),
+    and 0 here.
+
+    Args:
+        tau: from 0, which keeps all, to 1, which keeps only completions whose rewards all agree (GD²PO-Hard).
+    """
+    if not 0 <= tau <= 1:
+        raise ValueError(f"tau={tau!r} is no share of agreement. Use a number from 0 to 1; 0.8 is the authors' choice.")
+    scores = zscore(rewards.values.transpose(1, 2), ddof=ddof, eps=eps).transpose(1, 2)
+    summed, sizes = rewards.weighted_sum(scores), (scores * rewards.weights).abs().nansum(-1)
+    kept = summed.abs() >= (tau - RESOLUTION) * sizes  # False where nothing was judged
+    weighted = summed * kept.sum(-1, keepdim=True) / count(summed).clamp(min=1)
+    advantages = zscore(weighted.where(kept, torch.nan).flatten(), ddof=ddof, eps=eps).view_as(summed)
+    live = sizes.any(-1, keepdim=True)
+    return advantages.where(kept & live, 0.0)
 
 
 def _normalize_then_sum(rewards: Rewards, *, ddof: int, eps: float) -> Tensor:

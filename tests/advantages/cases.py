@@ -202,6 +202,14 @@ CASES = [
     Case("reinforce_pp_baseline", [SIGNED, SIGNED_X5], [
         _thrice(-0.2886668015, 0.2886668015), _thrice(-1.4433340075, 1.4433340075)
     ], {"weight": "sequence", "eps": 1e-4}, lengths=SHORTER_FIRST),
+    # In groups of 2 the variance of the mean is (r1 - r2)^2/4: 1/4, 0, 0. The means are 1/2, 1, 0.
+    # First: others' means 1 and 0, noise 0, so lambda is 0. Second: others' mean 1/4, noise 1/8, distance 1/16, so
+    # lambda is 2/3 * 2/3, times 1 - 1/4. The third mirrors it.
+    Case("shrinkage", [[1, 0], [1, 1], [0, 0]], [[1, -1], [1 / 3, 1 / 3], [-1 / 3, -1 / 3]]),
+    # A single other prompt has no distance. Without noise in it lambda is 0; with its noise of 1/12 it is 1/2 * 1.
+    Case("shrinkage", [TWO, NONE], [[2 / 3, 2 / 3, -2 / 3, -2 / 3], [-1 / 4] * 4]),
+    # One prompt alone is rloo's.
+    Case("shrinkage", ARTICLE, [[0.35, 0.05, -0.4]]),
     Case("gdpo", SUMS, [[-0.5476801284, 0.5476801284], [-1.0953602568, 1.0953602568]]),
     Case("gdpo", MIXED, [
         [-0.2738403467, 1.5966589146, -0.6614092840, -0.6614092840], [1.3228185679, 0, 0, -1.3228185679]
@@ -223,6 +231,19 @@ CASES = [
     Case("gdpo", [LIVE, DEAD], [[1.8706266076, 0, 0, -1.8706266076], [0] * 4]),
     Case("gdpo", [LIVE] + [DEAD] * 7, [[3.9361090925, 0, 0, -3.9361090925]] + [[0] * 4] * 7),
     Case("gdpo", [LIVE] + [DEAD] * 7, [[1.2246582600, 0, 0, -1.2246582600]] + [[0] * 4] * 7, {"batch_over": "live"}),
+    # Both z are .866 or -.866. Two of four agree, so x is half of 1.732; with std 1.2247, and .5477 beside four zeros.
+    Case("gd2po", [LIVE], [[0.5**0.5, 0, 0, -(0.5**0.5)]], {"eps": 0.0}),
+    Case("gd2po", [LIVE, DEAD], [[2.5**0.5, 0, 0, -(2.5**0.5)], [0] * 4], {"eps": 0.0}),
+    # z is .5 or -1.5, so the middle two agree by |-1|/2 and are left out: x is .5 twice, and .866 and -.866 as above.
+    # Mean .25, sum of squares 2 - 4/16, std sqrt(1.75/3) = .763763.
+    Case("gd2po", [[[1, 1], [0, 1], [1, 0], [1, 1]], LIVE], [
+        [0.25 / 0.7637626158, 0, 0, 0.25 / 0.7637626158],
+        [(0.75**0.5 - 0.25) / 0.7637626158, 0, 0, (-(0.75**0.5) - 0.25) / 0.7637626158],
+    ], {"eps": 0.0}),
+    # Agreement of 1/2 is enough: x is 1 or -1 in the first group, .866, -.866 in the second; variance (4 + 1.5)/5.
+    Case("gd2po", [[[1, 1], [0, 1], [1, 0], [1, 1]], LIVE], [
+        [1.1**-0.5, -(1.1**-0.5), -(1.1**-0.5), 1.1**-0.5], [(0.75 / 1.1) ** 0.5, 0, 0, -((0.75 / 1.1) ** 0.5)]
+    ], {"eps": 0.0, "tau": 0.5}),
     Case("mo_grpo", SUMS, [[-0.7070067953, 0.7070067953], [-1.4140135907, 1.4140135907]]),
     Case("mo_grpo", MIXED, [
         [-0.3584945564, 2.0902454159, -0.8658754298, -0.8658754298], [1.7317508595, 0, 0, -1.7317508595]

@@ -21,6 +21,7 @@ from tests.close import assert_close
         ("mo_grpo", {"eps": 0.0}, "grpo", {"eps": 0.0}),
         ("dvao", {}, "grpo", {}),
         ("sa_mrpo", {"gamma": 0.0}, "gdpo", {}),
+        ("gd2po", {"tau": 0.0}, "gdpo", {}),
     ],
 )
 @given(rewards=batches())
@@ -60,6 +61,8 @@ def test_equal_lengths_make_opo_dr_grpo(rewards: Rewards):
         ("spo", {"strength": -8.0}, r"strength=-8\.0 is no number of completions"),
         ("reinforce_pp_baseline", {"weight": "tokens"}, "weight='tokens' is not a choice. Did you mean 'token'"),
         ("gdpo", {"batch_over": "alive"}, "batch_over='alive' is not a choice. Did you mean 'live'"),
+        ("gd2po", {"tau": 1.5}, r"tau=1\.5 is no share of agreement"),
+        ("gd2po", {"tau": float("nan")}, "tau=nan is no share of agreement"),
         ("sa_mrpo", {"gamma": -1}, "gamma=-1 is negative"),
         ("sa_mrpo", {"bounds": {"reward_1": [0, 1]}}, "There is no reward 'reward_1'. Did you mean 'reward_0'"),
         ("sa_mrpo", {"bounds": {"reward_0": [1, 1]}}, r"bounds\['reward_0'\]=\[1, 1\] bounds nothing"),
