@@ -21,6 +21,7 @@ from grpo_plus.demo.progress import ACCURACY
 
 FOLDER = RESULTS / "multitask"
 BASELINE = "grpo"
+LOAD = "two processes of one thread each, beside other jobs"
 SHARE = "advantages/task_share/"
 DETAILS = ("accuracy/", "share/", "reward/")  # share: of the advantages, by task
 KEPT = (
@@ -39,11 +40,14 @@ OUTCOMES = {
 }
 
 
-def write_results(scenario: str, comparison: Comparison, folder: Path = FOLDER) -> Path:
+def write_results(
+    scenario: str, comparison: Comparison, folder: Path = FOLDER, *, command: str = "", load: str = LOAD
+) -> Path:
     """Write what the arms measured, with the configuration and the machine; returns the file."""
+    first_round = f"python -m benchmarks.multitask FOLDER --scenarios {scenario} --seeds {len(comparison.seeds)}"
     header = {
-        "command": f"python -m benchmarks.multitask FOLDER --scenarios {scenario} --seeds {len(comparison.seeds)}",
-        "machine": describe() | {"load": "two processes of one thread each, beside other jobs"},
+        "command": command or first_round,
+        "machine": describe() | {"load": load},
         "facts": comparison.shared["facts"],
         "config": {name: comparison.shared["config"][name] for name in KEPT},
         "start": {name: round(fmean(scores), 4) for name, scores in comparison.start.items()},
