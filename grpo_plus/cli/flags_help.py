@@ -19,6 +19,7 @@ OURS = {
         "advantage_kwargs",
         "advantage_modifiers",
         "max_refills",
+        "prompt_sampler",
         "task_column",
     ),
     "losses": (

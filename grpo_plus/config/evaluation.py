@@ -26,26 +26,27 @@ def check_pass_at_k(config: "GRPOPlusConfig") -> None:
     _check_best(config.metric_for_best_model, config.eval_pass_at_k or [])
 
 
-def check_pass_reward(config: "GRPOPlusConfig", names: Sequence[str]) -> str:
+def chosen_reward(given: str | None, names: Sequence[str], *, asking: str, setting: str) -> str:
     """The reward function that says which completions are right.
 
     Args:
-        names: the reward functions of an evaluation.
+        given: what the configuration says; None for the only one.
+        names: the reward functions.
+        asking: the setting that needs one, with its value.
+        setting: where one is named.
 
     Raises:
         ValueError: none or several of them may be meant.
     """
-    given = config.eval_pass_reward
     if given is None and len(names) > 1:
         raise ValueError(
-            f"eval_pass_at_k={config.eval_pass_at_k} needs one reward function that says which completions are right, "
-            f"but there are {', '.join(names)}. Set eval_pass_reward={names[0]!r}, or another of them."
+            f"{asking} needs one reward function that says which completions are right, but there are "
+            f"{', '.join(names)}. Set {setting}={names[0]!r}, or another of them."
         )
     name = names[0] if given is None else given
     if list(names).count(name) != 1:
         raise ValueError(
-            f"eval_pass_reward={name!r} has to name one reward function of the evaluation.{suggestion(name, names)} "
-            f"Known: {', '.join(names)}."
+            f"{setting}={name!r} has to name one reward function.{suggestion(name, names)} Known: {', '.join(names)}."
         )
     return name
 

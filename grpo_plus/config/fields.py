@@ -14,6 +14,7 @@ from grpo_plus.config.help import told
 from grpo_plus.config.keywords import as_dictionary
 from grpo_plus.config.losses import check_kl_target, check_loss
 from grpo_plus.config.numbers import check_numbers, check_reward_timeout
+from grpo_plus.config.prompts import check_prompt_sampler
 from grpo_plus.config.sampling import check_truncated_sampling
 from grpo_plus.config.speed import check_adapter_dtype, check_liger, check_speed
 from grpo_plus.losses import LOSSES
@@ -43,6 +44,12 @@ class GRPOPlusConfig(GRPOConfig):
             (https://huggingface.co/papers/2503.14476, section 3.2). DAPO has no bound. Estimators, their memory,
             `advantages/` and the table of completions see the final batch. TRL's own figures in the log describe
             everything that was generated, and `sampling/` says what the refills cost.
+        prompt_sampler: what draws the prompts of a batch. None: TRL, each prompt once in an epoch. {"pass_rate": {}}
+            draws them in proportion to p * (1 - p) of their last visits, where p is the share of their completions that
+            pass. Prompts that nobody has tried come first. Its keywords are `reward` (the function that says what
+            passes; the only one by default), `threshold` (1.0, the least reward that passes), `floor` (0.1, the share
+            of the draws that is uniform) and `decay` (0.5, what a visit leaves of the earlier counts). An epoch has as
+            many draws as ever, and a checkpoint holds the counts. On the command line: JSON.
         task_column: the dataset column that names each prompt's task. `ema_task` and `popart` then keep one scale per
             task, and the log shows each task's share of the advantages. None: the whole run is one task.
         reward_timeout: seconds that one call of a reward function may take. A call that takes longer ends the run with
@@ -135,6 +142,7 @@ class GRPOPlusConfig(GRPOConfig):
     advantage_kwargs: dict[str, Any] | str | None = told("advantage_kwargs", None)
     advantage_modifiers: dict[str, Any] | str | None = told("advantage_modifiers", None)
     max_refills: int = told("max_refills", 0)
+    prompt_sampler: dict[str, Any] | str | None = told("prompt_sampler", None)
 
     task_column: str | None = told("task_column", None)
     reward_timeout: float | None = told("reward_timeout", None)
@@ -188,6 +196,7 @@ class GRPOPlusConfig(GRPOConfig):
         self.advantage_kwargs = as_dictionary("advantage_kwargs", self.advantage_kwargs)
         self.advantage_modifiers = as_dictionary("advantage_modifiers", self.advantage_modifiers)
         check_refills(self)
+        check_prompt_sampler(self)
         check_advantages(self)
 
     def describe(self) -> str:
@@ -199,6 +208,8 @@ class GRPOPlusConfig(GRPOConfig):
             keywords = ", ".join(f"{name}={value}" for name, value in given.items())
             advantages = " + ".join((f"{self.advantage_estimator}({keywords})", *(self.advantage_modifiers or {})))
         refills = f"; up to {self.max_refills} refills" if self.max_refills else ""
+        prompts = f"; prompts by {', '.join(self.prompt_sampler)}" if self.prompt_sampler else ""
         return (
             f"grpo_plus {__version__}: advantages {advantages}; loss {self.loss_type}; packing {self.packing}{refills}"
+            f"{prompts}"
         )

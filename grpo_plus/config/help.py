@@ -16,6 +16,10 @@ HELP = {
     "max_refills": (
         "Dynamic sampling: up to how many further generation batches replace groups whose advantages are all 0. 0: off."
     ),
+    "prompt_sampler": (
+        "What draws the prompts of a batch, as JSON: '{\"pass_rate\": {}}' prefers prompts that are solved at times; "
+        "unset: each once in an epoch, as TRL."
+    ),
     "task_column": "Dataset column with each prompt's task, for estimators and metrics that keep tasks apart.",
     "reward_timeout": (
         "Seconds that one call of a reward function may take before the run ends with its name; unset: no bound."

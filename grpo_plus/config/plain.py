@@ -14,6 +14,7 @@ OFF: dict[str, Any] = {
     "deterministic": False,
     "max_nonfinite_steps": 5,
     "max_refills": 0,
+    "prompt_sampler": None,
     "task_column": None,
     "reward_timeout": None,
     "health_warnings": True,

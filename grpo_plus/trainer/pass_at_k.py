@@ -8,7 +8,7 @@ from transformers.trainer_utils import has_length
 
 from grpo_plus.advantages import Rewards
 from grpo_plus.advantages.binary import all_wrong
-from grpo_plus.config.evaluation import METRIC, check_pass_reward
+from grpo_plus.config.evaluation import METRIC, chosen_reward
 
 
 def pass_at_k(correct: Tensor, judged: Tensor, k: int) -> Tensor:
@@ -77,4 +77,6 @@ def pass_at_k_of(config: Any, names: list[str]) -> PassAtK | None:
     """What the configuration asks for; None for nothing."""
     if config.eval_pass_at_k is None:
         return None
-    return PassAtK(config.eval_pass_at_k, check_pass_reward(config, names), config.eval_pass_threshold)
+    asking = f"eval_pass_at_k={config.eval_pass_at_k}"
+    reward = chosen_reward(config.eval_pass_reward, names, asking=asking, setting="eval_pass_reward")
+    return PassAtK(config.eval_pass_at_k, reward, config.eval_pass_threshold)

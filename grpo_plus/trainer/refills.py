@@ -15,6 +15,7 @@ from torch import Tensor
 
 from grpo_plus.advantages import Rewards
 from grpo_plus.trainer.names import PADDING, log_value, logged_columns, pad_token_id, trained_tokens
+from grpo_plus.trainer.prompts import rows_at
 from grpo_plus.trainer.refill_rows import (
     draw_prompts,
     fill,
@@ -64,7 +65,7 @@ class Refills:
             if not dead.any() or self._keeps(output):
                 break
             logged = {name: list(column) for name, column in logged_columns(self._trainer).items()}
-            new, new_rewards = generate(self._rows(indices, len(output["advantages"]), columns))
+            new, new_rewards = generate(rows_at(self._trainer, indices, len(output["advantages"]), columns))
             if self._keeps(output, new):
                 self._restore_log(logged)
                 break
@@ -79,20 +80,14 @@ class Refills:
         return output, rewards
 
     def _drawn_prompts(self, prompts: int) -> Iterator[list[int]]:
+        if (sampler := self._trainer.prompt_sampler) is not None:
+            return (sampler.draw(prompts) for _ in range(self.max_refills))
         # A step may take several generation batches; counted from its start, a resumed run counts alike.
         trainer = self._trainer
         step, batch = self._last_draw
         self._last_draw = trainer.state.global_step, batch + 1 if step == trainer.state.global_step else 0
         seed = "{} {} {}".format(trainer.args.seed, *self._last_draw)
         return draw_prompts(seed, len(trainer.train_dataset), prompts, self.max_refills)
-
-    def _rows(self, indices: list[int], local_rows: int, columns: tuple[str, ...]) -> list[dict[str, Any]]:
-        """This process's rows of the prompts at `indices`, each as often as it is completed."""
-        trainer = self._trainer
-        first = trainer.accelerator.process_index * local_rows
-        rows = [trainer.train_dataset[indices[i // trainer.num_generations]] for i in range(first, first + local_rows)]
-        # The columns that the dataloader left: others would reach the reward functions in a refill only.
-        return [{name: value for name, value in row.items() if name in columns} for row in rows]
 
     def _join_log(self, logged: dict[tuple[str, ...], list], taken: Tensor) -> None:
         """Leave in TRL's table of completions the rows that are trained on."""

@@ -47,6 +47,7 @@ from grpo_plus.trainer.names import (
 from grpo_plus.trainer.pass_at_k import pass_at_k_of
 from grpo_plus.trainer.pictures import knows_rows
 from grpo_plus.trainer.position import RandomStates
+from grpo_plus.trainer.prompts import sampler_of_prompts
 from grpo_plus.trainer.refills import Refills
 from grpo_plus.trainer.regrouping import regrouped
 from grpo_plus.trainer.reward_calls import RewardCalls
@@ -66,6 +67,7 @@ class TRLSeam(ScoringSeam):
     Attributes:
         speed: what makes the run cheaper.
         rewards: of the last generation batch, of all processes.
+        prompt_sampler: what draws the prompts of a generation batch; None: TRL.
     """
 
     _tag_names = [*GRPOTrainer._tag_names, "grpo_plus"]  # noqa: RUF012  (TRL declares it so)
@@ -96,6 +98,7 @@ class TRLSeam(ScoringSeam):
         self._reward_calls = RewardCalls(self, self.plus.reward_timeout)
         self._known = MicroBatches()
         self._refills = Refills(self, self.plus.max_refills)
+        self.prompt_sampler = sampler_of_prompts(self)
         self._kept = KeptSets(self, self.plus.truncated_sampling, tells=self.has_own_fields)
         self._sampler = SamplerRatio(self, in_update=self.speed.drops_old_policy_pass)
         self._step_figures = step_figures_of(self)
@@ -103,8 +106,9 @@ class TRLSeam(ScoringSeam):
         self._generations: list[Generation] = []  # of the batch that is being generated
 
     def _begins_training(self) -> None:
-        for part in (self._kept, self._refills, self._sampler, self._step_figures):
-            part.reset()
+        for part in (self._kept, self._refills, self.prompt_sampler, self._sampler, self._step_figures):
+            if part is not None:
+                part.reset()
 
     def _calculate_rewards(
         self, inputs: list[dict[str, Any]], prompts: list, completions: list, completion_ids_list: list[list[int]]
@@ -180,9 +184,15 @@ class TRLSeam(ScoringSeam):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         score = super()._generate_and_score_completions
+        sampler = self.prompt_sampler if self.model.training else None
+        if sampler is not None:
+            inputs = sampler.replaced(inputs)
 
         def generate(rows: list[dict[str, Any]]) -> tuple[dict[str, Any], Rewards]:
-            return self._sampler.added_to(self._kept.added_to(score(rows))), self.rewards
+            output = self._sampler.added_to(self._kept.added_to(score(rows)))
+            if sampler is not None:
+                sampler.take(self.rewards)
+            return output, self.rewards
 
         with self._sampler.left_to_the_update():
             if self.model.training and self.plus.max_refills > 0:

@@ -11,7 +11,8 @@ The story of a step:
 
 import copy
 import warnings
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from typing import Any
 
@@ -179,6 +180,8 @@ class GRPOPlusTrainer(TRLSeam):
             state = {"estimator": self.plus.advantage_estimator, "estimator_state": self.estimator_state}
         if self.plus.kl_target is not None:
             state["beta"] = self.beta
+        if self.prompt_sampler is not None:
+            state["prompts"] = self.prompt_sampler.state()
         if self.speed.measure is not None and (found := self.speed.measure.state()) is not None:
             state["measured"] = found
         return state
@@ -190,7 +193,10 @@ class GRPOPlusTrainer(TRLSeam):
             ValueError: the state is damaged.
         """
         self.estimator_state.clear()  # a trainer that goes on from a checkpoint may remember what came later
-        self._check_saved(state)
+        with _told_as_damaged():
+            _check_saved(state)
+            if self.prompt_sampler is not None:
+                self.prompt_sampler.load(state.get("prompts"))
         if self.plus.kl_target is not None:
             self.beta = state.get("beta", self.beta)
         if self.speed.packer is not None:
@@ -204,20 +210,6 @@ class GRPOPlusTrainer(TRLSeam):
                 f"The checkpoint holds {found}: advantage_estimator={name!r} starts without memory, as in a new run.",
                 stacklevel=2,
             )
-
-    def _check_saved(self, state: dict[str, Any]) -> None:
-        try:
-            if not is_number(state.get("beta", 0.0)) or state.get("beta", 0.0) < 0:
-                raise ValueError(f"beta is {state['beta']!r}, where a finite number of 0 or more belongs.")
-            if not isinstance(state.get("measured", {}), dict):
-                raise ValueError(f"measured is {state['measured']!r}, where a dictionary belongs.")
-            if "estimator_state" in state:
-                check_saved_state(str(state.get("estimator")), state["estimator_state"])
-        except ValueError as error:
-            raise ValueError(
-                f"{STATE_FILE} of the checkpoint is damaged. {error} Resume from an older checkpoint, or delete the "
-                f"file and {MANIFEST} to go on without it."
-            ) from None
 
     def next_beta(self, kl: float, completions: int) -> float:
         """Beta, moved towards `kl_target` where one is set."""
@@ -240,3 +232,24 @@ class GRPOPlusTrainer(TRLSeam):
             max_length=self.max_completion_length,
             accumulation_steps=accumulation_steps,
         )
+
+
+def _check_saved(state: dict[str, Any]) -> None:
+    if not is_number(state.get("beta", 0.0)) or state.get("beta", 0.0) < 0:
+        raise ValueError(f"beta is {state['beta']!r}, where a finite number of 0 or more belongs.")
+    if not isinstance(state.get("measured", {}), dict):
+        raise ValueError(f"measured is {state['measured']!r}, where a dictionary belongs.")
+    if "estimator_state" in state:
+        check_saved_state(str(state.get("estimator")), state["estimator_state"])
+
+
+@contextmanager
+def _told_as_damaged() -> Iterator[None]:
+    """Tell a ValueError as one of the checkpoint's file."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(
+            f"{STATE_FILE} of the checkpoint is damaged. {error} Resume from an older checkpoint, or delete the file "
+            f"and {MANIFEST} to go on without it."
+        ) from None

@@ -46,6 +46,8 @@ CASES: dict[str, dict[str, Any]] = {
     "popart": REUSED | TASK | {"advantage_estimator": "popart"},
     "truncated sampling": REUSED | {"top_p": 0.7, "truncated_sampling": "correct"},
     "refills": REUSED | {"max_refills": 1, "advantage_estimator": "rloo"},
+    "prompts by pass rate": REUSED
+    | {"prompt_sampler": {"pass_rate": {"reward": "vowels"}}, "max_refills": 1, "advantage_estimator": "rloo"},
     "adaptive entropy": REUSED | {"use_adaptive_entropy": True, "entropy_target": 1.0},
     "loss of ours": REUSED | {"loss_type": "gmpo"},
     "lora": REUSED | {"lora": True},

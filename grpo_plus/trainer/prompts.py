@@ -1,0 +1,112 @@
+"""Which rows of the dataset a generation batch has, where `prompt_sampler` decides.
+
+The data loader fetches rows before the rewards of the last batch are known, and a run that resumes makes it skip
+batches. So the rows that it brings only count: they are replaced where the batch is about to be generated, by rows that
+every process draws alike.
+"""
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from grpo_plus.advantages import Rewards
+from grpo_plus.config.evaluation import chosen_reward
+from grpo_plus.config.prompts import PassRate, check_drawable, prompt_sampler_of
+from grpo_plus.trainer.names import log_value
+from grpo_plus.trainer.pass_rates import PassRates
+
+if TYPE_CHECKING:
+    from grpo_plus.trainer.seam import TRLSeam
+
+
+def rows_at(trainer: "TRLSeam", indices: list[int], local_rows: int, columns: tuple[str, ...]) -> list[dict[str, Any]]:
+    """This process's rows of the prompts at `indices`, each as often as it is completed.
+
+    Args:
+        indices: of all processes.
+        columns: what the dataloader left: other columns would not reach the reward functions every time.
+    """
+    first = trainer.accelerator.process_index * local_rows
+    rows = [trainer.train_dataset[indices[i // trainer.num_generations]] for i in range(first, first + local_rows)]
+    return [{name: value for name, value in row.items() if name in columns} for row in rows]
+
+
+class PromptSampler:
+    """Draws the prompts of one run by how often they were solved."""
+
+    def __init__(self, trainer: "TRLSeam", rule: PassRate) -> None:
+        self._trainer = trainer
+        self._rule = rule
+        self._reward = chosen_reward(
+            rule.reward,
+            trainer.reward_func_names,
+            asking=f"prompt_sampler={trainer.plus.prompt_sampler}",
+            setting="its keyword reward",
+        )
+        # Rewards come as float32: one of 0.9 is below the float64 of that name.
+        self._threshold = torch.tensor(rule.threshold, dtype=torch.float32).item()
+        self._rates = PassRates(len(trainer.train_dataset), rule.decay)
+        self.state = self._rates.state
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin a training. What is known of the prompts stays."""
+        self._last_draw = (-1, 0)  # the optimizer step, and how many draws it has taken before
+        self._of_batch: set[int] = set()
+        self._drawn: list[int] = []
+
+    def replaced(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """This process's rows of a generation batch, in the place of those that the data loader brought."""
+        trainer = self._trainer
+        self._of_batch = set()
+        indices = self.draw(len(inputs) * trainer.accelerator.num_processes // trainer.num_generations)
+        return rows_at(trainer, indices, len(inputs), tuple(inputs[0]))
+
+    def draw(self, prompts: int) -> list[int]:
+        """Rows of the dataset for all processes, without those that the generation batch has had already."""
+        trainer = self._trainer
+        step, draw = self._last_draw
+        # Counted from the start of a step, a resumed run counts alike.
+        self._last_draw = trainer.state.global_step, draw + 1 if step == trainer.state.global_step else 0
+        seed = (trainer.args.seed, *self._last_draw)
+        self._drawn = self._rates.draw(prompts, self._rule.floor, seed, self._of_batch)
+        self._of_batch.update(self._drawn)
+        return self._drawn
+
+    def take(self, rewards: Rewards) -> None:
+        """Count what the completions of the last draw have earned, those of dead groups too."""
+        values = rewards.values[..., rewards.index(self._reward)].cpu()
+        passed, judged = (values >= self._threshold).sum(-1), (~values.isnan()).sum(-1)
+        self._rates.add(self._drawn, passed, judged)
+        rates = passed / judged
+        log_value(self._trainer, "sampling/visited_prompts", self._rates.visited, latest=True)
+        if judged.any():
+            log_value(self._trainer, "sampling/pass_variance", (rates * (1 - rates)).nanmean().item())
+
+    def load(self, state: dict[str, Any] | None) -> None:
+        """Take up what `state` returned. None, or the state of another dataset: begin anew.
+
+        Raises:
+            ValueError: the state is damaged.
+        """
+        rows = len(self._trainer.train_dataset)
+        if state is not None and not isinstance(state, dict):
+            raise ValueError(f"prompts is {state!r}, where a dictionary belongs.")
+        if state is not None and state.get("size") == rows:
+            self._rates.load(state)
+            return
+        found = "no passes of prompts" if state is None else f"the passes of {state.get('size')} prompts"
+        warnings.warn(
+            f"The checkpoint holds {found}, and train_dataset has {rows}: prompt_sampler starts without memory, as in "
+            "a new run.",
+            stacklevel=2,
+        )
+        self._rates.clear()
+
+
+def sampler_of_prompts(trainer: "TRLSeam") -> PromptSampler | None:
+    """What the configuration asks for; None for TRL's own order."""
+    check_drawable(trainer.plus, trainer.train_dataset)
+    rule = prompt_sampler_of(trainer.plus)
+    return None if rule is None else PromptSampler(trainer, rule)
