@@ -37,8 +37,7 @@ class Described:
     @property
     def paper(self) -> str:
         """First link in the documentation."""
-        link = re.search(r"https://[^\s)]+", self.documentation)
-        return link.group() if link else ""
+        return first_link(self.documentation)
 
     @property
     def keywords(self) -> dict[str, Any]:
@@ -49,6 +48,12 @@ class Described:
     def parameters(self) -> list[inspect.Parameter]:
         """The function's parameters after the first, which takes the data."""
         return list(inspect.signature(self.function).parameters.values())[1:]
+
+
+def first_link(documentation: str) -> str:
+    """The first address in a docstring. Empty where there is none."""
+    link = re.search(r"https://[^\s)]+", documentation)
+    return link.group() if link else ""
 
 
 class UnknownNameError(ValueError):

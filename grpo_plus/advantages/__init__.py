@@ -46,6 +46,7 @@ from grpo_plus.advantages.checks import (
 )
 from grpo_plus.advantages.estimator import ESTIMATORS, Estimator, State, register
 from grpo_plus.advantages.modifiers import (
+    LENGTH_MODIFIERS,
     MODIFIERS,
     Modifiers,
     apply_to_advantages,
@@ -59,6 +60,7 @@ from grpo_plus.advantages.steps import Steps
 
 __all__ = [
     "ESTIMATORS",
+    "LENGTH_MODIFIERS",
     "MODIFIERS",
     "Estimator",
     "Modifiers",

@@ -2,9 +2,9 @@
 
     modifiers = {"gate": {"by": "correctness"}, "difficulty": {"gamma": 0.5}, "clip": {"max": 5.0}}
 
-A reward modifier (`gate`, `pods`) changes the rewards that the estimator sees. An advantage modifier (`difficulty`,
-`filter_zero_std`, `clip`) changes the advantages that the estimator returned, and sees the same rewards as the
-estimator. `apply_to_rewards` and `apply_to_advantages` run the modifiers in the order given.
+A reward modifier (`gate`, `pods`, `gfpo`, `alp`) changes the rewards that the estimator sees. An advantage modifier
+(`difficulty`, `filter_zero_std`, `clip`) changes the advantages that the estimator returned, and sees the same rewards
+as the estimator. `apply_to_rewards` and `apply_to_advantages` run the modifiers in the order given.
 
 To add a modifier, write a function that refuses wrong values by itself, and name it in one of the two tables at the
 end. A reward modifier is (Rewards, *, keywords) -> Rewards. An advantage modifier is (Rewards, advantages, *, keywords)
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from grpo_plus.advantages.reductions import RESOLUTION, has_spread, mean
 from grpo_plus.advantages.rewards import Rewards, sample_rewards
-from grpo_plus.advantages.selection import pods
+from grpo_plus.advantages.selection import gfpo, pods
 from grpo_plus.registry import suggestion
 
 Modifiers = Mapping[str, Mapping[str, Any]]
@@ -55,6 +55,36 @@ def gate(rewards: Rewards, *, by: str, at_least: float = 1.0, gated: Sequence[st
     # An abstention stays NaN: 0 would be a judgment.
     shut = closed.unsqueeze(-1) & columns & ~rewards.values.isnan()
     return replace(rewards, values=rewards.values.masked_fill(shut, 0.0))
+
+
+def alp(rewards: Rewards, *, by: str, beta: float, max_length: int, at_least: float = 1.0) -> Rewards:
+    """Take a penalty per token from a reward, the higher the more completions of the group succeed: adaptive length.
+
+        r'ᵢ = rᵢ − beta · max(p, 1/G) · |yᵢ| / max_length        p: share of the group's judged completions that succeed
+
+    A prompt that is always solved pays the full penalty, and its answers get short. A prompt that is hardly ever solved
+    pays 1/G of it, and its answers may be long. Completions of a group that is all right or all wrong differ by length,
+    so such a group trains, too. Modifiers after this one see the penalized reward.
+    Xiang et al., "Just Enough Thinking" (https://huggingface.co/papers/2506.05256), known to us from a review. There r
+    is 1 or 0, and N stands for max_length.
+
+    Args:
+        by: the reward that says what a success is, and that pays.
+        beta: what a completion of max_length tokens pays in a group that always succeeds. 0 or more.
+        max_length: unit of the length, in tokens, such as max_completion_length.
+        at_least: smallest value of `by` that is a success.
+    """
+    _check_number("beta", beta, least=0)
+    _check_number("max_length", max_length, above=0)
+    _check_number("at_least", at_least)
+    column = rewards.index(by)
+    verdict = rewards.values[..., column]
+    judged = ~verdict.isnan()
+    solved = mean(_passes(verdict, at_least).double().where(judged, torch.nan))
+    rate = solved.maximum(1 / judged.sum(-1, keepdim=True).clamp(min=1))
+    values = rewards.values.clone()
+    values[..., column] = verdict - beta * rate * rewards.tokens() / max_length
+    return replace(rewards, values=values)
 
 
 def difficulty(
@@ -115,7 +145,7 @@ def clip(rewards: Rewards, advantages: Tensor, *, max: float) -> Tensor:
     return advantages.clamp(-max, max)
 
 
-REWARD_MODIFIERS: dict[str, Callable[..., Rewards]] = {"gate": gate, "pods": pods}
+REWARD_MODIFIERS: dict[str, Callable[..., Rewards]] = {"gate": gate, "pods": pods, "gfpo": gfpo, "alp": alp}
 ADVANTAGE_MODIFIERS: dict[str, Callable[..., Tensor]] = {
     "difficulty": difficulty,
     "filter_zero_std": filter_zero_std,
@@ -123,6 +153,8 @@ ADVANTAGE_MODIFIERS: dict[str, Callable[..., Tensor]] = {
 }
 MODIFIERS: dict[str, Callable[..., Any]] = {**REWARD_MODIFIERS, **ADVANTAGE_MODIFIERS}
 """Every modifier by its name. They go with any estimator."""
+LENGTH_MODIFIERS = frozenset({"gfpo", "alp"})
+"""The modifiers that read the lengths of the completions."""
 
 
 def apply_to_rewards(rewards: Rewards, modifiers: Modifiers) -> Rewards:
@@ -162,7 +194,8 @@ def check_modifiers(
 
     Args:
         names: the run's reward functions. With None, `by` of a modifier may name any reward.
-        num_generations: the run's group size in training. Evaluation may have smaller groups; `pods` keeps them whole.
+        num_generations: the run's group size in training. Evaluation may have smaller groups; `pods` and `gfpo` keep
+            them whole.
 
     Raises:
         ValueError: a modifier cannot work.
@@ -180,7 +213,7 @@ def check_modifiers(
             apply_to_rewards(sample, {name: keywords})
         except TypeError as error:
             raise ValueError(f"{dict(keywords)} does not fit the advantage modifier {name!r}: {error}") from error
-        if name == "pods" and num_generations is not None and keywords["keep"] > num_generations:
+        if num_generations is not None and keywords.get("keep", 0) > num_generations:
             raise ValueError(
                 f"keep={keywords['keep']} does not fit: groups have num_generations={num_generations} completions, so "
                 "nothing would be dropped. Use a smaller number."

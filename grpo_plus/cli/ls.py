@@ -4,6 +4,8 @@ import argparse
 import inspect
 from typing import Any
 
+from grpo_plus.registry import first_link
+
 HELP = "List estimators, modifiers, losses and rewards, or explain one of them."
 EXAMPLE = "grpo-plus ls rloo"
 
@@ -59,11 +61,12 @@ def modifier_rows() -> list[tuple[str, ...]]:
     """A header, then one row per modifier of advantages."""
     from grpo_plus.advantages import MODIFIERS
 
-    rows: list[tuple[str, ...]] = [("modifier", "what it does", "keywords")]
+    rows: list[tuple[str, ...]] = [("modifier", "what it does", "keywords", "paper")]
     for name, function in MODIFIERS.items():
         parameters = inspect.signature(function).parameters.values()
         keywords = [f"`{one.name}`" for one in parameters if one.kind is one.KEYWORD_ONLY]
-        rows.append((name, (function.__doc__ or "").partition("\n")[0], ", ".join(keywords)))
+        documentation = function.__doc__ or ""
+        rows.append((name, documentation.partition("\n")[0], ", ".join(keywords), first_link(documentation)))
     return rows
 
 

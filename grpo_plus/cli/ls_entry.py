@@ -32,6 +32,9 @@ FACTS: dict[tuple[str, Any], str] = {
 
 A_LENGTH = 512  # for the one keyword that has no default, `max_len` of a reward of TRL: as max_completion_length
 
+# Values for the lines to copy, where a keyword of a modifier has no default.
+EXAMPLES = {"by": "NAME", "keep": 4, "beta": 0.1, "max_length": A_LENGTH}
+
 # Keywords that mean the same wherever they occur, and are explained where a docstring leaves them out.
 SHARED = {
     "ddof": "1: the sample standard deviation; 0: the population's",
@@ -178,7 +181,7 @@ def _modifier(name: str) -> Explained:
     parameters = inspect.signature(function).parameters.values()
     given = [one for one in parameters if one.kind is one.KEYWORD_ONLY]
     keywords = {one.name: ... if one.default is one.empty else one.default for one in given}
-    example = {key: "NAME" if key == "by" else 1 for key, default in keywords.items() if default is ...}
+    example = {key: EXAMPLES.get(key, 1) for key, default in keywords.items() if default is ...}
     table = json.dumps({name: example})
     lines = (
         f'GRPOPlusConfig(advantage_estimator="dr_grpo", advantage_modifiers={table})',

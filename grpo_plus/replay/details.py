@@ -49,7 +49,7 @@ def method(replay: Replay) -> list[Block]:
 
 
 def _lengths(replay: Replay) -> list[Block]:
-    needy = [name for name in replay.names if name != LOGGED and replay.recipes[name].estimator.needs_lengths]
+    needy = [name for name in replay.names if name != LOGGED and replay.recipes[name].needs_lengths]
     if replay.rollouts.length_unit != "characters" or not needy:
         return []
     names = ", ".join(f"`{name}`" for name in needy)

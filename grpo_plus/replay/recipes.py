@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from grpo_plus.advantages import ESTIMATORS, Estimator, check_keywords, check_modifiers
+from grpo_plus.advantages import ESTIMATORS, LENGTH_MODIFIERS, Estimator, check_keywords, check_modifiers
 from grpo_plus.replay.rollouts import Rollouts
 
 Given = Sequence[str] | Mapping[str, Mapping[str, Any]] | None
@@ -27,6 +27,11 @@ class Recipe:
     keywords: Mapping[str, Any] = field(default_factory=dict)
     modifiers: Mapping[str, Any] = field(default_factory=dict)
     recorded: bool = False
+
+    @property
+    def needs_lengths(self) -> bool:
+        """Whether the estimator or a modifier reads the lengths of the completions."""
+        return self.estimator.needs_lengths or not LENGTH_MODIFIERS.isdisjoint(self.modifiers)
 
 
 def chosen_recipes(given: Given, rollouts: Rollouts) -> dict[str, Recipe]:

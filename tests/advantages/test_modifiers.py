@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 
 from grpo_plus.advantages import ESTIMATORS, MODIFIERS, Rewards, UnknownRewardError, check_modifiers, estimate
-from grpo_plus.advantages.modifiers import clip, difficulty, filter_zero_std, gate
+from grpo_plus.advantages.modifiers import alp, clip, difficulty, filter_zero_std, gate
 from tests.advantages.cases import rewards_of
 from tests.advantages.test_properties import advantages_of, batches, every_estimator, fit
 from tests.close import assert_close
@@ -39,6 +39,34 @@ def test_gate_leaves_abstentions_alone():
 def test_gate_takes_a_list_of_what_it_gates():
     rewards = replace(rewards_of([[[0, 1, 1]]]), names=("correctness", "length", "format"))
     assert gate(rewards, by="correctness", gated=["format"]).values.tolist() == [[[0, 1, 0]]]
+
+
+def test_alp_charges_tokens_by_the_share_that_succeeds():
+    values = [[[1, 5], [1, 5], [0, 5], [0, 5]], [[0, 5]] * 4, [[1, 5]] * 4, [[1, 5], [None, 5], [0.5, 5], [0, None]]]
+    rewards = replace(graded(values), lengths=torch.tensor([[10, 20, 30, 40]] * 4))
+    penalized = alp(rewards, by="correctness", beta=0.4, max_length=40)
+    # 0.01 per token, times 1/2; 1/4, the least; 1; and 1/3 of the judged
+    expected = [
+        [0.95, 0.9, -0.15, -0.2],
+        [-0.025, -0.05, -0.075, -0.1],
+        [0.9, 0.8, 0.7, 0.6],
+        [1 - 0.1 / 3, 0.5 - 0.1, -0.4 / 3],
+    ]
+    assert penalized.values[:3, :, 0].tolist() == [pytest.approx(row) for row in expected[:3]]
+    assert penalized.values[3, [0, 2, 3], 0].tolist() == pytest.approx(expected[3])
+    assert penalized.values[3, 1, 0].isnan()
+    assert penalized.values[..., 1].nan_to_num(7).equal(rewards.values[..., 1].nan_to_num(7))
+
+
+def test_alp_makes_a_group_that_is_all_right_learn_to_be_short():
+    rewards = replace(graded([[[1, 0], [1, 0]]]), lengths=torch.tensor([[10, 30]]))
+    charged = {"alp": {"by": "correctness", "beta": 0.1, "max_length": 100}}
+    # -.01 and -.03 about their mean
+    assert_close(
+        "advantages", estimate("dr_grpo", rewards, modifiers=charged), torch.tensor([[0.01, -0.01]]), rtol=1e-6
+    )
+    free = {"alp": charged["alp"] | {"beta": 0}}
+    assert estimate("dr_grpo", rewards, modifiers=free).tolist() == [[0, 0]]
 
 
 def test_difficulty_weights_a_group_by_its_failures():
@@ -122,7 +150,7 @@ def test_modifiers_that_change_nothing_compose_with_every_estimator(name: str, r
 @pytest.mark.parametrize(
     ("modifiers", "message"),
     [
-        ({"clipp": {}}, "Unknown advantage modifier 'clipp'. Did you mean 'clip'.* Known: gate, pods, difficulty"),
+        ({"clipp": {}}, "Unknown advantage modifier 'clipp'. Did you mean 'clip'.* Known: gate, pods, "),
         ({"clip": 5.0}, "'clip' takes a table of keywords, not 5.0"),
         ({"clip": {"maxx": 5.0}}, "'clip' takes no keyword 'maxx'. Did you mean 'max'"),
         ({"clip": {"rewards": 5.0}}, "'clip' takes no keyword 'rewards'"),
@@ -133,6 +161,10 @@ def test_modifiers_that_change_nothing_compose_with_every_estimator(name: str, r
         ({"clip": {"max": True}}, "max=True does not fit"),
         ({"difficulty": {"gamma": -0.5}}, "gamma=-0.5 does not fit: a finite number from 0 is needed"),
         ({"difficulty": {"at_least": None}}, "at_least=None does not fit: a finite number is needed"),
+        ({"alp": {"by": "a", "beta": 0.1}}, "'alp' needs the keyword 'max_length'"),
+        ({"alp": {"by": "a", "beta": -1, "max_length": 9}}, "beta=-1 does not fit: a finite number from 0"),
+        ({"alp": {"by": "a", "beta": 0.1, "max_length": 0}}, "max_length=0 does not fit: a finite number above 0"),
+        ({"gfpo": {"keep": 1}}, "keep=1 does not fit"),
         ({"filter_zero_std": {}}, "'filter_zero_std' needs the keyword 'by'"),
         ({"filter_zero_std": {"by": 3}}, "There is no reward 3"),
         ({"gate": {"by": ["a"]}}, "There is no reward"),
@@ -160,7 +192,11 @@ def test_every_modifier_passes_the_check_with_what_it_needs():
         "filter_zero_std": {"by": "a"},
         "clip": {"max": 1},
         "pods": {"keep": 2},
+        "gfpo": {"keep": 2},
+        "alp": {"by": "a", "beta": 0.1, "max_length": 100},
     }
     assert set(needed) == set(MODIFIERS)
     check_modifiers(needed)
+    with pytest.raises(ValueError, match="keep=9 does not fit: groups have num_generations=8"):
+        check_modifiers({"gfpo": {"keep": 9}}, num_generations=8)
     check_modifiers({"gate": {"by": "a", "gated": ["b", "c"]}, "difficulty": {"by": "b"}}, ["a", "b", "c"])

@@ -59,7 +59,7 @@ def test_ls_explains_one_name_with_a_line_to_copy(capsys, monkeypatch):
     assert """--advantage_estimator passk --advantage_kwargs '{"k": 2}'""" in output
 
 
-@pytest.mark.parametrize("name", ["rloo", "ngrpo", "gmpo", "cispo", "clip"])
+@pytest.mark.parametrize("name", ["rloo", "ngrpo", "gmpo", "cispo", "clip", "gfpo"])
 def test_the_line_that_ls_prints_is_taken(name):
     (entry,) = explained(name)
     line = next(line for line in entry.lines if line.startswith("GRPOPlusConfig("))

@@ -7,6 +7,7 @@ from trl import GRPOConfig
 
 from grpo_plus.advantages import ESTIMATORS, Rewards, estimate
 from grpo_plus.replay import Rollouts, replay
+from grpo_plus.replay.recipes import Recipe
 from grpo_plus.replay.result import LOGGED
 from tests.close import assert_close
 from tests.replay.logs import table, write, write_rewards
@@ -255,3 +256,11 @@ def test_groups_that_disagree_alike_are_shown_in_the_order_of_the_log(tmp_path):
     result = replay(Rollouts(tmp_path, num_generations=size), ["dr_grpo", "grpo", "best_minus_second"])
     assert [group.step for group in result.groups] == [65, 1025, 1, 2]
     assert result.groups[0].disagreement == result.groups[1].disagreement > 0
+
+
+@pytest.mark.parametrize(
+    ("modifiers", "needs"), [({}, False), ({"clip": {"max": 1}}, False), ({"gfpo": {"keep": 2}}, True)]
+)
+def test_a_recipe_needs_lengths_for_its_modifiers_too(modifiers, needs):
+    assert Recipe(ESTIMATORS["grpo"], modifiers=modifiers).needs_lengths is needs
+    assert Recipe(ESTIMATORS["opo"], modifiers=modifiers).needs_lengths
