@@ -29,7 +29,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from grpo_plus.losses import clipped, covariance, reweighted, sequence, smooth  # noqa: F401  (they register themselves)
+from grpo_plus.losses import (  # noqa: F401  (they register themselves)
+    clipped,
+    covariance,
+    divergence,
+    reweighted,
+    sequence,
+    smooth,
+)
 from grpo_plus.losses.inputs import LossInputs, TokenLoss
 from grpo_plus.losses.kl import KL_ESTIMATORS, AdaptiveBeta, KLEstimator, kl_to_reference
 from grpo_plus.losses.loss import LOSSES, Loss, register

@@ -24,6 +24,8 @@ class LossInputs:
         mask: (B, T), true where the policy wrote the token and trains on it.
         ref_logps: (B, T) log-probabilities under the reference policy. None where there is no KL term.
         importance_sampling_ratio: (B, T) or (B, 1), old policy over sampler (vLLM). None where the two are the same.
+        sampling_logps: (B, T) log-probabilities that the sampler (vLLM, a rollout function) gave its tokens. NaN where
+            the sampler has no value. None where it reports none.
 
     Raises:
         ValueError: two shapes do not fit together.
@@ -35,11 +37,12 @@ class LossInputs:
     mask: Tensor
     ref_logps: Tensor | None = None
     importance_sampling_ratio: Tensor | None = None
+    sampling_logps: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.logps.dim() != 2:
             raise ValueError(f"LossInputs.logps has shape {tuple(self.logps.shape)}; (B, T) is needed.")
-        for name in ("old_logps", "mask", "ref_logps"):
+        for name in ("old_logps", "mask", "ref_logps", "sampling_logps"):
             self._check_shape(name, per_row=False)
         for name in ("advantages", "importance_sampling_ratio"):
             self._check_shape(name, per_row=True)
@@ -51,6 +54,7 @@ class LossInputs:
             "advantages": 0.0,
             "ref_logps": 0.0,
             "importance_sampling_ratio": 1.0,
+            "sampling_logps": 0.0,
         }.items():
             object.__setattr__(self, name, self._cleaned(getattr(self, name), hidden))
 
@@ -58,6 +62,13 @@ class LossInputs:
     def log_ratio(self) -> Tensor:
         """log π/π_old of each token, (B, T). 0 where masked."""
         return self.logps - self.old_logps
+
+    @property
+    def behavior_logps(self) -> Tensor:
+        """Log-probabilities under what sampled the tokens, (B, T): the sampler's own, and else the old policy's."""
+        if self.sampling_logps is None:
+            return self.old_logps
+        return torch.where(self.sampling_logps.isnan(), self.old_logps, self.sampling_logps)
 
     @property
     def lengths(self) -> Tensor:

@@ -28,8 +28,8 @@ class Loss(Described):
         zero_without_advantage: a completion whose advantages are 0 has a gradient of 0.
         reinforce_on_policy: where old_logps = logps and a row has one advantage, the gradient is that of `reinforce`
             under the same reduction.
-        reads_sampling_ratio: the formula contains `importance_sampling_ratio`. Any other loss is multiplied by the
-            ratio afterwards.
+        reads_sampling_ratio: the formula contains the ratio to the sampler. Any other loss is multiplied by
+            `importance_sampling_ratio` afterwards.
         variant: what sets this name apart from other names of the same function. Opens the documentation.
     """
 

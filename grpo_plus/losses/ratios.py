@@ -49,6 +49,11 @@ def saturating_exp(log_ratio: Tensor) -> Tensor:
     return log_ratio.clamp(max=math.log(limits.max) * (1 - limits.eps)).exp()
 
 
+def weighted(inputs: LossInputs, weight: Tensor, metrics: dict[str, Tensor] | None = None) -> TokenLoss:
+    """REINFORCE with a detached weight, −sg(w) A log π. Only the gradient of this loss means anything."""
+    return TokenLoss(-weight.detach() * inputs.advantages * inputs.logps, metrics or {})
+
+
 def clip_range(epsilon: float, epsilon_high: float | None) -> tuple[float, float]:
     """Bounds of a clip, (1 − epsilon, 1 + epsilon_high). None for `epsilon_high` means the same as `epsilon`."""
     epsilon_high = epsilon if epsilon_high is None else epsilon_high

@@ -11,7 +11,6 @@ import math
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from grpo_plus.losses.inputs import LossInputs, TokenLoss
 from grpo_plus.losses.loss import register
@@ -21,6 +20,7 @@ from grpo_plus.losses.ratios import (
     importance_ratio,
     sequence_ratio,
     token_ratio,
+    weighted,
 )
 
 # The authors' bounds for log-ratios: w stays within 1e-8 and e^20.
@@ -38,7 +38,7 @@ def reinforce(inputs: LossInputs) -> TokenLoss:
     Williams, "Simple statistical gradient-following algorithms" (1992). GPG is this loss with advantages of its own:
     Chu et al., "GPG" (https://huggingface.co/papers/2504.02546).
     """
-    return _weighted(inputs, torch.ones_like(inputs.logps))
+    return weighted(inputs, torch.ones_like(inputs.logps))
 
 
 @_promising("cispo", reduction="global-token-mean", origin="trl")
@@ -61,7 +61,7 @@ def cispo(
         )
     ratio = importance_ratio(inputs, importance_sampling_level)
     above = (ratio > epsilon_high) & (inputs.advantages > 0)
-    return _weighted(inputs, ratio.clamp(max=epsilon_high), {"cispo_clip_ratio": above.float()})
+    return weighted(inputs, ratio.clamp(max=epsilon_high), {"cispo_clip_ratio": above.float()})
 
 
 @_promising("cispo_two_sided", reduction="global-token-mean")
@@ -75,7 +75,7 @@ def cispo_two_sided(inputs: LossInputs, *, epsilon: float = 0.2, epsilon_high: f
     low, high = clip_range(epsilon, epsilon_high)
     ratio = token_ratio(inputs)
     metrics = {"clip_ratio/low_mean": (ratio < low).float(), "clip_ratio/high_mean": (ratio > high).float()}
-    return _weighted(inputs, ratio.clamp(low, high), metrics)
+    return weighted(inputs, ratio.clamp(low, high), metrics)
 
 
 @_promising("topr", reduction="seq-mean-token-sum")
@@ -94,7 +94,7 @@ def topr(inputs: LossInputs, *, length_normalised: bool = False) -> TokenLoss:
     """
     ratio = sequence_ratio(inputs, length_normalised=length_normalised)
     weight = torch.where(inputs.advantages >= 0, 1.0, ratio.clamp(max=1.0))
-    return _weighted(inputs, weight, {"topr/weight_mean": weight})
+    return weighted(inputs, weight, {"topr/weight_mean": weight})
 
 
 @_promising("vespo", reduction="global-token-mean", origin="trl", reads_sampling_ratio=True)
@@ -123,9 +123,4 @@ def vespo(
     # As TRL: without any decay, φ would grow without bound.
     decay = torch.where(rewarded, vespo_lambda_pos, vespo_lambda_neg).clamp(min=1e-4)
     phi = (decay + k * log_w - decay * log_w.exp()).exp()
-    return _weighted(inputs, phi, {"vespo/phi_seq_mean": phi})
-
-
-def _weighted(inputs: LossInputs, weight: Tensor, metrics: dict[str, Tensor] | None = None) -> TokenLoss:
-    """−sg(w) A log π, the shared form of this family."""
-    return TokenLoss(-weight.detach() * inputs.advantages * inputs.logps, metrics or {})
+    return weighted(inputs, phi, {"vespo/phi_seq_mean": phi})

@@ -326,5 +326,6 @@ class TRLSeam(ScoringSeam):
             mask=trained_tokens(inputs),
             ref_logps=inputs.get("ref_per_token_logps"),
             importance_sampling_ratio=inputs.get(SAMPLER_RATIO),
+            sampling_logps=inputs.get("sampling_per_token_logps"),
         )
         return loss_inputs, entropies

@@ -20,7 +20,7 @@ KEYWORDS: dict[str, dict] = {
     "gspo_token": {"epsilon": 0.1, "epsilon_high": 0.1},
 }
 # Their gradient is not the derivative of their value: a part of it is detached.
-REWEIGHTED = ["cispo", "cispo_two_sided", "reinforce", "topr", "vespo"]
+REWEIGHTED = ["cispo", "cispo_two_sided", "dppo_kl", "dppo_tv", "reinforce", "topr", "vespo"]
 DETACHED = {*REWEIGHTED, "gspo_token"}
 
 
