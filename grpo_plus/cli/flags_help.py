@@ -46,6 +46,7 @@ OURS = {
         "skip_old_policy_pass",
         "logprob_backend",
         "lora_backend",
+        "overlap_rewards",
     ),
     "safety": ("health_warnings", "max_nonfinite_steps", "reward_timeout", "deterministic"),
 }

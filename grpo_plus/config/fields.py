@@ -14,6 +14,7 @@ from grpo_plus.config.help import told
 from grpo_plus.config.keywords import as_dictionary
 from grpo_plus.config.losses import check_kl_target, check_loss
 from grpo_plus.config.numbers import check_numbers, check_reward_timeout
+from grpo_plus.config.overlap import check_overlap
 from grpo_plus.config.prompts import check_prompt_sampler
 from grpo_plus.config.sampling import check_truncated_sampling
 from grpo_plus.config.speed import check_adapter_dtype, check_liger, check_speed
@@ -55,6 +56,14 @@ class GRPOPlusConfig(GRPOConfig):
         reward_timeout: seconds that one call of a reward function may take. A call that takes longer ends the run with
             an error that names the function. The functions then run in a thread of their own, where timeouts by
             signals (SIGALRM) do not work. Reward models are not timed. None: no bound, and no thread.
+        overlap_rewards: lets reward functions that wait, for a server or a sandbox, judge beside the rest of a step.
+            None: TRL calls them one after another when all else is done. "batch": each gets TRL's one call, in a thread
+            of its own, as soon as all completions are written. The calls run beside each other and beside the passes
+            for log-probabilities. "groups": one call for each prompt, all at the same time, and each as soon as the
+            prompt's completions are written. These run beside the generation of other prompts, too. A reward must then
+            depend on the completions of its prompt alone. {"judge": "groups"} names some functions and leaves the
+            others to TRL. Tokens, rewards, log and random states stay the same. It is not for functions that use the
+            model, a GPU, torch's random numbers or signals. Reward models keep their place.
         health_warnings: whether a `RewardHealthCallback` with its default thresholds reads the log, and warns once per
             cause where the run cannot learn or learns something else. It changes nothing in the training.
         truncated_sampling: over which tokens log-probabilities are taken where the sampler draws from a part of the
@@ -146,6 +155,7 @@ class GRPOPlusConfig(GRPOConfig):
 
     task_column: str | None = told("task_column", None)
     reward_timeout: float | None = told("reward_timeout", None)
+    overlap_rewards: dict[str, Any] | str | None = told("overlap_rewards", None)
     health_warnings: bool = told("health_warnings", True)
     truncated_sampling: str | None = told("truncated_sampling", None)
     eval_pass_at_k: list[int] | None = told("eval_pass_at_k", None)
@@ -183,6 +193,7 @@ class GRPOPlusConfig(GRPOConfig):
         self.loss_type: str = LOSSES.name_of(self.loss_type)
         super().__post_init__()
         check_reward_timeout(self)
+        check_overlap(self)
         self.loss_kwargs = as_dictionary("loss_kwargs", self.loss_kwargs)
         check_loss(self)
         check_kl_target(self)

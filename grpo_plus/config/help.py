@@ -24,6 +24,11 @@ HELP = {
     "reward_timeout": (
         "Seconds that one call of a reward function may take before the run ends with its name; unset: no bound."
     ),
+    "overlap_rewards": (
+        "Let reward functions that wait judge beside the rest of a step. batch: one call, beside the passes for "
+        "log-probabilities; groups: a call for each prompt, beside generation, too. For some functions, JSON: "
+        '\'{"judge": "groups"}\'.'
+    ),
     "health_warnings": (
         "Warn, once per cause and with what to try, where the log says that the run cannot learn, or learns "
         "something else than it should."

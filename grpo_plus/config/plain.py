@@ -17,6 +17,7 @@ OFF: dict[str, Any] = {
     "prompt_sampler": None,
     "task_column": None,
     "reward_timeout": None,
+    "overlap_rewards": None,
     "health_warnings": True,
     "eval_pass_at_k": None,
     "eval_pass_reward": None,

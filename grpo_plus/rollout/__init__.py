@@ -22,12 +22,13 @@ from grpo_plus.rollout.loop import Watch, decode
 from grpo_plus.rollout.prompts import Prompts
 from grpo_plus.rollout.reasons import reads_images, why_not_config, why_not_model
 from grpo_plus.rollout.rollouts import Rollouts
-from grpo_plus.rollout.statistics import Statistics
+from grpo_plus.rollout.statistics import Progress, Statistics
 
 __all__ = [
     "ByRow",
     "Keeper",
     "Moves",
+    "Progress",
     "Prompts",
     "Rollouts",
     "Statistics",

@@ -11,13 +11,13 @@ from grpo_plus.rollout.live import Live, Moves
 from grpo_plus.rollout.passes import Pass
 from grpo_plus.rollout.prompts import Prompts
 from grpo_plus.rollout.sampling import Sampling
-from grpo_plus.rollout.statistics import Statistics, Tally
+from grpo_plus.rollout.statistics import Progress, Statistics, Tally
 from grpo_plus.rollout.steps import Steps
 
-Watch = Callable[[Statistics], None]
+Watch = Callable[[Progress], None]
 
 
-def nobody(so_far: Statistics) -> None:
+def nobody(so_far: Progress) -> None:
     """Watch nothing."""
 
 
@@ -78,7 +78,7 @@ def decode(
             tally.unfinished = sum(news.read())
             if not live.rows:
                 break
-            watch(tally.statistics())
+            watch(Progress(tally.statistics(), news.read(), sampling.ids, input_ids.shape[1]))
     return sampling.ids, tally.statistics()
 
 

@@ -1,8 +1,10 @@
-"""What a rollout has done, in numbers."""
+"""What a rollout has done, in numbers, and what it has written so far."""
 
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass
 from time import perf_counter
+
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,27 @@ class Statistics:
     def joined(cls, batches: Iterable["Statistics"]) -> "Statistics":
         """Sums over batches that were generated one after the other."""
         return cls(*map(sum, zip(*map(astuple, batches), strict=True)))
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A batch while it is generated.
+
+    Attributes:
+        statistics: what has been done so far.
+        unfinished: for each row whether it goes on.
+        ids: (B, L) prompts and what has been drawn.
+        prompt_length: tokens of a prompt, with padding.
+    """
+
+    statistics: Statistics
+    unfinished: list[bool]
+    ids: Tensor
+    prompt_length: int
+
+    def completion_ids(self, rows: slice) -> list[list[int]]:
+        """What has been drawn for some rows, on the host. A device is waited for."""
+        return self.ids[rows, self.prompt_length :].tolist()
 
 
 class Tally:

@@ -6,6 +6,7 @@ should have to.
 
 import inspect
 import math
+import operator
 import warnings
 from collections import deque
 from importlib.metadata import version
@@ -15,7 +16,7 @@ import torch
 from accelerate.utils import gather, gather_object
 from packaging.specifiers import SpecifierSet
 from torch import Tensor
-from trl import GRPOTrainer, prepare_multimodal_messages
+from trl import GRPOTrainer, is_conversational, prepare_multimodal_messages
 
 from grpo_plus.trainer.refill_rows import Padding
 
@@ -229,6 +230,70 @@ def complete_table_columns(trainer: GRPOTrainer, rows: int) -> list[str]:
     for name in trainer._logs["extra"]:
         pending.setdefault(name, [None] * rows)
     return wrong
+
+
+def generations_of(trainer: GRPOTrainer) -> int:
+    """Completions of each prompt, in the training or the evaluation that runs."""
+    return trainer.num_generations if trainer.model.training else trainer.num_generations_eval
+
+
+def reward_columns(
+    trainer: GRPOTrainer,
+    rows: range,
+    inputs: list[dict[str, Any]],
+    prompts: list,
+    completions: list,
+    completion_ids: list[list[int]],
+) -> dict[str, Any]:
+    """What TRL calls a reward function with, for some rows of a generation batch; without the functions for the log.
+
+    Args:
+        inputs: all rows of the dataset. Prompts, completions and their ids are those of `rows` alone.
+    """
+    of_rows = slice(rows.start, rows.stop)
+    names = [name for name in inputs[0] if name not in ("prompt", "completion", "completion_ids")]
+    columns: dict[str, Any] = {name: [example[name] for example in inputs[of_rows]] for name in names}
+    columns |= {"trainer_state": trainer.state}
+    if trainer.environments is not None:
+        columns["environments"] = trainer.environments[of_rows]
+    return columns | {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
+
+
+def same_reward_columns(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two calls of a reward function are the same. Values of the dataset are the same as objects, or not."""
+    if one.keys() != other.keys():
+        return False
+    written = {"prompts", "completions", "completion_ids"}
+    listed = [(one[name], other[name]) for name in one.keys() - written - {"trainer_state"}]
+    return all(one[name] == other[name] for name in written) and all(
+        len(mine) == len(theirs) and all(map(operator.is_, mine, theirs)) for mine, theirs in listed
+    )
+
+
+def why_not_decoded(trainer: GRPOTrainer, prompts: list) -> str | None:
+    """Reason why a completion is not final when its last token is drawn, or not known before TRL has read it."""
+    if trainer.rollout_func is not None:
+        return "A rollout function generates"
+    if trainer.tools:
+        return "A tool may still answer"
+    templates = (getattr(trainer._tokenizer, f"response_{kind}", None) for kind in ("template", "schema"))
+    if is_conversational({"prompt": prompts[0]}) and any(template is not None for template in templates):
+        return "The tokenizer's response template takes completions apart"
+    return None
+
+
+def decoded_completions(trainer: GRPOTrainer, prompts: list, completion_ids: list[list[int]]) -> list:
+    """Completions as TRL hands them to reward functions: texts, or messages where the prompts are messages."""
+    texts = trainer.processing_class.batch_decode(completion_ids, skip_special_tokens=True)
+    if not is_conversational({"prompt": prompts[0]}):
+        return texts
+    return [[{"role": "assistant", "content": text}] for text in texts]
+
+
+def until_end(trainer: GRPOTrainer, ids: list[int]) -> list[int]:
+    """Token ids up to the first one that ends a completion. Empty where none does."""
+    end = next((place for place, token in enumerate(ids, 1) if token in trainer.eos_token_ids), 0)
+    return ids[:end]
 
 
 def whole_rows(inputs: dict[str, Any]) -> tuple[Tensor, Tensor, int]:

@@ -6,10 +6,8 @@ wait for that, and then ends the training on all processes.
 """
 
 import asyncio
-import contextvars
 import functools
-import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import Thread
 from types import SimpleNamespace
@@ -19,7 +17,10 @@ import torch
 from accelerate.utils import gather_object
 from torch import nn
 
-from grpo_plus.report.completions import STATES, STEP_COLUMNS
+from grpo_plus.trainer.background import Running, Surroundings, TooLateError, too_late
+from grpo_plus.trainer.overlap import Overlap
+from grpo_plus.trainer.reward_logs import with_harmless_logs
+from grpo_plus.trainer.reward_values import WrongRewardsError, awaited, called, is_async
 
 if TYPE_CHECKING:
     from grpo_plus.trainer.seam import TRLSeam
@@ -34,16 +35,22 @@ class RewardCalls:
 
     Args:
         timeout: seconds for one call. None: no bound, and no thread.
+        overlap: of the functions that do not wait for TRL's call.
     """
 
-    def __init__(self, trainer: "TRLSeam", timeout: float | None) -> None:
+    def __init__(self, trainer: "TRLSeam", timeout: float | None, overlap: Overlap) -> None:
         self._trainer = trainer
         self._timeout = timeout
+        self._overlap = overlap
         self._failures: list[Exception] = []
 
     @contextmanager
-    def checked(self, rows: int) -> Iterator[None]:
+    def checked(self, inputs: list[dict[str, Any]], prompts: list, completions: list, ids: list) -> Iterator[None]:
         """Inside, TRL's calls go to stand-ins. Afterwards every process raises what any process has met.
+
+        Args:
+            inputs: rows of the dataset.
+            ids: token ids of the completions.
 
         Raises:
             RewardFunctionError: a reward function raised, or took longer than `reward_timeout`.
@@ -52,9 +59,10 @@ class RewardCalls:
         trainer = self._trainer
         functions = trainer.reward_funcs
         self._failures = []
+        self._overlap.begin(inputs, prompts, completions, ids)
         trainer.reward_funcs = [
-            self._stand_in(function, name, rows)
-            for function, name in zip(functions, trainer.reward_func_names, strict=True)
+            self._stand_in(number, function, name, len(prompts))
+            for number, (function, name) in enumerate(zip(functions, trainer.reward_func_names, strict=True))
         ]
         try:
             with self._watching():
@@ -63,16 +71,24 @@ class RewardCalls:
             trainer.reward_funcs = functions
         self._raise_together()
 
-    def _stand_in(self, function: Any, name: str, rows: int) -> Any:
-        """A function, a coroutine function or a module, as the original is."""
+    def _stand_in(self, number: int, function: Any, name: str, rows: int) -> Any:
+        """A function, a coroutine function or a module, as the original is. A function, where a call has begun."""
+        figures = self._trainer._figures
         if isinstance(function, nn.Module):
             return _ModuleStandIn(function, lambda call: self._kept(name, [0.0] * rows, call))
+        if self._overlap.has(number):
+
+            def wait(log_metric: Any, log_extra: Any, **_: Any) -> list[Any]:
+                logs = (log_metric, log_extra)
+                return self._kept(name, [0.0] * rows, lambda: self._overlap.rewards(number, self._timeout, *logs))
+
+            return wait
         if is_async(function):
 
             async def call_async(**columns: Any) -> list[Any]:
-                columns = self._with_harmless_logs(name, columns)
+                columns = with_harmless_logs(figures, name, columns)
                 try:
-                    return await self._bounded_async(name, lambda: function(**columns), rows)
+                    return await self._bounded_async(name, lambda: awaited(name, function, columns, rows))
                 # Whatever the function raises waits until the other processes have gathered. A client of a server
                 # may cancel its own call, which is none of Exception's.
                 except (Exception, asyncio.CancelledError) as error:
@@ -81,8 +97,8 @@ class RewardCalls:
             return call_async
 
         def call(**columns: Any) -> list[Any]:
-            columns = self._with_harmless_logs(name, columns)
-            compute = functools.partial(_called, name, function, columns, rows)
+            columns = with_harmless_logs(figures, name, columns)
+            compute = functools.partial(called, name, function, columns, rows)
             return self._kept(name, [0.0] * rows, functools.partial(self._bounded, name, compute))
 
         return call
@@ -97,8 +113,8 @@ class RewardCalls:
             return instead
 
     def _keep(self, name: str, error: BaseException, rows: int) -> list[float]:
-        ours = isinstance(error, (_WrongRewardsError, _TooLateError))
-        if isinstance(error, _WrongRewardsError):
+        ours = isinstance(error, (WrongRewardsError, TooLateError))
+        if isinstance(error, WrongRewardsError):
             failure: Exception = ValueError(str(error))
         elif ours:
             failure = RewardFunctionError(str(error))
@@ -122,20 +138,19 @@ class RewardCalls:
             raise mine
 
     def _bounded(self, name: str, compute: Callable[[], list[Any]]) -> list[Any]:
-        return compute() if self._timeout is None else within(self._timeout, name, compute)
-
-    async def _bounded_async(self, name: str, start: Callable[[], Any], rows: int) -> list[Any]:
-        async def compute() -> list[Any]:
-            return as_rewards(name, await start(), rows)
-
         if self._timeout is None:
-            return await compute()
+            return compute()
+        return Running.in_thread(name, compute, Surroundings.here()).result(self._timeout)
+
+    async def _bounded_async(self, name: str, start: Callable[[], Any]) -> list[Any]:
+        if self._timeout is None:
+            return await start()
         # On TRL's own loop, while this coroutine runs on another: a function that blocks its loop is noticed too.
-        future = asyncio.run_coroutine_threadsafe(compute(), self._functions_loop)
+        future = asyncio.run_coroutine_threadsafe(start(), self._functions_loop)
         done, _ = await asyncio.wait({asyncio.wrap_future(future)}, timeout=self._timeout)
         if not done:
             future.cancel()
-            raise _TooLateError(_too_late(name, self._timeout))
+            raise TooLateError(too_late(name, self._timeout))
         return future.result()
 
     @contextmanager
@@ -156,23 +171,6 @@ class RewardCalls:
             watching.call_soon_threadsafe(watching.stop)
             thread.join()
             watching.close()
-
-    def _with_harmless_logs(self, name: str, columns: dict[str, Any]) -> dict[str, Any]:
-        """The columns with a `log_metric` and a `log_extra` that warn where TRL's would end the training."""
-        figures, log_metric, log_extra = self._trainer._figures, columns["log_metric"], columns["log_extra"]
-
-        def metric(figure: str, value: Any) -> None:
-            with figures.guarded(f"log_metric({figure!r}, ...) of the reward function {name!r}"):
-                log_metric(_text(figure), float(value))
-
-        def extra(column: str, values: Any) -> None:
-            if column in (*STEP_COLUMNS, STATES):  # the estimator reads these: a wrong one is an error
-                log_extra(column, values)
-                return
-            with figures.guarded(f"log_extra({column!r}, ...) of the reward function {name!r}"):
-                log_extra(_text(column), list(values))
-
-        return columns | {"log_metric": metric, "log_extra": extra}
 
 
 class _ModuleStandIn(nn.Module):
@@ -195,121 +193,8 @@ class _ModuleStandIn(nn.Module):
         return output
 
 
-class _WrongRewardsError(Exception):
-    """What a reward function returned is no list of rewards."""
-
-
-class _TooLateError(Exception):
-    """Ours, so that a function's own TimeoutError is not taken for it."""
-
-
-def is_async(function: Any) -> bool:
-    """Whether TRL awaits what the function returns."""
-    while isinstance(function, functools.partial):
-        function = function.func
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(function.__call__)
-
-
-def within(seconds: float, name: str, compute: Callable[[], Any]) -> Any:
-    """Run `compute` in a thread with this thread's context variables, CUDA device and gradient mode.
-
-    A thread cannot be stopped: after the timeout it is left behind, and does not keep the process alive.
-    """
-    context, gradients = contextvars.copy_context(), torch.is_grad_enabled()
-    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
-    outcome: list[tuple[Any, BaseException | None]] = []
-
-    def work() -> None:
-        try:
-            if device is not None:
-                torch.cuda.set_device(device)
-            with torch.set_grad_enabled(gradients):
-                outcome.append((context.run(compute), None))
-        # Raised again in the thread that waits.
-        except BaseException as error:
-            outcome.append((None, error))
-
-    thread = Thread(target=work, name=f"reward function {name}", daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if not outcome:
-        raise _TooLateError(_too_late(name, seconds))
-    result, error = outcome[0]
-    if error is not None:
-        raise error
-    return result
-
-
-def as_rewards(name: str, returned: Any, rows: int) -> list[Any]:
-    """The rewards as a list of numbers and None.
-
-    Raises:
-        _WrongRewardsError: it is anything else.
-    """
-    source = f"The reward function {name!r} returned"
-    wanted = f"Return a list of one number per completion, {rows} here, with None where it cannot judge."
-    if isinstance(returned, (str, bytes, Mapping, set, frozenset)) or not _iterable(returned):
-        raise _WrongRewardsError(f"{source} {_short(returned)}. {wanted}")
-    rewards = list(returned)
-    if len(rewards) != rows:
-        raise _WrongRewardsError(f"{source} {len(rewards)} rewards for {rows} completions. {wanted}")
-    for completion, reward in enumerate(rewards):
-        if reward is not None and (reason := _why_no_number(reward)):
-            raise _WrongRewardsError(f"{source} {_short(reward)} for completion {completion}, {reason}. {wanted}")
-    return [reward if isinstance(reward, _TAKEN) else float(reward) for reward in rewards]
-
-
-# What TRL turns into float32 by itself. Others, such as a Fraction, become a float first.
-_TAKEN = (type(None), bool, int, float, torch.Tensor)
-
-
-def _called(name: str, function: Any, columns: dict[str, Any], rows: int) -> list[Any]:
-    return as_rewards(name, function(**columns), rows)
-
-
-def _why_no_number(reward: Any) -> str | None:
-    if isinstance(reward, (str, bytes)):
-        return "which is text"
-    if getattr(reward, "ndim", 0) or isinstance(reward, (list, tuple)):
-        return "which is a list of its own"
-    try:
-        float(reward)
-    except OverflowError:
-        return "which is too large for a float"
-    except (TypeError, ValueError, RuntimeError):
-        return f"which is a {type(reward).__name__} and no number"
-    return None
-
-
-def _iterable(value: Any) -> bool:
-    try:
-        iter(value)
-    except TypeError:  # a tensor without dimensions has __iter__ and raises too
-        return False
-    return True
-
-
-def _short(value: Any) -> str:
-    text = " ".join(repr(value).split())
-    text = text if len(text) <= 60 else f"{text[:57]}..."
-    return f"{text} ({type(value).__name__})"
-
-
 def _words(error: BaseException) -> str:
     try:
         return str(error)
     except Exception:  # an error of the user's whose own text fails
         return "(without words)"
-
-
-def _text(name: Any) -> str:
-    if not isinstance(name, str):  # TRL sorts the names, which ends the training where some are no text
-        raise TypeError(f"the name must be text, not {type(name).__name__}")
-    return name
-
-
-def _too_late(name: str, seconds: float) -> str:
-    return (
-        f"The reward function {name!r} has not returned after reward_timeout={seconds:g} seconds. If it may take "
-        "longer, raise reward_timeout; a judge over the network needs a timeout of its own that returns None."
-    )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from tqdm.auto import tqdm
 from trl import GRPOTrainer
 
-from grpo_plus.rollout import Statistics, Watch
+from grpo_plus.rollout import Progress, Statistics, Watch
 
 if TYPE_CHECKING:
     from grpo_plus.trainer.seam import TRLSeam
@@ -25,19 +25,23 @@ class RolloutLog:
         self._trainer = trainer
 
     @contextmanager
-    def followed(self, rows: int) -> Iterator[None]:
-        """Inside, the `generate` that TRL calls for a number of rows decodes with the loop of the run."""
+    def followed(self, rows: int, other: Watch) -> Iterator[None]:
+        """Inside, the `generate` that TRL calls for a number of rows decodes with the loop of the run.
+
+        Args:
+            other: also watches.
+        """
         trainer, rollouts = self._trainer, self._trainer.speed.rollouts
         if rollouts is None:
             yield
             return
         model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
-        with self._shown(rows, rollouts.statistics) as watch, rollouts.decoding(model, watch):
+        with self._shown(rows, rollouts.statistics, other) as watch, rollouts.decoding(model, watch):
             yield
         trainer._step_figures.rolled_out(Statistics.joined(rollouts.statistics))
 
     @contextmanager
-    def _shown(self, rows: int, parts: list[Statistics]) -> Iterator[Watch]:
+    def _shown(self, rows: int, parts: list[Statistics], other: Watch) -> Iterator[Watch]:
         """A bar that moves whenever it hears of a token.
 
         Args:
@@ -47,10 +51,12 @@ class RolloutLog:
         bar = RolloutBar(rows, delay=DELAY, silent=_is_silent(self._trainer))
         guarded = self._trainer._figures.guarded
 
-        def watch(so_far: Statistics) -> None:
+        def watch(so_far: Progress) -> None:
+            other(so_far)
             if bar.is_due:
+                done = so_far.statistics
                 with guarded("The bar of a rollout"):
-                    bar.show(Statistics.joined([*parts, so_far]), sum(part.rows for part in parts) + so_far.finished)
+                    bar.show(Statistics.joined([*parts, done]), sum(part.rows for part in parts) + done.finished)
 
         try:
             yield watch

@@ -38,12 +38,14 @@ from grpo_plus.trainer.names import (
     dataset_prompts,
     gathered_labels,
     gathered_lengths,
+    generations_of,
     log_advantages_anew,
     logged_advantages,
     multimodal,
     trained_tokens,
     whole_rows,
 )
+from grpo_plus.trainer.overlap import Overlap
 from grpo_plus.trainer.pass_at_k import pass_at_k_of
 from grpo_plus.trainer.pictures import knows_rows
 from grpo_plus.trainer.position import RandomStates
@@ -95,7 +97,8 @@ class TRLSeam(ScoringSeam):
         self._warn_of_what_no_checkpoint_holds()
         self.speed = speed_of(self, self.plus)
         self._figures = Figures(self)
-        self._reward_calls = RewardCalls(self, self.plus.reward_timeout)
+        self._overlap = Overlap(self, self.plus.overlap_rewards)
+        self._reward_calls = RewardCalls(self, self.plus.reward_timeout, self._overlap)
         self._known = MicroBatches()
         self._refills = Refills(self, self.plus.max_refills)
         self.prompt_sampler = sampler_of_prompts(self)
@@ -113,7 +116,7 @@ class TRLSeam(ScoringSeam):
     def _calculate_rewards(
         self, inputs: list[dict[str, Any]], prompts: list, completions: list, completion_ids_list: list[list[int]]
     ) -> Tensor:
-        with self._reward_calls.checked(len(prompts)):
+        with self._reward_calls.checked(inputs, prompts, completions, completion_ids_list):
             rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         tasks = [self.task_of(example) for example in inputs]
         if tasks[0] is not None and "task" not in (*self._pending_extra_logs, *self.reward_func_names):
@@ -126,7 +129,7 @@ class TRLSeam(ScoringSeam):
         prompts = dataset_prompts(self, inputs, prompts)
         self.rewards = Rewards.from_table(
             rewards_per_func,
-            num_generations=self.num_generations if self.model.training else self.num_generations_eval,
+            num_generations=generations_of(self),
             weights=self.reward_weights,
             names=tuple(self.reward_func_names),
             lengths=lengths,
@@ -147,8 +150,10 @@ class TRLSeam(ScoringSeam):
 
     def _generate(self, prompts: list) -> tuple:
         self._generations = []
+        self._overlap.generates(prompts)
         with self._kept.recorded() as kept, self._sampler.recorded() as sampled:
             generated = super()._generate(prompts)
+        self._overlap.generated(generated)
         written = Written.of(self._generations, *generated[:3])
         self._kept.take(kept, written, generated[6])
         self._sampler.take(sampled, written)
@@ -167,17 +172,19 @@ class TRLSeam(ScoringSeam):
         exact = generating(self) if self.has_own_fields else nullcontext()
         shown = Shown(prompt_ids, images, multimodal_fields, image_token(self.model.config))
 
-        def complete(part: Shown) -> tuple[list[list[int]], list | None]:
-            with self.speed.seeing(part.by_row):
-                return generate(part.prompt_ids, part.images, part.fields, num_generations, has_tool_images)
+        def complete(part: Shown, first: int = 0) -> tuple[list[list[int]], list | None]:
+            with self.speed.seeing(part.by_row), self._overlap.part(first) as written:
+                arguments = (part.prompt_ids, part.images, part.fields, num_generations, has_tool_images)
+                return written(generate(*arguments))
 
-        with exact, self.speed.adapters.held(), self._rollout_log.followed(len(prompt_ids)):
+        followed = self._rollout_log.followed(len(prompt_ids), self._overlap.watch)
+        with exact, self.speed.adapters.held(), followed:
             if shown.why_whole is not None and self.speed.chunks is not None:
                 warnings.warn(f"generation_chunk_size: all rows at once. {shown.why_whole}.", stacklevel=2)
             if self.speed.chunks is None or shown.why_whole is not None:
                 completion_ids, logps = complete(shown)
             else:
-                parts = self.speed.chunks.generate(lambda rows: complete(shown[rows])[0], prompt_ids)
+                parts = self.speed.chunks.generate(lambda rows: complete(shown[rows], rows.start)[0], prompt_ids)
                 completion_ids, logps = parts, None
         self._generations.append(Generation(prompt_ids, list(completion_ids)))  # TRL cuts ends in its own list
         return completion_ids, logps
@@ -189,7 +196,8 @@ class TRLSeam(ScoringSeam):
             inputs = sampler.replaced(inputs)
 
         def generate(rows: list[dict[str, Any]]) -> tuple[dict[str, Any], Rewards]:
-            output = self._sampler.added_to(self._kept.added_to(score(rows)))
+            with self._overlap.batch(rows):
+                output = self._sampler.added_to(self._kept.added_to(score(rows)))
             if sampler is not None:
                 sampler.take(self.rewards)
             return output, self.rewards

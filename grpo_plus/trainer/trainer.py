@@ -25,6 +25,7 @@ from grpo_plus.advantages.running import scales as running_scales
 from grpo_plus.advantages.saved import check_saved_state, is_number
 from grpo_plus.callbacks.reward_health import RewardHealthCallback
 from grpo_plus.callbacks.run_log import RunLogCallback
+from grpo_plus.config.overlap import check_overlapping
 from grpo_plus.config.run import (
     check_estimator,
     check_plain_loss,
@@ -61,6 +62,7 @@ class GRPOPlusTrainer(TRLSeam):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         check_refillable(self.plus.max_refills, self.train_dataset)
+        check_overlapping(self.plus, (*self._overlap.names, *self._eval_rewards.names))
         if self.aux_loss_enabled:
             check_router_loss(self.loss_type, self.router_aux_loss_coef)
         if not self.has_own_fields and type(self).policy_loss is GRPOPlusTrainer.policy_loss:
