@@ -7,6 +7,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 PIXELS = "pixel_values"
 NUM_IMAGES = "num_images"  # of each row: the count by which a trainer sorts the images
@@ -130,6 +131,11 @@ class Pictures:
         # Equal sums are a guess. What they put together is compared, and a row that differs stands alone.
         same = torch.stack([_equal(row, rows[number]) for row, number in zip(rows, numbers, strict=True)]).tolist()
         return [number if equal else at for at, (number, equal) in enumerate(zip(numbers, same, strict=True))]
+
+
+def reads_images(model: PreTrainedModel) -> bool:
+    """Whether a language model is only a part of the model."""
+    return model.config.get_text_config(decoder=True) is not model.config
 
 
 def image_token(config: Any) -> int | None:

@@ -33,6 +33,14 @@ LIMITS = {"float32": (2e-5, 1e-3, 1e-3), "tf32": (1e-3, 1e-2, 1e-2), "half": (2e
 FAILURES = (Exception,)
 
 
+Agreed = Callable[[str | None], str | None]  # from what one process has found to what all processes go by
+
+
+def alone(reason: str | None) -> str | None:
+    """The reason of a run's only process."""
+    return reason
+
+
 class PaddedLogps(Protocol):
     """A trainer's forward of padded rows."""
 
@@ -132,15 +140,24 @@ def choose(
     heads: Sequence[Head | None],
     *,
     gradient: bool,
+    agreed: Agreed = alone,
 ) -> Verdict:
-    """Choose the first form that is exact on this model, with the first head under which a form is exact."""
+    """Choose the first form that is exact on this model, with the first head under which a form is exact.
+
+    Args:
+        agreed: is asked about the plain rows, and about each form and head that is tried. With several processes, all
+            of them try the same forms and heads.
+    """
+    check, reason = None, None
     try:
         check = SelfCheck.of(model, groups, padded_logps, gradient=gradient)
     except FAILURES as failure:
-        return Verdict(None, None, (f"the self-check failed on plain rows: {type(failure).__name__}: {failure}",))
+        reason = f"the self-check failed on plain rows: {type(failure).__name__}: {failure}"
+    if (reason := agreed(reason)) is not None or check is None:
+        return Verdict(None, None, (reason,) if reason else ())
     reasons: list[str] = []
     for head, form in product(heads, forms):
-        reason = check.why_not(form, head)
+        reason = agreed(check.why_not(form, head))
         if reason is None:
             return Verdict(form, head, tuple(reasons))
         reasons.append(reason)

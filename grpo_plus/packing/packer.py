@@ -4,7 +4,6 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -17,14 +16,13 @@ from grpo_plus.models.positions import rescaled_from
 from grpo_plus.packing.attention import uninstall_segments
 from grpo_plus.packing.candidates import candidates, candidates_with_images
 from grpo_plus.packing.check import PaddedLogps, SelfCheck, Verdict, choose
-from grpo_plus.packing.forward import Form, Head, Logps, Pass, Ready
+from grpo_plus.packing.choice import Choice, Choices
+from grpo_plus.packing.forward import Form, Head
 from grpo_plus.packing.head import why_not_single_pass
-from grpo_plus.packing.kept import Truncated
 from grpo_plus.packing.layout import Group, unpack
 from grpo_plus.packing.measure import Measure, Way
 from grpo_plus.packing.padded import Layout, Packed, PaddedRows, filled, imputed
 from grpo_plus.packing.passes import CACHED, why_not_cached
-from grpo_plus.packing.recomputed import one_by_one
 from grpo_plus.packing.seen import why_not_seen
 
 logger = logging.getLogger("grpo_plus")
@@ -35,22 +33,6 @@ LONG_ROWS = (
     "packing: rows longer than the model's original positions stay padded, since its position frequencies (longrope or "
     "dynamic) would depend on how they are packed."
 )
-
-
-@dataclass(frozen=True)
-class Choice:
-    """Form of one model's rows, and the head that scores the rows. A head of None is the model's fused head."""
-
-    form: Form
-    head: Head | None
-
-    @property
-    def description(self) -> str:
-        """Form and head in a few words."""
-        return str(self.form) + (", single-pass head" if self.head else "")
-
-
-Choices = WeakKeyDictionary[PreTrainedModel, Choice | None]
 
 
 class Packer:
@@ -68,6 +50,8 @@ class Packer:
     Attributes:
         training: whether a training is running.
     """
+
+    _chooses_alone = True
 
     def __init__(
         self,
@@ -115,9 +99,11 @@ class Packer:
             policy: whether the model is the policy that trains, whose update is what the measure times.
 
         Returns:
-            None where no form is exact, the rows have nothing to score, a prompt is empty, or the rows are so long that
-            the model rescales its positions.
+            None where no form is exact, the rows have nothing to score, a prompt is empty, nothing tells which row has
+            which image, or the rows are so long that the model rescales its positions.
         """
+        if rows.are_unsorted:
+            return None
         if rows.input_ids.shape[1] > rescaled_from(base):
             warnings.warn(LONG_ROWS, stacklevel=2)
             return None
@@ -136,7 +122,7 @@ class Packer:
         limits: Limits,
         policy: bool,
     ) -> Packed | None:
-        choices = self._choices if rows.pictures is None else self._choices_with_images
+        choices = self._choices_of(rows)
         if base in choices and choices[base] is None:  # before the rows are laid out for nothing
             return None
         layout = rows.layout or Layout.of(rows)
@@ -149,16 +135,19 @@ class Packer:
             choice = choices[base] = self._fastest(base, rows, layout, padded_logps, limits, choice)
         if choice is None:
             return None
-        if self._cuts_prompts(base, choice, layout.groups, padded_logps, limits[1]):
+        if self._cuts_prompts(model, base, choice, layout.groups, padded_logps, limits[1]):
             choice = Choice(CACHED, choice.head)
         parts = layout.ready(choice.form, base.device, *limits)
-        logps, entropies = _run(choice, model, parts, rows.truncated)
+        logps, entropies = choice.run(model, parts, rows.truncated)
         places = torch.cat([part.rows for part in parts]), torch.cat([part.columns for part in parts])
         return Packed(
             unpack(logps, places, filled(rows, logps)),
             unpack(entropies, places, imputed(rows, entropies.detach().sum() / max(1, entropies.numel()))),
             sum(part.tokens for part in parts),
         )
+
+    def _choices_of(self, rows: PaddedRows) -> Choices:
+        return self._choices if rows.pictures is None else self._choices_with_images
 
     def _sees(self, base: PreTrainedModel, rows: PaddedRows, layout: Layout) -> bool:
         """Whether completions can go on from their prompts with images. True for rows of text."""
@@ -210,7 +199,7 @@ class Packer:
     ) -> Choice | None:
         forms, reasons = self._candidates(base, rows)
         with without_dropout(base):
-            verdict = self._verdict(model, base, forms, groups, padded_logps)
+            verdict = self._verdict(model, base, forms, self._heads(base), groups, padded_logps)
         if self.insist_on_head and verdict.head is not self._heads(base)[0]:
             warnings.warn(f"logprob_backend: the model's fused head. {'; '.join(verdict.reasons)}.", stacklevel=2)
         reasons += verdict.reasons
@@ -239,18 +228,23 @@ class Packer:
         model: nn.Module,
         base: PreTrainedModel,
         forms: Sequence[Form],
+        heads: Sequence[Head | None],
         groups: Sequence[Group],
         padded_logps: PaddedLogps,
     ) -> Verdict:
-        return choose(forms, base, groups, padded_logps, self._heads(base), gradient=self.gradient_check)
+        return choose(forms, base, groups, padded_logps, heads, gradient=self.gradient_check)
 
     def _candidates(self, base: PreTrainedModel, rows: PaddedRows) -> tuple[list[Form], list[str]]:
         if rows.pictures is not None:
-            return candidates_with_images(self.packing, base)
-        return candidates(self.packing, base, self.no_segments)
+            return self._offered(*candidates_with_images(self.packing, base))
+        return self._offered(*candidates(self.packing, base, self.no_segments))
+
+    def _offered(self, forms: list[Form], reasons: list[str]) -> tuple[list[Form], list[str]]:
+        return forms, reasons
 
     def _cuts_prompts(
         self,
+        model: nn.Module,
         base: PreTrainedModel,
         choice: Choice,
         groups: Sequence[Group],
@@ -261,15 +255,25 @@ class Packer:
         longest = max(len(group.prompt) for group in groups)
         if bound is None or longest <= bound or not choice.form.share or choice.form is CACHED:
             return False
-        if base not in self._cut:
-            reason = why_not_cached(base)
-            if reason is None:
-                verdict = choose([CACHED], base, groups, padded_logps, [choice.head], gradient=self.gradient_check)
-                reason = None if verdict.form else "; ".join(verdict.reasons)
-            self._cut[base] = reason is None
-            place = "go through the model's cache in parts" if reason is None else f"stay whole. {reason}"
-            logger.info("packing: prompts longer than a pass, such as one of %d tokens, %s.", longest, place)
-        return self._cut[base]
+        if base not in self._cut and self._chooses_alone:
+            self._judge_cut(model, base, choice.head, groups, padded_logps)
+        return self._cut.get(base, False)
+
+    def _judge_cut(
+        self,
+        model: nn.Module,
+        base: PreTrainedModel,
+        head: Head | None,
+        groups: Sequence[Group],
+        padded_logps: PaddedLogps,
+    ) -> None:
+        reason = why_not_cached(base)
+        if reason is None:
+            verdict = self._verdict(model, base, [CACHED], [head], groups, padded_logps)
+            reason = None if verdict.form else "; ".join(verdict.reasons)
+        self._cut[base] = reason is None
+        place = "go through the model's cache in parts" if reason is None else f"stay whole. {reason}"
+        logger.info("packing: prompts longer than a pass %s.", place)
 
     def _heads(self, base: PreTrainedModel) -> list[Head | None]:
         return [self.head, None] if self.head is not None and why_not_single_pass(base) is None else [None]
@@ -301,7 +305,7 @@ class Packer:
             if check.why_not(choice.form, choice.head) is not None:
                 return None
             parts = layout.ready(choice.form, base.device, *limits)
-            return lambda: _run(choice, base, parts)[0]
+            return lambda: choice.run(base, parts)[0]
 
         forms: list[Form | None] = [*self._candidates(base, rows)[0]]
         heads = self._heads(base)
@@ -318,23 +322,6 @@ class Packer:
         if way.form in (CACHED, None):
             uninstall_segments(base)
         return None if way.form is None else Choice(way.form, way.head)
-
-
-def _run(choice: Choice, model: nn.Module, parts: Sequence[Ready], truncated: Truncated | None = None) -> Logps:
-    """All parts within one forward of the model, as DDP and mixed precision need it."""
-
-    def passes_of(part: Ready, base: PreTrainedModel, forward: Callable[..., Any]) -> Iterator[Pass]:
-        if truncated is None:
-            return choice.form.passes(part.call, choice.head, base, forward)
-        return truncated.passes(choice.form, part, base, forward)
-
-    def call(base: PreTrainedModel, forward: Callable[..., Any]) -> Logps:
-        passes = (one for part in parts for one in passes_of(part, base, forward))
-        return one_by_one(passes, sum(part.passes for part in parts), base.device)
-
-    logps: Tensor
-    logps, entropies = model(packed=call)
-    return logps, entropies
 
 
 def _can_be_timed(rows: PaddedRows) -> bool:

@@ -87,6 +87,7 @@ class PaddedRows:
     layout: what the live rows hold, where the host knows already. None reads the rows, and waits for the device.
     truncated: what the sampler could draw. None normalizes over the whole vocabulary.
     pictures: the images of all rows. None where no live row has an image.
+    are_unsorted: whether there are images of which nothing tells the rows.
     """
 
     input_ids: Tensor
@@ -97,6 +98,7 @@ class PaddedRows:
     layout: "Layout | None" = None
     truncated: "Truncated | None" = None
     pictures: Pictures | None = None
+    are_unsorted: bool = False
 
     @property
     def completion_mask(self) -> Tensor:

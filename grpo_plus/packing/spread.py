@@ -1,8 +1,7 @@
 """Pack the rows of a model whose weights are spread over processes, which must all call its layers equally often."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import nn
@@ -10,28 +9,18 @@ from transformers import PreTrainedModel
 
 from grpo_plus.packing.candidates import candidates_of_spread_weights
 from grpo_plus.packing.check import FAILURES, PaddedLogps, SelfCheck, Verdict
-from grpo_plus.packing.forward import Form
+from grpo_plus.packing.forward import Form, Head
+from grpo_plus.packing.joint import JointPacker
 from grpo_plus.packing.layout import Group
-from grpo_plus.packing.packer import Packer
 from grpo_plus.packing.padded import Layout, Packed, PaddedRows
 
-NOTHING_TO_CHECK = "a process has a batch without a prompt or without a token to score"
 
-
-class SpreadPacker(Packer):
+class SpreadPacker(JointPacker):
     """Forwards rows of text in forms that run every layer once, with the model's own head.
 
-    A layer whose weights are gathered waits for all processes. So they all check the model in the same call, and take
-    the same form or none. A process that has no groups to pack forwards padded rows, in as many calls as the others.
-
-    Args:
-        agreed: gives every process the same reason out of what each process has found, and None where none has one.
-            All processes must call it.
+    A layer whose weights are gathered waits for all processes. So the number of calls depends on shapes alone. A
+    process that has no groups to pack forwards padded rows, in as many calls as the others.
     """
-
-    def __init__(self, packing: str, *, agreed: Callable[[str | None], str | None], **keywords: Any) -> None:
-        super().__init__(packing, **keywords)
-        self.agreed = agreed
 
     def logps(
         self,
@@ -48,10 +37,9 @@ class SpreadPacker(Packer):
         if base in self._choices and self._choices[base] is None:
             return None
         parts = list(_parts(rows, max_tokens))
-        has_groups = all(part.layout is not None and part.layout.groups for part in parts)
-        if base not in self._choices and self.agreed(None if has_groups else NOTHING_TO_CHECK) is not None:
-            return None
-        if not has_groups:
+        if self._is_open(base, bound):
+            self._settle(model, base, parts, padded_logps, bound)
+        if base not in self._choices or not all(part.layout is not None and part.layout.groups for part in parts):
             return None
         scored: list[Packed] = []
         for part in parts:
@@ -66,13 +54,14 @@ class SpreadPacker(Packer):
         )
 
     def _candidates(self, base: PreTrainedModel, rows: PaddedRows) -> tuple[list[Form], list[str]]:
-        return candidates_of_spread_weights(self.packing, base, self.no_segments)
+        return self._offered(*candidates_of_spread_weights(self.packing, base, self.no_segments))
 
     def _verdict(
         self,
         model: nn.Module,
         base: PreTrainedModel,
         forms: Sequence[Form],
+        heads: Sequence[Head | None],
         groups: Sequence[Group],
         padded_logps: PaddedLogps,
     ) -> Verdict:
@@ -80,7 +69,7 @@ class SpreadPacker(Packer):
         try:
             check = SelfCheck.of(base, groups, padded_logps, gradient=self.gradient_check, called=model)
             for form in forms:
-                reason = self.agreed(check.why_not_exact(form, None))
+                reason = self._agreed(check.why_not_exact(form, None))
                 if reason is None:
                     return Verdict(form, None, tuple(reasons))
                 reasons.append(reason)

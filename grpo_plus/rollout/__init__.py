@@ -20,7 +20,7 @@ from grpo_plus.rollout.keeper import Keeper
 from grpo_plus.rollout.live import Moves
 from grpo_plus.rollout.loop import Watch, decode
 from grpo_plus.rollout.prompts import Prompts
-from grpo_plus.rollout.reasons import reads_images, why_not_config, why_not_model
+from grpo_plus.rollout.reasons import why_not_config, why_not_model
 from grpo_plus.rollout.rollouts import Rollouts
 from grpo_plus.rollout.statistics import Progress, Statistics
 
@@ -34,7 +34,6 @@ __all__ = [
     "Statistics",
     "Watch",
     "decode",
-    "reads_images",
     "why_not_config",
     "why_not_model",
 ]

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from grpo_plus.models.pictures import reads_images
 from grpo_plus.rollout.prefix import KEYS_AND_VALUES
-from grpo_plus.rollout.reasons import reads_images
 
 # Tokens that a further pass must save, since it reads all weights and launches all kernels once more.
 LEAST_SAVED = {"cpu": 64}

@@ -9,9 +9,8 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from grpo_plus.models.pictures import TOKEN_TYPES, Pictures, image_token
+from grpo_plus.models.pictures import TOKEN_TYPES, Pictures, image_token, reads_images
 from grpo_plus.rollout.given import Given
-from grpo_plus.rollout.reasons import reads_images
 
 LENGTH = 96  # tokens of a probe's prompt, at most. A prompt with images stays whole.
 

@@ -10,7 +10,7 @@ from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTra
 from transformers.generation import GenerationMode, MaxLengthCriteria, StoppingCriteriaList
 
 from grpo_plus.models.dropout import dropout_of
-from grpo_plus.models.pictures import TOKEN_TYPES, Pictures
+from grpo_plus.models.pictures import TOKEN_TYPES, Pictures, reads_images
 from grpo_plus.models.positions import rescaled_from
 
 MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
@@ -36,11 +36,6 @@ def why_not_model(model: PreTrainedModel) -> str | None:
             f"transformers {IMAGES_SINCE}, found {transformers.__version__}: pip install -U transformers"
         )
     return None
-
-
-def reads_images(model: PreTrainedModel) -> bool:
-    """Whether a language model is only a part of the model."""
-    return model.config.get_text_config(decoder=True) is not model.config
 
 
 def why_not_config(config: GenerationConfig) -> str | None:

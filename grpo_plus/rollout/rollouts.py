@@ -67,6 +67,9 @@ class Use:
         return f"{'images once, ' * self.sees}{self.kind.words}"
 
 
+Verdicts = dict[Use, str | None]  # reason against a use. None where there is none
+
+
 class Rollouts:
     """Decodes with prompts once and rows that leave, wherever that gives the same tokens.
 
@@ -87,8 +90,8 @@ class Rollouts:
         self._watch: Watch = nobody
         self._by_row: ByRow | None = None
         self._told: set[str] = set()
-        self._verdicts: dict[Use, str | None] = {}
-        self._of_passes: dict[Use, str | None] = {}  # of prefills in passes
+        self._verdicts: Verdicts = {}
+        self._of_passes: Verdicts = {}  # of prefills in passes
 
     @contextmanager
     def decoding(self, model: Any, watch: Watch = nobody) -> Iterator[None]:
@@ -111,6 +114,23 @@ class Rollouts:
             yield
         finally:
             self._by_row = None
+
+    @property
+    def verdicts(self) -> tuple[Verdicts, Verdicts]:
+        """On ways to decode, and on their prefills in passes."""
+        return self._verdicts, self._of_passes
+
+    def join(self, processes: Sequence[tuple[Verdicts, Verdicts]]) -> None:
+        """Refuse from here on what one of the processes has refused.
+
+        Args:
+            processes: `verdicts` of each of them.
+        """
+        for own, *others in zip(self.verdicts, *processes, strict=True):
+            for use, reason in (entry for other in others for entry in other.items()):
+                if reason is not None and own.get(use) is None:
+                    own[use] = reason
+                    self._say(f"generation: as another process has found, {reason}.", about=reason)
 
     def _grouped(self, generate: Callable[..., Any]) -> Callable[..., Any]:
         def grouped(*args: Any, **kwargs: Any) -> Any:

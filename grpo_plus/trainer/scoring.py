@@ -39,7 +39,7 @@ class ScoringSeam(GuardedSeam):
             return rows
         if not knows_rows(shown):
             warnings.warn(UNKNOWN_ROWS, stacklevel=2)
-            return rows
+            return replace(rows, are_unsorted=True)
         if inputs is None:
             return replace(rows, pictures=with_images(pictures_of(shown)))
         known = self._known.of(inputs, self._alive)
@@ -67,7 +67,7 @@ class ScoringSeam(GuardedSeam):
         is_text = not compute_aux_loss and not multimodal(shown)
         padded = partial(self._padded_logps, model, True, length=logits_to_keep)
         with self.speed.around_forward(model):
-            packs = not compute_aux_loss and knows_rows(shown)
+            packs = not compute_aux_loss
             packed = self._packed_logps(model, rows, batch_size) if packs else None
             if packed is None and packs and rows.live is not None:
                 packed = forward_live(rows, padded)

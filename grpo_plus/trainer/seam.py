@@ -154,6 +154,7 @@ class TRLSeam(ScoringSeam):
         with self._kept.recorded() as kept, self._sampler.recorded() as sampled:
             generated = super()._generate(prompts)
         self._overlap.generated(generated)
+        self.speed.agree()
         written = Written.of(self._generations, *generated[:3])
         self._kept.take(kept, written, generated[6])
         self._sampler.take(sampled, written)

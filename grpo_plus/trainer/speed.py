@@ -32,6 +32,7 @@ from grpo_plus.kernels.linear_logprob import BACKENDS, why_not_on
 from grpo_plus.models.dropout import dropout_of
 from grpo_plus.packing import (
     Head,
+    JointPacker,
     Packer,
     SpreadPacker,
     base_model,
@@ -46,7 +47,7 @@ from grpo_plus.rollout import ByRow, Rollouts, why_not_config, why_not_model
 from grpo_plus.trainer.generation import Chunks, rows_that_fit
 from grpo_plus.trainer.long_rows import LongRows, long_rows_of
 from grpo_plus.trainer.passes import Passes, tokens_that_fit
-from grpo_plus.trainer.spread import agreed, spreads_weights, why_not_packed_when_spread, why_not_whole_weights
+from grpo_plus.trainer.spread import gathered, least, spreads_weights, why_not_packed_when_spread, why_not_whole_weights
 
 MEASURED_ON = ("cuda",)  # kinds of device on which the fastest way depends on more than the kind
 
@@ -97,6 +98,11 @@ class Speed:
     def seeing(self, by_row: ByRow) -> AbstractContextManager[None]:
         """Generate for rows that may have images, which `by_row` sorts."""
         return nullcontext() if self.rollouts is None else self.rollouts.seeing(by_row)
+
+    def agree(self) -> None:
+        """Take up what other processes have found while they generated. All processes must call it."""
+        if self.rollouts is not None:
+            self.rollouts.join(gathered(self.rollouts.verdicts))
 
     @contextmanager
     def around_training(self, model: Any) -> Iterator[None]:
@@ -196,9 +202,11 @@ def _packer(trainer: GRPOTrainer, config: GRPOPlusConfig, skips: bool, measure: 
         "note": "skipping zero-advantage rows" if skips else None,
     }
     if spreads_weights(trainer):
-        return SpreadPacker(config.packing, agreed=agreed, **common)
-    head = _head(trainer, config, measured=measure is not None)
-    return Packer(config.packing, head=head, insist_on_head=insists_on_head, measure=measure, **common)
+        return SpreadPacker(config.packing, gathered=gathered, **common)
+    common |= {"head": _head(trainer, config, measured=measure is not None), "insist_on_head": insists_on_head}
+    if trainer.accelerator.num_processes > 1:
+        return JointPacker(config.packing, gathered=gathered, **common)
+    return Packer(config.packing, measure=measure, **common)
 
 
 def _why_not_packed(trainer: GRPOTrainer) -> str | None:
@@ -307,7 +315,7 @@ def _passes(trainer: GRPOTrainer, config: GRPOPlusConfig) -> Passes:
     if size is None or reason is not None:
         return Passes()
     if size == AUTO_PASSES:
-        return Passes(fitting=lambda prompt_length: tokens_that_fit(trainer.model, config, prompt_length))
+        return Passes(fitting=lambda prompt_length: least(tokens_that_fit(trainer.model, config, prompt_length)))
     return Passes(int(size))
 
 

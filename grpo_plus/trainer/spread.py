@@ -6,9 +6,9 @@ from accelerate.utils import DistributedType, gather_object
 from torch.distributed.fsdp import CPUOffloadPolicy
 from trl import GRPOTrainer
 
+from grpo_plus.models.pictures import reads_images
 from grpo_plus.models.positions import rescaled_from
 from grpo_plus.packing import base_model
-from grpo_plus.rollout import reads_images
 
 SPREADS_FROM = 3  # the stage of ZeRO that spreads weights. Earlier ones spread gradients and the optimizer's state.
 
@@ -46,7 +46,12 @@ def why_not_packed_when_spread(trainer: GRPOTrainer) -> str | None:
     return None
 
 
-def agreed(reason: str | None) -> str | None:
-    """The first reason that a process has. None where none has one. All processes must call it."""
-    reasons: list[str | None] = gather_object([reason])
-    return next((one for one in reasons if one is not None), None)
+def gathered(value: Any) -> list[Any]:
+    """What each process has given, in the order of the processes. All processes must call it."""
+    found: list[Any] = gather_object([value])
+    return found
+
+
+def least(found: int | None) -> int | None:
+    """The least that a process has found. None where none has found anything. All processes must call it."""
+    return min((one for one in gathered(found) if one is not None), default=None)

@@ -15,14 +15,14 @@ IDS, MASK = padded_batch()
 
 @dataclass
 class Others:
-    """The other processes, which find the same as this one, but for some of the times that they are asked."""
+    """Another process, which gives the same as this one, but for some of the times that it is asked."""
 
     answers: dict[int, str] = field(default_factory=dict)
     asked: int = 0
 
-    def agreed(self, reason):
+    def gathered(self, value):
         self.asked += 1
-        return reason or self.answers.get(self.asked)
+        return [value, self.answers.get(self.asked, value)]
 
 
 @dataclass
@@ -52,7 +52,7 @@ class Counted:
 
 
 def test_layers_run_as_often_as_trls_forward_runs_them_whatever_the_rows_share():
-    packer, counted = SpreadPacker("auto", agreed=Others().agreed), Counted()
+    packer, counted = SpreadPacker("auto", gathered=Others().gathered), Counted()
     counted.logps(packer)
     assert packer.describe() == "shared_prompt (segment attention)"
     shown = MASK[:, PROMPT:].sum(1) > 0
@@ -65,8 +65,8 @@ def test_layers_run_as_often_as_trls_forward_runs_them_whatever_the_rows_share()
 
 
 def test_a_process_with_nothing_to_check_keeps_all_from_checking():
-    others = Others({1: "a process has nothing"})
-    packer, counted = SpreadPacker("auto", agreed=others.agreed), Counted()
+    others = Others({1: None})
+    packer, counted = SpreadPacker("auto", gathered=others.gathered), Counted()
     nothing = torch.cat([MASK[:, :PROMPT], torch.zeros_like(MASK[:, PROMPT:])], dim=1)
     assert counted.logps(packer) is None
     assert counted.logps(packer, IDS * nothing, nothing) is None
@@ -79,16 +79,16 @@ def test_a_process_with_nothing_to_check_keeps_all_from_checking():
 
 
 def test_a_form_that_is_not_exact_on_one_process_is_taken_by_none():
-    packer, counted = SpreadPacker("auto", agreed=Others({2: "elsewhere: not exact"}).agreed), Counted()
+    packer, counted = SpreadPacker("auto", gathered=Others({3: "elsewhere: not exact"}).gathered), Counted()
     counted.logps(packer)
     assert packer.describe() == "padding_free (segment attention)"
-    packer = SpreadPacker("shared_prompt", agreed=Others({2: "elsewhere: not exact"}).agreed)
+    packer = SpreadPacker("shared_prompt", gathered=Others({3: "elsewhere: not exact"}).gathered)
     with pytest.raises(ValueError, match="packing='shared_prompt' cannot be exact here: .*elsewhere: not exact"):
         counted.logps(packer)
 
 
 @pytest.mark.parametrize("call", [2, 7], ids=["plain rows", "a form"])
 def test_a_check_that_fails_half_way_ends_the_run(call):
-    packer, counted = SpreadPacker("auto", agreed=Others().agreed), Counted(fails_at=call)
+    packer, counted = SpreadPacker("auto", gathered=Others().gathered), Counted(fails_at=call)
     with pytest.raises(RuntimeError, match=r"cannot go on from there: ValueError: half-way. Set packing='none'"):
         counted.logps(packer)

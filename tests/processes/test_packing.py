@@ -32,6 +32,8 @@ KINDS = {
     "lora": {"lora": True},
     "truncated": {"top_p": 0.7, "truncated_sampling": "correct"},
 }
+# What packs and decodes on one process fails on the other.
+REFUSED = job("refused", **CONFIG, refuses=1)
 PAIRS = {
     kind: {
         "off": job(f"{kind}-off", **CONFIG, **extra, **SWITCHES["off"]),
@@ -54,6 +56,22 @@ def test_two_ranks_train_the_same_weights_with_and_without(runs, kind):
     assert torch.equal(weights(on, 0), weights(on, 1))
     assert weights(on, 0).norm() > 0
     assert_close("weights", weights(on, 0), weights(off, 0), rtol=5e-6 if kind == "lora" else 1e-6)
+
+
+def test_what_fails_on_one_rank_is_done_by_none(runs):
+    folder = runs / REFUSED
+    forms = [json.loads((folder / f"packing_{rank}.json").read_text()) for rank in range(2)]
+    assert forms == ["shared_prompt (two passes through the model's cache)"] * 2
+    first, second = (entry for entry in json.loads((folder / "log_0.json").read_text()) if "loss" in entry)
+    # Each process learns what it cannot decode while it does, and the others from the next batch on.
+    assert "rollout/live_rows" in first
+    assert "rollout/live_rows" not in second
+    assert_close("weights", weights(folder, 0), weights(runs / PAIRS["plain"]["off"], 0), rtol=1e-6)
+
+
+def test_the_bound_of_all_ranks_is_the_least_that_one_finds(runs):
+    for rank in range(2):
+        assert json.loads((runs / REFUSED / f"least_{rank}.json").read_text()) == [24, 7, None]
 
 
 @pytest.mark.parametrize("kind", ["plain", "lora"])

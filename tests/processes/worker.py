@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer, cli
 from grpo_plus.report.completions import STEP_COLUMNS
+from grpo_plus.trainer.spread import least
 from tests.refilling import MIXED, Judge
 from tests.training import PROMPTS, brevity, make_trainer, stepwise, vowels, weights_of
 
@@ -73,6 +74,15 @@ def turnwise(completion_ids: list[list[int]], log_extra: Any, **_: Any) -> list[
 def even(prompts: list[str], **_: Any) -> list[float]:
     """Right where the prompt's sum begins with an even number."""
     return [float(int(prompt[0]) % 2 == 0) for prompt in prompts]
+
+
+def refuse(_: Any, inputs: tuple, named: dict[str, Any]) -> None:
+    """Fail where rows are packed, and where a self-check decodes its three rows."""
+    ids, positions = named["input_ids"], named.get("position_ids")
+    if positions is not None and len(positions) == 1 and bool((positions.diff() < 0).any()):
+        raise ValueError("no packed rows here")
+    if ids.shape == (3, 1):
+        raise ValueError("no decoding here")
 
 
 FAULTS = {"rewards": forgetful, "steps": short_of_steps}
@@ -170,6 +180,7 @@ def train(output_dir: Path, config: dict[str, Any]) -> None:
     if fails_after := config.pop("fails_after", 0):
         task = {"reward_funcs": [down_after(fails_after)]}
     faults = {name: config.pop(name) for name in ("spoiled", "infinite", "signalled") if name in config}
+    refuses = config.pop("refuses", None)
     saves_alone = config.pop("saves_alone", False)
     if faults.get("infinite", {}).get("rank") == PartialState().process_index:
         task = {"reward_funcs": [infinite(vowels), brevity]}
@@ -189,6 +200,8 @@ def train(output_dir: Path, config: dict[str, Any]) -> None:
         **config,
     )
     rank = PartialState().process_index
+    if rank == refuses:
+        trainer.model.base_model.register_forward_pre_hook(refuse, with_kwargs=True)
     start = torch.cat([weight.flatten() for weight in weights_of(trainer).values()])
     if fails:
         with pytest.raises((RuntimeError, ValueError)) as raised:
@@ -205,6 +218,7 @@ def train(output_dir: Path, config: dict[str, Any]) -> None:
     if saves_alone and rank == 0:
         trainer.save_model(str(output_dir / "alone"))
     written = {
+        "least": [least(found[rank]) for found in ((40, 24), (None, 7), (None, None))],
         "error": error,
         "rows": trainer.rows,
         "calls": judge.calls,
