@@ -54,7 +54,9 @@ OUTSIDE = {
     "replay": {"torch", "numpy", "pyarrow", "matplotlib", "tqdm"},
 }
 KNOWS_TRL = {"config", "trainer", "cli"}
-PUBLIC_TRL_MODULES = {"trl", "trl.scripts.grpo", "trl.rewards"}
+# TRL exports its classes for vLLM where vLLM is installed, and defines them everywhere.
+VLLM_MODULES = {"trl.generation.vllm_client", "trl.generation.vllm_generation"}
+PUBLIC_TRL_MODULES = {"trl", "trl.scripts.grpo", "trl.rewards", *VLLM_MODULES}
 MAX_LINES, MAX_FUNCTION_LINES, MAX_ROOMS, MAX_FLOORS = 350, 60, 21, 8
 
 

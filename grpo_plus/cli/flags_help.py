@@ -44,6 +44,7 @@ OURS = {
         "generation_loop",
         "skip_zero_advantage",
         "skip_old_policy_pass",
+        "vllm_lora_sync",
         "logprob_backend",
         "lora_backend",
         "overlap_rewards",

@@ -16,7 +16,7 @@ from grpo_plus.config.losses import check_kl_target, check_loss
 from grpo_plus.config.numbers import check_numbers, check_reward_timeout
 from grpo_plus.config.overlap import check_overlap
 from grpo_plus.config.prompts import check_prompt_sampler
-from grpo_plus.config.sampling import check_truncated_sampling
+from grpo_plus.config.sampling import check_truncated_sampling, check_vllm
 from grpo_plus.config.speed import check_adapter_dtype, check_liger, check_speed
 from grpo_plus.losses import LOSSES
 from grpo_plus.version import __version__
@@ -97,6 +97,9 @@ class GRPOPlusConfig(GRPOConfig):
         skip_old_policy_pass: whether, with vLLM, the update's own log-probabilities take the place of a forward that
             TRL makes for them beforehand. None: where both come from the same policy, because no update lies between.
             The log's `sampling/` then describes the completions that are forwarded.
+        vllm_lora_sync: whether vLLM is sent the adapters alone, as LoRA requests, in place of merged weights. vLLM then
+            holds the base that it loaded itself, which may be in 4 bits (`vllm_mode="server"`: start the server with
+            `--enable-lora`). Not run against vLLM. `docs/qlora.md` says what it takes.
         logprob_backend: what computes log-probabilities in packed rows. "trl": TRL's fused head. "torch": a frozen head
             in a single pass, two matrix products in place of three. "triton": the same on a GPU, with one kernel for
             all between the products. "auto": where the head is frozen and no entropy is trained, "torch" on a CPU and
@@ -171,6 +174,7 @@ class GRPOPlusConfig(GRPOConfig):
     packing: str = told("packing", "auto")
     skip_zero_advantage: bool | None = told("skip_zero_advantage", None)
     skip_old_policy_pass: bool | None = told("skip_old_policy_pass", None)
+    vllm_lora_sync: bool = told("vllm_lora_sync", False)
     generation_loop: str = told("generation_loop", "auto")
     generation_chunk_size: int | str | None = told("generation_chunk_size", None)
     offload_activations: bool = told("offload_activations", False)
@@ -200,6 +204,7 @@ class GRPOPlusConfig(GRPOConfig):
         check_speed(self)
         check_liger(self)
         check_truncated_sampling(self)
+        check_vllm(self)
         check_adapter_dtype(self)
         check_guard(self)
         check_determinism(self)

@@ -59,6 +59,7 @@ HELP = {
     "skip_old_policy_pass": (
         "With vLLM: the update's own log-probabilities serve as the old policy's; unset: where they are the same."
     ),
+    "vllm_lora_sync": "Send vLLM the adapters alone, above a 4-bit base too; not run against vLLM.",
     "generation_loop": (
         "What decodes where transformers generates: grouped (each prompt once, finished rows leave), trl, or "
         "auto: grouped wherever it gives the same tokens."

@@ -30,6 +30,7 @@ OFF: dict[str, Any] = {
     "packing": "none",
     "skip_zero_advantage": False,
     "skip_old_policy_pass": False,
+    "vllm_lora_sync": False,
     "logprob_backend": "trl",
     "lora_backend": "peft",
     "generation_loop": "trl",

@@ -62,6 +62,14 @@ def check_truncated_sampling(config: "GRPOPlusConfig") -> None:
         )
 
 
+def check_vllm(config: "GRPOPlusConfig") -> None:
+    """Refuse a way to send vLLM the adapters where there is no vLLM."""
+    if not isinstance(config.vllm_lora_sync, bool):
+        raise ValueError(f"vllm_lora_sync={config.vllm_lora_sync!r} must be True or False.")
+    if config.vllm_lora_sync and not config.use_vllm:
+        raise ValueError("vllm_lora_sync=True has no effect without vLLM. Set use_vllm=True, or drop vllm_lora_sync.")
+
+
 def why_not_correct(config: Any) -> str | None:
     """Reason why log-probabilities cannot be corrected for the sampler's settings. None where they can."""
     if config.use_vllm:

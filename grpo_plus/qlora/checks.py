@@ -52,11 +52,13 @@ def check_run(model: Any, args: Any, quantization_config: Any, peft_config: Any)
         saved = saved_quantization(model, in_args.get("revision"))
         _check_second(model, saved, wanted)
         bits = bits or _bits_of_config(saved)
-    if bits is not None and uses_vllm:
+    if bits is not None and uses_vllm and not (bits == 4 and getattr(args, "vllm_lora_sync", False)):
+        alone = "vllm_lora_sync=True, which sends the adapters alone (not run against vLLM), or " if bits == 4 else ""
         raise ValueError(
             f"use_vllm=True does not work with a base in {bits} bits: TRL sends vLLM the packed bytes of the weights "
             "without their scales, so that completions come from the starting policy and not from the one that is "
-            "trained. Set use_vllm=False, or train LoRA on a bf16 base (drop load_in_4bit and quantization_config)."
+            f"trained. Set {alone}use_vllm=False, or train LoRA on a bf16 base (drop load_in_4bit and "
+            "quantization_config)."
         )
     require_trainable(model)
     _check_reference(model, getattr(args, "beta", 0.0))

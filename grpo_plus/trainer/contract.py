@@ -17,8 +17,10 @@ from typing import Any, TypedDict
 
 from packaging.version import Version
 from trl import GRPOTrainer
+from trl.generation.vllm_client import VLLMClient
+from trl.generation.vllm_generation import VLLMGeneration
 
-from grpo_plus.trainer.names import RELIED_ON
+from grpo_plus.trainer.names import RELIED_ON, RELIED_ON_FOR_VLLM
 
 
 class Fingerprint(TypedDict):
@@ -39,8 +41,11 @@ def fingerprint(function: Callable[..., Any]) -> Fingerprint:
 
 
 def fingerprints() -> dict[str, Fingerprint]:
-    """Of everything that the seam relies on and that the installed TRL still has."""
-    return {name: fingerprint(getattr(GRPOTrainer, name)) for name in RELIED_ON if hasattr(GRPOTrainer, name)}
+    """Of what is relied on and the installed TRL still has. Methods of GRPOTrainer stand without its name."""
+    wanted = [(GRPOTrainer, "", name) for name in RELIED_ON]
+    for owner in (VLLMGeneration, VLLMClient):
+        wanted += [(owner, f"{owner.__name__}.", name) for name in RELIED_ON_FOR_VLLM[owner.__name__]]
+    return {prefix + name: fingerprint(getattr(owner, name)) for owner, prefix, name in wanted if hasattr(owner, name)}
 
 
 def known_fingerprints() -> dict[str, dict[str, Fingerprint]]:
@@ -60,7 +65,7 @@ def check_seam() -> list[str]:
     reference = reference_version(version("trl"))
     found = fingerprints()
     return [
-        f"GRPOTrainer.{name} {_difference(expected, found.get(name))} since trl {reference}."
+        f"{'' if '.' in name else 'GRPOTrainer.'}{name} {_difference(expected, found.get(name))} since trl {reference}."
         for name, expected in known_fingerprints()[reference].items()
         if expected != found.get(name)
     ]

@@ -46,6 +46,12 @@ RELIED_ON = (
     "_log_completion_extra",
 )
 
+# Of TRL's classes for vLLM, likewise: `trainer/vllm` derives from both, and replaces what they build.
+RELIED_ON_FOR_VLLM = {
+    "VLLMGeneration": ("__init__", "_init_vllm", "sync_weights", "generate"),
+    "VLLMClient": ("__init__", "generate", "reset_prefix_cache"),
+}
+
 # What comes before the loss, for StepProfile to time: the second calls the first once and scores what it returns.
 GENERATES, PREPARES = "_generate", "_generate_and_score_completions"
 

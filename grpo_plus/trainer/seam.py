@@ -60,6 +60,7 @@ from grpo_plus.trainer.shown import Shown
 from grpo_plus.trainer.speed import speed_of
 from grpo_plus.trainer.step_figures import step_figures_of
 from grpo_plus.trainer.steps import gathered_steps, own_turns, reads_turns
+from grpo_plus.trainer.vllm import adapters_alone
 from grpo_plus.trainer.written import Generation, Written
 
 
@@ -87,7 +88,7 @@ class TRLSeam(ScoringSeam):
         prepare_cublas(given.get("args"))
         check_run(*(given.get(name) for name in ("model", "args", "quantization_config", "peft_config")))
         exact = adapter_values(given["model"])
-        with weighing(given.get("args"), len(added)):
+        with weighing(given.get("args"), len(added)), adapters_alone(given.get("args")):
             super().__init__(**(both(given, added) if added else given))
         self._eval_rewards = EvalRewards(self, given=len(listed(given.get("reward_funcs"))), added=len(added))
         self.plus = own_fields(self.args)
