@@ -49,7 +49,9 @@ from grpo_plus.compare.train import compare
 
 SECOND = FOLDER / "second"
 CHANGED = {"shrinkage": "dr_grpo", "gd2po": "gdpo"}  # the estimator of the first round that each of the two changes
-LEARNING_RATES: dict[str, float] = {}  # by estimator, where it is not the first round's
+LEARNING_RATES = {
+    "shrinkage": 2e-3
+}  # by the rule, where it is not the first round's: results/multitask/second/tuning.json
 SEEDS = 8
 
 
