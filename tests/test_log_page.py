@@ -43,6 +43,7 @@ def logged(tmp_path_factory) -> set[str]:
         advantage_estimator="ema_task",
         advantage_modifiers={"clip": {"max": 1.0}},
         task_column="answer",
+        reward_weight_schedule={"vowels": [1.0, 0.5]},
         max_refills=1,
         max_steps=1,
         eval_strategy="steps",

@@ -21,6 +21,7 @@ OURS = {
         "max_refills",
         "prompt_sampler",
         "task_column",
+        "reward_weight_schedule",
     ),
     "losses": (
         "loss_kwargs",

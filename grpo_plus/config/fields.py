@@ -6,6 +6,7 @@ from typing import Any
 from trl import GRPOConfig
 
 from grpo_plus.advantages import ESTIMATORS
+from grpo_plus.advantages.schedule import check_schedule
 from grpo_plus.config.advantages import check_advantages, check_refills
 from grpo_plus.config.determinism import check_determinism
 from grpo_plus.config.evaluation import check_pass_at_k
@@ -53,6 +54,11 @@ class GRPOPlusConfig(GRPOConfig):
             many draws as ever, and a checkpoint holds the counts. On the command line: JSON.
         task_column: the dataset column that names each prompt's task. `ema_task` and `popart` then keep one scale per
             task, and the log shows each task's share of the advantages. None: the whole run is one task.
+        reward_weight_schedule: weights of reward functions that change over the run, by name: {"format": [1.0, 0.1]}. A
+            list holds two or more weights at equal distances over the run, and the weight is linear between two of
+            them. It takes the place of the function's weight in `reward_weights`. The optimizer step decides, so a
+            resumed run goes on with the same weights; a run that is made longer stretches the schedule, as that of the
+            learning rate. Evaluations have the last weights throughout, so that `eval_reward` can be compared.
         reward_timeout: seconds that one call of a reward function may take. A call that takes longer ends the run with
             an error that names the function. The functions then run in a thread of their own, where timeouts by
             signals (SIGALRM) do not work. Reward models are not timed. None: no bound, and no thread.
@@ -157,6 +163,7 @@ class GRPOPlusConfig(GRPOConfig):
     prompt_sampler: dict[str, Any] | str | None = told("prompt_sampler", None)
 
     task_column: str | None = told("task_column", None)
+    reward_weight_schedule: dict[str, Any] | str | None = told("reward_weight_schedule", None)
     reward_timeout: float | None = told("reward_timeout", None)
     overlap_rewards: dict[str, Any] | str | None = told("overlap_rewards", None)
     health_warnings: bool = told("health_warnings", True)
@@ -211,6 +218,8 @@ class GRPOPlusConfig(GRPOConfig):
         check_pass_at_k(self)
         self.advantage_kwargs = as_dictionary("advantage_kwargs", self.advantage_kwargs)
         self.advantage_modifiers = as_dictionary("advantage_modifiers", self.advantage_modifiers)
+        schedule = as_dictionary("reward_weight_schedule", self.reward_weight_schedule)
+        self.reward_weight_schedule = check_schedule(schedule)
         check_refills(self)
         check_prompt_sampler(self)
         check_advantages(self)

@@ -11,7 +11,7 @@ HELP = {
     "advantage_kwargs": "Keyword arguments of the advantage estimator, as JSON: '{\"ddof\": 0}'.",
     "advantage_modifiers": (
         'What else happens to rewards and advantages, in order, as JSON: \'{"clip": {"max": 5.0}}\'. Known: gate, '
-        "pods, difficulty, filter_zero_std, clip."
+        "pods, gfpo, alp, difficulty, filter_zero_std, clip."
     ),
     "max_refills": (
         "Dynamic sampling: up to how many further generation batches replace groups whose advantages are all 0. 0: off."
@@ -21,6 +21,10 @@ HELP = {
         "unset: each once in an epoch, as TRL."
     ),
     "task_column": "Dataset column with each prompt's task, for estimators and metrics that keep tasks apart.",
+    "reward_weight_schedule": (
+        "Weights of rewards that change over the run, linearly from first to last, as JSON: "
+        "'{\"format\": [1.0, 0.1]}'; unset: `reward_weights` throughout."
+    ),
     "reward_timeout": (
         "Seconds that one call of a reward function may take before the run ends with its name; unset: no bound."
     ),

@@ -16,6 +16,7 @@ OFF: dict[str, Any] = {
     "max_refills": 0,
     "prompt_sampler": None,
     "task_column": None,
+    "reward_weight_schedule": {},
     "reward_timeout": None,
     "overlap_rewards": None,
     "health_warnings": True,

@@ -115,7 +115,8 @@ def _origin(replay: Replay) -> str:
 def _explanation(replay: Replay) -> str:
     """What may set the run's advantages apart from the replayed ones."""
     record = replay.rollouts.record
-    name = None if record is None else record.settings.get("advantage_estimator")
+    settings = {} if record is None else record.settings
+    name = settings.get("advantage_estimator")
     if name is None:
         return (
             "The run may have used other hyper-parameters, modifiers, or reward weights than the replay, which a log "
@@ -124,6 +125,11 @@ def _explanation(replay: Replay) -> str:
     own = recorded_recipe(replay.rollouts)
     if own is None:
         return f"The run recorded `{name}`, which is not registered here: name it with `--estimators` to replay it."
+    if settings.get("reward_weight_schedule"):
+        return (
+            "The run's reward weights moved (`reward_weight_schedule`), and the replay holds them as they were at the "
+            "start. `--reward_weights` takes others."
+        )
     if described(own) not in replay.recipes:
         return f"The run recorded `{described(own)}`: leave `--estimators` out to replay it too."
     return (

@@ -53,6 +53,7 @@ from grpo_plus.trainer.prompts import sampler_of_prompts
 from grpo_plus.trainer.refills import Refills
 from grpo_plus.trainer.regrouping import regrouped
 from grpo_plus.trainer.reward_calls import RewardCalls
+from grpo_plus.trainer.reward_weights import RewardWeights
 from grpo_plus.trainer.rollout_log import RolloutLog
 from grpo_plus.trainer.sampler_ratio import SamplerRatio
 from grpo_plus.trainer.scoring import ScoringSeam
@@ -100,6 +101,8 @@ class TRLSeam(ScoringSeam):
         self._figures = Figures(self)
         self._overlap = Overlap(self, self.plus.overlap_rewards)
         self._reward_calls = RewardCalls(self, self.plus.reward_timeout, self._overlap)
+        schedule: Any = self.plus.reward_weight_schedule  # a dictionary after the configuration's checks
+        self._reward_weights = RewardWeights(self, schedule, in_evaluation=not self._eval_rewards.are_own)
         self._known = MicroBatches()
         self._refills = Refills(self, self.plus.max_refills)
         self.prompt_sampler = sampler_of_prompts(self)
@@ -117,6 +120,7 @@ class TRLSeam(ScoringSeam):
     def _calculate_rewards(
         self, inputs: list[dict[str, Any]], prompts: list, completions: list, completion_ids_list: list[list[int]]
     ) -> Tensor:
+        self._reward_weights.begin_batch()
         with self._reward_calls.checked(inputs, prompts, completions, completion_ids_list):
             rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         tasks = [self.task_of(example) for example in inputs]

@@ -72,7 +72,7 @@ class GRPOPlusTrainer(TRLSeam):
                 check_task_column(self.plus.task_column, part)
         # An overridden hook may change the rewards before it calls ours.
         if type(self).estimate_advantages is GRPOPlusTrainer.estimate_advantages:
-            names, weights = self.reward_func_names, self.reward_weights.tolist()
+            names, weights = self.reward_func_names, self._reward_weights.largest
             check_estimator(self.plus, names, weights, num_generations=self.num_generations)
         if self.has_own_fields and has_adapters(self.model):
             self.add_callback(FrozenAdapterCallback())
@@ -81,11 +81,12 @@ class GRPOPlusTrainer(TRLSeam):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train. `resume_from_checkpoint=True` resumes from the newest whole checkpoint."""
+        self._reward_weights.begin_run()
         write_record(self)
         if not self._has(RunLogCallback):
             self.add_callback(RunLogCallback())
         if self.plus.health_warnings and not self._has(RewardHealthCallback):
-            weights = dict(zip(self.reward_func_names, self.reward_weights.tolist(), strict=True))
+            weights = dict(zip(self.reward_func_names, self._reward_weights.largest, strict=True))
             self.add_callback(RewardHealthCallback(weights=weights))
         algorithms = deterministic_algorithms() if self.plus.deterministic else nullcontext()
         with algorithms, self.speed.around_training(self.model):
