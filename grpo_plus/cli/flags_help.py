@@ -19,6 +19,7 @@ OURS = {
         "advantage_kwargs",
         "advantage_modifiers",
         "max_refills",
+        "refill_buffer",
         "prompt_sampler",
         "task_column",
         "reward_weight_schedule",

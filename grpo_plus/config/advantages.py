@@ -27,11 +27,15 @@ def check_advantages(config: "GRPOPlusConfig") -> None:
 
 
 def check_refills(config: "GRPOPlusConfig") -> None:
-    """Refuse a number that counts no batches, and TRL's advantages where they depend on groups that get replaced."""
-    refills = config.max_refills
-    if not isinstance(refills, int) or isinstance(refills, bool) or refills < 0:
-        raise ValueError(f"max_refills={refills!r} is not a number of batches. Use 0 (off) or a small one such as 2.")
-    if refills == 0 or config.advantage_estimator is not None:
+    """Refuse numbers that count no batches, and advantages or losses that groups of other batches would falsify."""
+    asked = {name: getattr(config, name) for name in ("max_refills", "refill_buffer")}
+    for name, value in asked.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise ValueError(f"{name}={value!r} is not a number of batches. Use 0 (off) or a small one such as 2.")
+    if config.refill_buffer and (reason := _why_not_buffered(config)):
+        raise ValueError(f"refill_buffer={config.refill_buffer} is not possible: {reason}, or set refill_buffer=0.")
+    given = next((f"{name}={value}" for name, value in asked.items() if value), None)
+    if given is None or config.advantage_estimator is not None:
         return
     for name, value, estimator in (
         ("scale_rewards", "batch", "batch_std"),
@@ -39,10 +43,22 @@ def check_refills(config: "GRPOPlusConfig") -> None:
     ):
         if getattr(config, name) == value:
             raise ValueError(
-                f"max_refills={refills} replaces groups, but with {name}={value!r} TRL has scaled the others by them. "
+                f"{given} replaces groups, but with {name}={value!r} TRL has scaled the others by them. "
                 f"Drop {name} and set advantage_estimator={estimator!r}, the same formula on the batch that is "
                 "trained on."
             )
+
+
+def _why_not_buffered(config: "GRPOPlusConfig") -> str | None:
+    """Reason why a group of an older policy cannot be trained on, and what to change. None where it can."""
+    if config.loss_type == "reinforce":
+        return "loss_type='reinforce' has no importance ratio to the policy that sampled. Take a loss that has"
+    if config.sync_ref_model and config.beta != 0.0:
+        return "the log-probabilities of the reference would be those of an older one. Set sync_ref_model=False"
+    name = config.advantage_estimator
+    if name is not None and ESTIMATORS[name].stateful:
+        return f"advantage_estimator={name!r} remembers rewards, and would count a group twice. Take another"
+    return None
 
 
 def _check_conflicts(config: "GRPOPlusConfig") -> None:

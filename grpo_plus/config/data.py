@@ -141,7 +141,7 @@ def _flag(needed: str, likely: str) -> str:
 def _check_messages(name: str, dataset: Any, functions: Sequence[Any]) -> None:
     """Refuse prompts of plain text where a function of TRL's reads the messages of a conversation."""
     readers = [function for function in functions if _trls_name(function) in READS_MESSAGES]
-    row = _first_row(dataset) if readers else None
+    row = first_row(dataset) if readers else None
     if row is not None and isinstance(row.get(PROMPT), str):
         raise ValueError(
             f"The reward function {_name(readers[0])!r} reads messages, but the prompts of {name} are plain text. Make "
@@ -153,13 +153,13 @@ def _check_messages(name: str, dataset: Any, functions: Sequence[Any]) -> None:
 def _columns(dataset: Any) -> list[str] | None:
     """The names of the columns; None where only reading the data would tell."""
     columns = list(getattr(dataset, "column_names", None) or ())
-    row = _first_row(dataset)  # a transform may make columns of its own
+    row = first_row(dataset)  # a transform may make columns of its own
     if row is None and not columns:
         return None
     return list(dict.fromkeys([*columns, *(row or ())]))
 
 
-def _first_row(dataset: Any) -> dict[str, Any] | None:
+def first_row(dataset: Any) -> dict[str, Any] | None:
     """The first row of a dataset that can be indexed; None of a stream, or an empty one."""
     if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")) or len(dataset) == 0:
         return None

@@ -46,6 +46,12 @@ class GRPOPlusConfig(GRPOConfig):
             (https://huggingface.co/papers/2503.14476, section 3.2). DAPO has no bound. Estimators, their memory,
             `advantages/` and the table of completions see the final batch. TRL's own figures in the log describe
             everything that was generated, and `sampling/` says what the refills cost.
+        refill_buffer: live groups of the last so many generation batches take the place of groups whose advantages are
+            all 0, before `max_refills` generates others. 0: off. A group comes with the log-probabilities of the policy
+            that sampled it, so that its importance ratio is exact and the loss's clip bounds it. It comes once. Groups
+            that a refill has generated and nobody needed come first, then the newest. Advantages are computed anew in
+            the batch. It costs a forward of every generation batch, unless TRL makes it anyway. `sampling/buffered_*`
+            in the log tells of it, and a checkpoint holds the groups.
         prompt_sampler: what draws the prompts of a batch. None: TRL, each prompt once in an epoch. {"pass_rate": {}}
             draws them in proportion to p * (1 - p) of their last visits, where p is the share of their completions that
             pass. Prompts that nobody has tried come first. Its keywords are `reward` (the function that says what
@@ -160,6 +166,7 @@ class GRPOPlusConfig(GRPOConfig):
     advantage_kwargs: dict[str, Any] | str | None = told("advantage_kwargs", None)
     advantage_modifiers: dict[str, Any] | str | None = told("advantage_modifiers", None)
     max_refills: int = told("max_refills", 0)
+    refill_buffer: int = told("refill_buffer", 0)
     prompt_sampler: dict[str, Any] | str | None = told("prompt_sampler", None)
 
     task_column: str | None = told("task_column", None)
@@ -233,6 +240,7 @@ class GRPOPlusConfig(GRPOConfig):
             keywords = ", ".join(f"{name}={value}" for name, value in given.items())
             advantages = " + ".join((f"{self.advantage_estimator}({keywords})", *(self.advantage_modifiers or {})))
         refills = f"; up to {self.max_refills} refills" if self.max_refills else ""
+        refills += f"; groups of the last {self.refill_buffer} batches" if self.refill_buffer else ""
         prompts = f"; prompts by {', '.join(self.prompt_sampler)}" if self.prompt_sampler else ""
         return (
             f"grpo_plus {__version__}: advantages {advantages}; loss {self.loss_type}; packing {self.packing}{refills}"

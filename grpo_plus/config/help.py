@@ -16,6 +16,10 @@ HELP = {
     "max_refills": (
         "Dynamic sampling: up to how many further generation batches replace groups whose advantages are all 0. 0: off."
     ),
+    "refill_buffer": (
+        "From how many of the last generation batches live groups may take the place of dead ones, with their exact "
+        "importance ratios. 0: off."
+    ),
     "prompt_sampler": (
         "What draws the prompts of a batch, as JSON: '{\"pass_rate\": {}}' prefers prompts that are solved at times; "
         "unset: each once in an epoch, as TRL."

@@ -104,7 +104,7 @@ def _warn_of_traps(config: "GRPOPlusConfig") -> None:
         )
     on_policy = config.gradient_accumulation_steps % (config.steps_per_generation * config.num_iterations) == 0
     loss = LOSSES[config.loss_type]
-    on_policy = on_policy and not (loss.reads_sampling_ratio and config.use_vllm)
+    on_policy = on_policy and not config.refill_buffer and not (loss.reads_sampling_ratio and config.use_vllm)
     if on_policy and loss.origin != "trl" and loss.reinforce_on_policy and loss.name != "reinforce":
         warnings.warn(
             f"loss_type={loss.name!r} with one update per batch of completions has the gradient of 'reinforce': every "

@@ -15,6 +15,7 @@ OFF: dict[str, Any] = {
     "max_nonfinite_steps": 5,
     "max_refills": 0,
     "prompt_sampler": None,
+    "refill_buffer": 0,
     "task_column": None,
     "reward_weight_schedule": {},
     "reward_timeout": None,

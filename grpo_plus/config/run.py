@@ -7,6 +7,7 @@ from datasets import IterableDataset
 from torch.utils import data
 
 from grpo_plus.advantages import ESTIMATORS, check_keywords, check_modifiers
+from grpo_plus.config.data import first_row
 from grpo_plus.config.fields import GRPOPlusConfig
 from grpo_plus.losses import LOSSES, TRL_LOSSES
 from grpo_plus.registry import suggestion
@@ -58,24 +59,24 @@ def check_task_column(column: str | None, dataset: Any) -> None:
         raise ValueError(f"task_column={column!r} is no column of the dataset.{suggestion(column, columns)}")
 
 
-def check_refillable(max_refills: int, dataset: Any) -> None:
-    """Refuse dynamic sampling where rows cannot be drawn by index, or hold more than text."""
-    if max_refills == 0:
-        return
-    if isinstance(dataset, IterableDataset | data.IterableDataset):
+def check_refillable(max_refills: int, refill_buffer: int, dataset: Any) -> None:
+    """Refuse dynamic sampling where rows hold more than text, or where those of a refill cannot be drawn by index."""
+    if max_refills and isinstance(dataset, IterableDataset | data.IterableDataset):
         raise ValueError(
             f"max_refills={max_refills} draws rows of train_dataset by index, but a {type(dataset).__name__} has none. "
             "Load it without streaming, or set max_refills=0."
         )
-    if images := sorted({"image", "images"} & set(dataset[0])):
+    name, value = ("max_refills", max_refills) if max_refills else ("refill_buffer", refill_buffer)
+    row = first_row(dataset) if value else None
+    if row is None:
+        return
+    if images := sorted({"image", "images"} & set(row)):
         raise ValueError(
-            f"max_refills={max_refills} moves rows of text only, but train_dataset has the column {images[0]!r}. Set "
-            "max_refills=0."
+            f"{name}={value} moves rows of text only, but train_dataset has the column {images[0]!r}. Set {name}=0."
         )
-    if pictured(dataset[0].get("prompt")):
+    if pictured(row.get("prompt")):
         raise ValueError(
-            f"max_refills={max_refills} moves rows of text only, but the messages of train_dataset hold images. Set "
-            "max_refills=0."
+            f"{name}={value} moves rows of text only, but the messages of train_dataset hold images. Set {name}=0."
         )
 
 

@@ -190,6 +190,8 @@ def why_not_skip(config: "GRPOPlusConfig") -> str | None:
 
 def why_not_skip_old_policy(config: "GRPOPlusConfig") -> str | None:
     """Why a forward of the old policy cannot be left to the update; None where both compute the same."""
+    if config.refill_buffer:
+        return f"refill_buffer={config.refill_buffer} keeps the log-probabilities of the policy that sampled"
     if not (config.use_vllm and config.vllm_importance_sampling_correction):
         return "TRL makes that pass for vLLM's importance sampling correction, which is off"
     steps = config.steps_per_generation * config.num_iterations

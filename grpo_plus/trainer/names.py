@@ -64,6 +64,9 @@ KEPT_COUNTS, KEPT_LISTS, ONLY_LISTS = "kept_counts", "kept_lists", "kept_only_li
 # A column of ours in TRL's dictionaries: what transformers' generation gave the tokens it drew. NaN is unknown.
 SAMPLED_LOGPS = "sampled_logps"
 
+# A column of ours in TRL's dictionaries: how many generation batches ago a row was sampled, 0 for a fresh one.
+REFILL_AGE = "refill_age"
+
 # Images and what belongs to them, under the names that TRL's dictionaries and its forward share.
 MULTIMODAL = tuple(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)[8:]
 
@@ -95,6 +98,7 @@ PADDING = {
     KEPT_LISTS: Padding("right", 0),
     SAMPLED_LOGPS: Padding("right", math.nan),
     "advantages": None,
+    REFILL_AGE: None,
 }
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from trl import GRPOTrainer
 
 from grpo_plus.trainer.plain import plain
+from grpo_plus.trainer.refill_buffer import Held
 
 # Attributes of TRL's and transformers' trainer that a step moves. A trainer of another version may lack some.
 OF_TRAINER = ("entropy_coef", "_last_world_entropy", "current_flos")
@@ -86,6 +87,7 @@ class Position:
     counters: what else of the trainer and of its state a step moves.
     running: a copy of the hook's `running_state`. pickle is faster than JSON and than a deep copy, which counts where
         an estimator remembers a hundred thousand prompts.
+    held: the groups of older batches that later ones may train on.
     random: the random states.
     """
 
@@ -97,10 +99,11 @@ class Position:
     loss: dict[str, Any]
     counters: dict[str, Any]
     running: bytes
+    held: Held
     random: RandomStates
 
     @classmethod
-    def of(cls, trainer: GRPOTrainer, running: dict[str, Any]) -> "Position":
+    def of(cls, trainer: GRPOTrainer, running: dict[str, Any], held: Held) -> "Position":
         """Where the trainer stands. Keeps references to the batch, and copies what the next step writes to."""
         goes_on = trainer._buffered_inputs is not None and trainer._step % _micro_steps_per_batch(trainer) != 0
         return cls(
@@ -112,6 +115,7 @@ class Position:
             loss=loss_of(trainer),
             counters=_counters(trainer),
             running=pickle.dumps(running),
+            held=held,
             random=RandomStates.now(),
         )
 
@@ -153,6 +157,7 @@ class Position:
             "table": self.table if with_table else None,
             "metrics": self.metrics,
             "loss": self.loss,
+            "held": self.held.state(),
             "settings": settings,
         }
         partial = path.with_suffix(".partial")

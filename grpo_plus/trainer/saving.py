@@ -32,6 +32,7 @@ from grpo_plus.trainer.checkpoints import chosen_checkpoint, rotate, saved_state
 from grpo_plus.trainer.hooks import Hooks
 from grpo_plus.trainer.manifest import begin, seal
 from grpo_plus.trainer.position import Position, saved_position, settings_of, take_up, why_another_batch, within_batch
+from grpo_plus.trainer.refill_buffer import RefillBuffer
 from grpo_plus.trainer.renamed import load_renamed
 from grpo_plus.trainer.rescue import OptimizerWatch, all_are_there, why_not_rescued
 
@@ -55,6 +56,7 @@ class SavingSeam(Hooks, GRPOTrainer):
     _whole: Path | None = None  # the last checkpoint that was sealed
     _seals: Path | None = None  # the folder that is being written
     _buffered_inputs: list[dict[str, Any]] | None
+    _buffer: RefillBuffer
     _train_sampler: Sampler | None = None
 
     @property
@@ -109,7 +111,7 @@ class SavingSeam(Hooks, GRPOTrainer):
 
     def _step_is_finished(self) -> None:
         if self.args.save_strategy != SaveStrategy.NO or self.args.enable_jit_checkpoint:
-            self._position = Position.of(self, self.running_state())
+            self._position = Position.of(self, self.running_state(), self._buffer.held)
             self._optimizer_watch.step_is_finished(self)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -134,7 +136,7 @@ class SavingSeam(Hooks, GRPOTrainer):
         position = self._position
         stands_there = self._at_rest or position is None or position.global_step != self.state.global_step
         if position is None or stands_there:
-            position = Position.of(self, self.running_state())
+            position = Position.of(self, self.running_state(), self._buffer.held)
         others = _files_of_others(folder, self.accelerator.num_processes)
         if self.args.should_save:
             begin(folder, keep={path.name for path in others} if rescues else ())
@@ -301,7 +303,9 @@ class SavingSeam(Hooks, GRPOTrainer):
         for text in (error for error, _, _ in told if error):
             raise ValueError(text)
         problem = next((text for _, text, _ in told if text), None)
-        take_up(self, saved if problem is None else None)
+        saved = saved if problem is None else None
+        take_up(self, saved)
+        self._buffer.load(saved and saved.get("held"))
         if self._buffered_inputs is not None:
             self._resumes_within_batch(self._buffered_inputs[0])
         # A checkpoint of stock TRL has no batch, and loses nothing where a batch ended.

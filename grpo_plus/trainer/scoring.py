@@ -81,6 +81,7 @@ class ScoringSeam(GuardedSeam):
                 scores = forward(model, input_ids, attention_mask, *arguments, **shown)
         if self._micro_batch is not None:
             self._step_figures.forwarded(rows, packed, scores[1])
+            self._step_figures.refilled(self._micro_batch, scores[0].detach())
         last = (self._step + 1) % (self.args.steps_per_generation * self.num_iterations) == 0
         self._sampler.form(self._micro_batch, scores[0].detach(), rows.live, last=last)
         return scores

@@ -50,6 +50,7 @@ from grpo_plus.trainer.pass_at_k import pass_at_k_of
 from grpo_plus.trainer.pictures import knows_rows
 from grpo_plus.trainer.position import RandomStates
 from grpo_plus.trainer.prompts import sampler_of_prompts
+from grpo_plus.trainer.refill_buffer import RefillBuffer
 from grpo_plus.trainer.refills import Refills
 from grpo_plus.trainer.regrouping import regrouped
 from grpo_plus.trainer.reward_calls import RewardCalls
@@ -104,7 +105,8 @@ class TRLSeam(ScoringSeam):
         schedule: Any = self.plus.reward_weight_schedule  # a dictionary after the configuration's checks
         self._reward_weights = RewardWeights(self, schedule, in_evaluation=not self._eval_rewards.are_own)
         self._known = MicroBatches()
-        self._refills = Refills(self, self.plus.max_refills)
+        self._buffer = RefillBuffer(self.plus.refill_buffer)
+        self._refills = Refills(self, self.plus.max_refills, self._buffer)
         self.prompt_sampler = sampler_of_prompts(self)
         self._kept = KeptSets(self, self.plus.truncated_sampling, tells=self.has_own_fields)
         self._sampler = SamplerRatio(self, in_update=self.speed.drops_old_policy_pass)
@@ -203,13 +205,13 @@ class TRLSeam(ScoringSeam):
 
         def generate(rows: list[dict[str, Any]]) -> tuple[dict[str, Any], Rewards]:
             with self._overlap.batch(rows):
-                output = self._sampler.added_to(self._kept.added_to(score(rows)))
+                output = self._sampler.added_to(self._kept.added_to(self._refills.scored(score(rows))))
             if sampler is not None:
                 sampler.take(self.rewards)
             return output, self.rewards
 
         with self._sampler.left_to_the_update():
-            if self.model.training and self.plus.max_refills > 0:
+            if self.model.training and (self.plus.max_refills or self.plus.refill_buffer):
                 output, self.rewards = self._refills.fill_up(inputs, generate)
             else:
                 output, _ = generate(inputs)

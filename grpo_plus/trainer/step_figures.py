@@ -13,13 +13,14 @@ from torch import Tensor
 from grpo_plus.packing import Packed, PaddedRows
 from grpo_plus.packing.transfer import on_device
 from grpo_plus.rollout import Statistics
-from grpo_plus.trainer.names import metrics_of, trained_tokens
+from grpo_plus.trainer.names import REFILL_AGE, metrics_of, trained_tokens
 
 if TYPE_CHECKING:
     from grpo_plus.trainer.seam import TRLSeam
 
 KL, ENTROPY = "kl", "entropy"
 FOR_BETA = "kl, which TRL logs itself"
+BUFFERED_RATIO = "sampling/buffered_ratio"
 TOKEN_RATIO, LIVE_FRACTION = "packing/token_ratio", "packing/live_fraction"
 TOKENS_PER_SECOND, LIVE_ROWS, PROMPT_SHARING, PREFILL_RATIO = (
     f"rollout/{name}" for name in ("tokens_per_second", "live_rows", "prompt_sharing", "prefill_ratio")
@@ -90,6 +91,13 @@ class StepFigures:
             count = len(rows.input_ids)
             self._add(TOKEN_RATIO, rows.input_ids.numel(), packed.tokens)
             self._add(LIVE_FRACTION, count if rows.live is None else len(rows.live), count)
+
+    def refilled(self, inputs: dict[str, Any], logps: Tensor) -> None:
+        """Take note of how far the policy (B, T) has moved from those that sampled the rows of the buffer."""
+        if self._trainer.model.training and REFILL_AGE in inputs:
+            mask = trained_tokens(inputs) * (inputs[REFILL_AGE] > 0).unsqueeze(1)
+            ratio = (logps - inputs["old_per_token_logps"]).exp()
+            self.add(BUFFERED_RATIO, ratio, mask * self._forwarded_rows(mask))
 
     def add(self, name: str, values: Tensor, mask: Tensor) -> None:
         """Add (B, T) values of the mask's tokens, or (B, 1) values of the rows, of a micro-batch."""

@@ -61,7 +61,7 @@ class GRPOPlusTrainer(TRLSeam):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        check_refillable(self.plus.max_refills, self.train_dataset)
+        check_refillable(self.plus.max_refills, self.plus.refill_buffer, self.train_dataset)
         check_overlapping(self.plus, (*self._overlap.names, *self._eval_rewards.names))
         if self.aux_loss_enabled:
             check_router_loss(self.loss_type, self.router_aux_loss_coef)

@@ -38,6 +38,24 @@ def config(**fields) -> GRPOPlusConfig:
         ({"max_refills": -1}, "max_refills=-1 is not a number of batches"),
         ({"max_refills": 1.5, "advantage_estimator": "rloo"}, "max_refills=1.5 is not a number of batches"),
         ({"max_refills": True}, "max_refills=True is not a number of batches"),
+        ({"refill_buffer": 0.5}, "refill_buffer=0.5 is not a number of batches"),
+        (
+            {"refill_buffer": 2, "loss_type": "reinforce"},
+            "refill_buffer=2 is not possible: loss_type='reinforce' has no",
+        ),
+        ({"refill_buffer": 2, "beta": 0.1, "sync_ref_model": True}, "those of an older one. Set sync_ref_model=False"),
+        (
+            {"refill_buffer": 2, "advantage_estimator": "ema_task"},
+            "'ema_task' remembers rewards, and would count a group",
+        ),
+        (
+            {"refill_buffer": 2, "scale_rewards": "batch"},
+            "refill_buffer=2 replaces groups, but with scale_rewards='batch'",
+        ),
+        (
+            {"refill_buffer": 2, "skip_old_policy_pass": True, "use_vllm": True},
+            "skip_old_policy_pass=True .*refill_buffer=2 keeps the log-probabilities",
+        ),
         ({"prompt_sampler": {"passrate": {}}}, "Unknown prompt_sampler 'passrate'. Did you mean 'pass_rate'"),
         ({"prompt_sampler": {}}, "prompt_sampler={} must be the name of one sampler with its keywords"),
         ({"prompt_sampler": {"pass_rate": 3}}, "must be the name of one sampler with its keywords"),

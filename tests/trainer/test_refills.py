@@ -301,3 +301,9 @@ def test_batches_that_hold_anything_but_text_are_refused_by_name(tmp_path):
 def test_a_dataset_that_cannot_be_drawn_from_is_refused_at_construction(tmp_path, dataset, message):
     with pytest.raises(ValueError, match=message):
         refilling(tmp_path, Judge(), train_dataset=dataset)
+
+
+def test_a_buffer_of_groups_refuses_pictures_too(tmp_path):
+    pictured = PROMPTS.add_column("image", ["none"] * 20)
+    with pytest.raises(ValueError, match="refill_buffer=1 moves rows of text only.*'image'.*Set refill_buffer=0"):
+        refilling(tmp_path, Judge(), train_dataset=pictured, max_refills=0, refill_buffer=1)

@@ -12,7 +12,7 @@ from trl import GRPOConfig
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
 from grpo_plus.demo.tiny import tiny_model, tiny_tokenizer
 from tests.close import differing
-from tests.training import PROMPTS, logs_of, make_trainer, weights_of
+from tests.training import PROMPTS, logs_of, make_trainer, vowels, weights_of
 
 STEPS = 5
 
@@ -20,6 +20,12 @@ STEPS = 5
 def short(completions: list[str], **_: Any) -> list[float]:
     """A reward from 0 to 1."""
     return [len(text) % 3 / 2 for text in completions]
+
+
+def vowels_of_odd_sums(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+    """Prompts that begin with an even number are dead."""
+    rewards = vowels(completions)
+    return [reward * (int(prompt[0]) % 2) for prompt, reward in zip(prompts, rewards, strict=True)]
 
 
 # One generation batch lasts for four optimizer steps, in two of which nothing is generated.
@@ -46,6 +52,8 @@ CASES: dict[str, dict[str, Any]] = {
     "popart": REUSED | TASK | {"advantage_estimator": "popart"},
     "truncated sampling": REUSED | {"top_p": 0.7, "truncated_sampling": "correct"},
     "refills": REUSED | {"max_refills": 1, "advantage_estimator": "rloo"},
+    "groups of older batches": REUSED
+    | {"refill_buffer": 1, "advantage_estimator": "rloo", "reward_funcs": [vowels_of_odd_sums], "temperature": 2.0},
     "prompts by pass rate": REUSED
     | {"prompt_sampler": {"pass_rate": {"reward": "vowels"}}, "max_refills": 1, "advantage_estimator": "rloo"},
     "adaptive entropy": REUSED | {"use_adaptive_entropy": True, "entropy_target": 1.0},
