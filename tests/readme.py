@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from grpo_plus.cli.ls import advantage_rows, loss_rows, modifier_rows, reward_rows
+from grpo_plus.cli.ls import advantage_rows, demonstration_rows, loss_rows, modifier_rows, reward_rows
 from grpo_plus.replay.rules import RULES
 from tests import recipes
 
@@ -198,6 +198,7 @@ def rule_rows() -> list[tuple[str, ...]]:
 TABLES = {
     "advantages": advantage_rows,
     "losses": loss_rows,
+    "demonstrations": demonstration_rows,
     "rewards": reward_rows,
     "gsm8k": recipes.rows,
     "modifiers": modifier_rows,

@@ -31,6 +31,8 @@ OURS = {
         "kl_target",
         "kl_horizon",
         "truncated_sampling",
+        "demonstration_column",
+        "demonstration_loss",
     ),
     "evaluation": ("eval_reward_funcs", "eval_pass_at_k", "eval_pass_reward", "eval_pass_threshold"),
     "memory": (

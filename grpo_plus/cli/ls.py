@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "name",
         nargs="?",
         metavar="NAME",
-        help="advantages, modifiers, losses or rewards, or one name, such as rloo; default: all",
+        help="advantages, modifiers, losses, demonstrations or rewards, or one name, such as rloo; default: all",
     )
 
 
@@ -27,7 +27,13 @@ def run(args: argparse.Namespace, rest: list[str]) -> int:
 
     from grpo_plus.cli.ls_entry import described, explained
 
-    tables = {"advantages": advantage_rows, "modifiers": modifier_rows, "losses": loss_rows, "rewards": reward_rows}
+    tables = {
+        "advantages": advantage_rows,
+        "modifiers": modifier_rows,
+        "losses": loss_rows,
+        "demonstrations": demonstration_rows,
+        "rewards": reward_rows,
+    }
     if args.name not in (None, *tables):
         console = Console(highlight=False)
         for entry in explained(args.name):
@@ -79,6 +85,19 @@ def loss_rows() -> list[tuple[str, ...]]:
         loss = LOSSES[name]
         keywords = "TRL's own fields" if name in TRL_LOSSES else _defaults(loss.keywords)
         rows.append((name, loss.summary, keywords, loss.paper))
+    return rows
+
+
+def demonstration_rows() -> list[tuple[str, ...]]:
+    """A header, then one row per way to train demonstrations."""
+    from grpo_plus.cli.ls_entry import keywords_of
+    from grpo_plus.losses.demonstrations import DEMONSTRATION_LOSSES
+
+    rows: list[tuple[str, ...]] = [("demonstration_loss", "what it does", "keywords", "paper")]
+    for name, function in DEMONSTRATION_LOSSES.items():
+        documentation = function.__doc__ or ""
+        keywords = _defaults(keywords_of(function))
+        rows.append((name, documentation.partition("\n")[0], keywords, first_link(documentation)))
     return rows
 
 

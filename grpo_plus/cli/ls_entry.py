@@ -1,4 +1,4 @@
-"""`grpo-plus ls NAME`: what one estimator, loss, modifier or reward function computes, and the line that chooses it."""
+"""`grpo-plus ls NAME`: what a name computes (an estimator, a loss, a reward function, ...), and the line to copy."""
 
 import inspect
 import json
@@ -136,11 +136,13 @@ def _kinds() -> list[tuple[list[str], Callable[[str], Explained]]]:
     from grpo_plus.advantages import ESTIMATORS, MODIFIERS
     from grpo_plus.cli.reward_functions import REWARD_NAMES
     from grpo_plus.losses import LOSSES
+    from grpo_plus.losses.demonstrations import DEMONSTRATION_LOSSES
 
     return [
         (list(ESTIMATORS), _estimator),
         (list(MODIFIERS), _modifier),
         (list(LOSSES), _loss),
+        (list(DEMONSTRATION_LOSSES), _demonstration),
         (list(REWARD_NAMES), _reward),
     ]
 
@@ -178,9 +180,7 @@ def _modifier(name: str) -> Explained:
     from grpo_plus.advantages import MODIFIERS
 
     function = MODIFIERS[name]
-    parameters = inspect.signature(function).parameters.values()
-    given = [one for one in parameters if one.kind is one.KEYWORD_ONLY]
-    keywords = {one.name: ... if one.default is one.empty else one.default for one in given}
+    keywords = keywords_of(function)
     example = {key: EXAMPLES.get(key, 1) for key, default in keywords.items() if default is ...}
     table = json.dumps({name: example})
     lines = (
@@ -188,6 +188,26 @@ def _modifier(name: str) -> Explained:
         f"--advantage_estimator dr_grpo --advantage_modifiers '{table}'",
     )
     return Explained(name, "modifier of advantages", inspect.getdoc(function) or "", keywords, (), lines)
+
+
+def _demonstration(name: str) -> Explained:
+    from grpo_plus.losses.demonstrations import DEMONSTRATION_LOSSES
+
+    function = DEMONSTRATION_LOSSES[name]
+    keywords = keywords_of(function)
+    table = json.dumps({name: dict(list(keywords.items())[:1])})
+    lines = (
+        f'GRPOPlusConfig(demonstration_column="solution", demonstration_loss={table})',
+        f"--demonstration_column solution --demonstration_loss '{table}'",
+    )
+    return Explained(name, "way to train demonstrations", inspect.getdoc(function) or "", keywords, (), lines)
+
+
+def keywords_of(function: Callable[..., Any]) -> dict[str, Any]:
+    """The function's hyper-parameters and their defaults; ... is the default of none."""
+    parameters = inspect.signature(function).parameters.values()
+    given = [one for one in parameters if one.kind is one.KEYWORD_ONLY]
+    return {one.name: ... if one.default is one.empty else one.default for one in given}
 
 
 def _reward(name: str) -> Explained:

@@ -8,11 +8,12 @@ from trl import GRPOConfig
 from grpo_plus.advantages import ESTIMATORS
 from grpo_plus.advantages.schedule import check_schedule
 from grpo_plus.config.advantages import check_advantages, check_refills
+from grpo_plus.config.demonstrations import check_demonstrations
 from grpo_plus.config.determinism import check_determinism
 from grpo_plus.config.evaluation import check_pass_at_k
 from grpo_plus.config.guard import check_guard
 from grpo_plus.config.help import told
-from grpo_plus.config.keywords import as_dictionary
+from grpo_plus.config.keywords import as_choice, as_dictionary
 from grpo_plus.config.losses import check_kl_target, check_loss
 from grpo_plus.config.numbers import check_numbers, check_reward_timeout
 from grpo_plus.config.overlap import check_overlap
@@ -65,6 +66,13 @@ class GRPOPlusConfig(GRPOConfig):
             them. It takes the place of the function's weight in `reward_weights`. The optimizer step decides, so a
             resumed run goes on with the same weights; a run that is made longer stretches the schedule, as that of the
             learning rate. Evaluations have the last weights throughout, so that `eval_reward` can be compared.
+        demonstration_column: the dataset column with completions that take the last places of their prompt's group, up
+            to `num_generations`. The policy does not draw these. A value is None, text, messages of the assistant,
+            {"completion_ids": [...], "logprobs": [...]} of the policy that wrote them, or a list of these. The reward
+            functions judge them like the others. Evaluations have none. A completion with log-probabilities has an
+            importance ratio in any loss.
+        demonstration_loss: how completions without log-probabilities are trained: "imitation", "luffy" or "chord", of
+            `grpo_plus.losses.demonstrations`; with keywords {"chord": {"mu": 0.1}}. None: "imitation".
         reward_timeout: seconds that one call of a reward function may take. A call that takes longer ends the run with
             an error that names the function. The functions then run in a thread of their own, where timeouts by
             signals (SIGALRM) do not work. Reward models are not timed. None: no bound, and no thread.
@@ -171,6 +179,8 @@ class GRPOPlusConfig(GRPOConfig):
 
     task_column: str | None = told("task_column", None)
     reward_weight_schedule: dict[str, Any] | str | None = told("reward_weight_schedule", None)
+    demonstration_column: str | None = told("demonstration_column", None)
+    demonstration_loss: dict[str, Any] | str | None = told("demonstration_loss", None)
     reward_timeout: float | None = told("reward_timeout", None)
     overlap_rewards: dict[str, Any] | str | None = told("overlap_rewards", None)
     health_warnings: bool = told("health_warnings", True)
@@ -219,6 +229,8 @@ class GRPOPlusConfig(GRPOConfig):
         check_liger(self)
         check_truncated_sampling(self)
         check_vllm(self)
+        self.demonstration_loss = as_choice("demonstration_loss", self.demonstration_loss)
+        check_demonstrations(self)
         check_adapter_dtype(self)
         check_guard(self)
         check_determinism(self)

@@ -29,6 +29,14 @@ HELP = {
         "Weights of rewards that change over the run, linearly from first to last, as JSON: "
         "'{\"format\": [1.0, 0.1]}'; unset: `reward_weights` throughout."
     ),
+    "demonstration_column": (
+        "Dataset column with completions, such as reference solutions, that take the last places of their prompt's "
+        "group."
+    ),
+    "demonstration_loss": (
+        "How those without log-probabilities are trained: imitation, luffy or chord, or one of these with keywords as "
+        'JSON: \'{"chord": {"mu": 0.1}}\'. Unset: imitation.'
+    ),
     "reward_timeout": (
         "Seconds that one call of a reward function may take before the run ends with its name; unset: no bound."
     ),

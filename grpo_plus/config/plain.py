@@ -18,6 +18,8 @@ OFF: dict[str, Any] = {
     "refill_buffer": 0,
     "task_column": None,
     "reward_weight_schedule": {},
+    "demonstration_column": None,
+    "demonstration_loss": None,
     "reward_timeout": None,
     "overlap_rewards": None,
     "health_warnings": True,

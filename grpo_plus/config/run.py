@@ -5,6 +5,7 @@ from typing import Any
 
 from datasets import IterableDataset
 from torch.utils import data
+from trl import GRPOTrainer
 
 from grpo_plus.advantages import ESTIMATORS, check_keywords, check_modifiers
 from grpo_plus.config.data import first_row
@@ -77,6 +78,25 @@ def check_refillable(max_refills: int, refill_buffer: int, dataset: Any) -> None
     if pictured(row.get("prompt")):
         raise ValueError(
             f"{name}={value} moves rows of text only, but the messages of train_dataset hold images. Set {name}=0."
+        )
+
+
+def check_demonstrated_run(column: str, trainer: GRPOTrainer) -> None:
+    """Refuse a dataset without the column or with images, and completions that others than the policy write to."""
+    dataset = trainer.train_dataset
+    columns = getattr(dataset, "column_names", None)
+    if columns is not None and column not in columns:
+        raise ValueError(f"demonstration_column={column!r} is no column of train_dataset.{suggestion(column, columns)}")
+    others = {
+        "rollout_func": trainer.rollout_func is not None,
+        "tools": bool(trainer.tools) or trainer.environment_factories is not None,
+        "images": bool({"image", "images"} & set(columns or ()))
+        or (bool(columns) and len(dataset) > 0 and pictured(dataset[0].get("prompt"))),
+    }
+    if found := [name for name, there in others.items() if there]:
+        raise ValueError(
+            f"demonstration_column={column!r} is for completions of one turn of text, and the run has {found[0]}. "
+            "Leave demonstration_column unset."
         )
 
 

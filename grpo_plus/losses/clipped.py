@@ -13,7 +13,9 @@ from grpo_plus.losses.inputs import LossInputs, TokenLoss
 from grpo_plus.losses.loss import register
 from grpo_plus.losses.ratios import ImportanceSamplingLevel, clip, clip_range, importance_ratio, token_ratio
 
-_promising = partial(register, scope="row", zero_without_advantage=True, reinforce_on_policy=True)
+_promising = partial(
+    register, scope="row", zero_without_advantage=True, reinforce_on_policy=True, reinforce_by_token=True
+)
 
 GRPO = """PPO's clip; mean over each sequence's tokens, then over the sequences.
 

@@ -37,6 +37,7 @@ _promising = partial(
     scope="row",
     zero_without_advantage=True,
     reinforce_on_policy=True,
+    reinforce_by_token=True,
     reads_sampling_ratio=True,
 )
 

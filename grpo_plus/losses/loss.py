@@ -28,6 +28,7 @@ class Loss(Described):
         zero_without_advantage: a completion whose advantages are 0 has a gradient of 0.
         reinforce_on_policy: where old_logps = logps and a row has one advantage, the gradient is that of `reinforce`
             under the same reduction.
+        reinforce_by_token: the same holds where the tokens of a row have different advantages.
         reads_sampling_ratio: the formula contains the ratio to the sampler. Any other loss is multiplied by
             `importance_sampling_ratio` afterwards.
         variant: what sets this name apart from other names of the same function. Opens the documentation.
@@ -41,6 +42,7 @@ class Loss(Described):
     scope: Scope = "batch"
     zero_without_advantage: bool = False
     reinforce_on_policy: bool = False
+    reinforce_by_token: bool = False
     reads_sampling_ratio: bool = False
     variant: str = ""
 

@@ -26,7 +26,9 @@ from grpo_plus.losses.ratios import (
 # The authors' bounds for log-ratios: w stays within 1e-8 and e^20.
 LOWEST, HIGHEST = math.log(1e-8), 20.0
 
-_promising = partial(register, scope="row", zero_without_advantage=True, reinforce_on_policy=True)
+_promising = partial(
+    register, scope="row", zero_without_advantage=True, reinforce_on_policy=True, reinforce_by_token=True
+)
 
 
 @_promising("reinforce", reduction="global-token-mean")

@@ -18,7 +18,7 @@ from grpo_plus.losses.ratios import clip, clip_range, saturating_exp, sequence_r
 _promising = partial(register, scope="row", reinforce_on_policy=True)
 
 
-@_promising("gspo_token", reduction="seq-mean-token-mean", zero_without_advantage=True)
+@_promising("gspo_token", reduction="seq-mean-token-mean", zero_without_advantage=True, reinforce_by_token=True)
 def gspo_token(inputs: LossInputs, *, epsilon: float = 3e-4, epsilon_high: float | None = 4e-4) -> TokenLoss:
     """GSPO with a ratio per token: the sequence's value, the token's gradient.
 

@@ -18,6 +18,7 @@ from grpo_plus.losses.ratios import ImportanceSamplingLevel, importance_ratio
     scope="row",
     zero_without_advantage=True,
     reinforce_on_policy=True,
+    reinforce_by_token=True,
 )
 def sapo(
     inputs: LossInputs,

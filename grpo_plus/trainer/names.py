@@ -67,6 +67,10 @@ SAMPLED_LOGPS = "sampled_logps"
 # A column of ours in TRL's dictionaries: how many generation batches ago a row was sampled, 0 for a fresh one.
 REFILL_AGE = "refill_age"
 
+# Columns of ours in TRL's dictionaries: 1 for a completion of the dataset that has no log-probabilities, and those of a
+# completion that has. NaN is unknown.
+DEMONSTRATED, GIVEN_LOGPS = "demonstrated", "given_logps"
+
 # Images and what belongs to them, under the names that TRL's dictionaries and its forward share.
 MULTIMODAL = tuple(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)[8:]
 
@@ -99,6 +103,8 @@ PADDING = {
     SAMPLED_LOGPS: Padding("right", math.nan),
     "advantages": None,
     REFILL_AGE: None,
+    DEMONSTRATED: None,
+    GIVEN_LOGPS: Padding("right", math.nan),
 }
 
 
@@ -173,9 +179,9 @@ def log_advantages_anew(trainer: GRPOTrainer, per_completion: Tensor) -> None:
     logged.extend(in_log)
 
 
-def pad_token_id(trainer: GRPOTrainer) -> int:
-    """What TRL fills up token ids with."""
-    return trainer._tokenizer.pad_token_id
+def tokenizer_of(trainer: GRPOTrainer) -> Any:
+    """The tokenizer, where the processor is more than one."""
+    return trainer._tokenizer
 
 
 def gathered_labels(labels: list[str | None]) -> list[str] | None:

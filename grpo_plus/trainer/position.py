@@ -38,6 +38,8 @@ SETTINGS = (
     "use_vllm",
     "vllm_importance_sampling_correction",
     "truncated_sampling",
+    "demonstration_column",
+    "demonstration_loss",
 )
 
 

@@ -20,7 +20,7 @@ from grpo_plus.trainer.names import (
     log_value,
     logged_columns,
     multimodal,
-    pad_token_id,
+    tokenizer_of,
     trained_tokens,
     whole_rows,
 )
@@ -229,7 +229,7 @@ class Refills:
     def _padding(self, name: str) -> Padding | None:
         padding = PADDING[name]
         if padding is not None and name.endswith("_ids"):
-            return replace(padding, value=pad_token_id(self._trainer))
+            return replace(padding, value=tokenizer_of(self._trainer).pad_token_id)
         return padding
 
     def _asked(self, *, off: bool = False) -> str:

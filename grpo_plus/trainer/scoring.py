@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from grpo_plus.packing import Logps, Packed, PaddedRows, base_model, forward_live, forward_padded, score_padded
+from grpo_plus.trainer.demonstrations import Demonstrations
 from grpo_plus.trainer.guarding import GuardedSeam
 from grpo_plus.trainer.kept import KeptSets
 from grpo_plus.trainer.micro_batches import MicroBatches
@@ -24,6 +25,7 @@ class ScoringSeam(GuardedSeam):
     _micro_batch: dict[str, Any] | None = None
     _known: MicroBatches
     _kept: KeptSets
+    _demonstrations: Demonstrations
 
     def _alive(self, inputs: dict[str, Any]) -> Tensor | None:
         return self.speed.live_rows(inputs["advantages"]) if self.model.training else None
@@ -84,6 +86,7 @@ class ScoringSeam(GuardedSeam):
             self._step_figures.refilled(self._micro_batch, scores[0].detach())
         last = (self._step + 1) % (self.args.steps_per_generation * self.num_iterations) == 0
         self._sampler.form(self._micro_batch, scores[0].detach(), rows.live, last=last)
+        self._demonstrations.weigh(self._micro_batch, scores[0].detach(), rows.live)
         return scores
 
     def _padded_logps(

@@ -25,6 +25,7 @@ from grpo_plus.losses import TRL_LOSSES, LossInputs
 from grpo_plus.models.adapters import adapter_values
 from grpo_plus.models.pictures import image_token
 from grpo_plus.qlora.checks import check_run
+from grpo_plus.trainer.demonstrations import Demonstrations
 from grpo_plus.trainer.determinism import prepare_cublas
 from grpo_plus.trainer.eval_rewards import EvalRewards, both, listed, weighing
 from grpo_plus.trainer.figures import Figures
@@ -108,6 +109,7 @@ class TRLSeam(ScoringSeam):
         self._buffer = RefillBuffer(self.plus.refill_buffer)
         self._refills = Refills(self, self.plus.max_refills, self._buffer)
         self.prompt_sampler = sampler_of_prompts(self)
+        self._demonstrations = Demonstrations(self)
         self._kept = KeptSets(self, self.plus.truncated_sampling, tells=self.has_own_fields)
         self._sampler = SamplerRatio(self, in_update=self.speed.drops_old_policy_pass)
         self._step_figures = step_figures_of(self)
@@ -125,6 +127,7 @@ class TRLSeam(ScoringSeam):
         self._reward_weights.begin_batch()
         with self._reward_calls.checked(inputs, prompts, completions, completion_ids_list):
             rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        rewards_per_func = self._demonstrations.judged(rewards_per_func)
         tasks = [self.task_of(example) for example in inputs]
         if tasks[0] is not None and "task" not in (*self._pending_extra_logs, *self.reward_func_names):
             self._log_completion_extra("task", tasks)
@@ -162,28 +165,25 @@ class TRLSeam(ScoringSeam):
             generated = super()._generate(prompts)
         self._overlap.generated(generated)
         self.speed.agree()
-        written = Written.of(self._generations, *generated[:3])
+        written = Written.of(self._generations, *self._demonstrations.drawn(*generated[:3]))
         self._kept.take(kept, written, generated[6])
         self._sampler.take(sampled, written)
         self._tool_masks = generated[2]
         return generated
 
-    def _generate_single_turn(
-        self,
-        prompt_ids: list[list[int]],
-        images: list | None,
-        multimodal_fields: dict[str, Any],
-        num_generations: int,
-        has_tool_images: bool = False,
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> tuple[list[list[int]], list | None]:
+        return self._demonstrations.joined(self._generate_drawn, *args, **kwargs)
+
+    def _generate_drawn(
+        self, prompt_ids: list[list[int]], images: list | None, fields: dict[str, Any], *others: Any, **named: Any
     ) -> tuple[list[list[int]], list | None]:
         generate = super()._generate_single_turn
         exact = generating(self) if self.has_own_fields else nullcontext()
-        shown = Shown(prompt_ids, images, multimodal_fields, image_token(self.model.config))
+        shown = Shown(prompt_ids, images, fields, image_token(self.model.config))
 
         def complete(part: Shown, first: int = 0) -> tuple[list[list[int]], list | None]:
             with self.speed.seeing(part.by_row), self._overlap.part(first) as written:
-                arguments = (part.prompt_ids, part.images, part.fields, num_generations, has_tool_images)
-                return written(generate(*arguments))
+                return written(generate(part.prompt_ids, part.images, part.fields, *others, **named))
 
         followed = self._rollout_log.followed(len(prompt_ids), self._overlap.watch)
         with exact, self.speed.adapters.held(), followed:
@@ -204,10 +204,11 @@ class TRLSeam(ScoringSeam):
             inputs = sampler.replaced(inputs)
 
         def generate(rows: list[dict[str, Any]]) -> tuple[dict[str, Any], Rewards]:
-            with self._overlap.batch(rows):
+            with self._demonstrations.of(rows), self._overlap.batch(rows):
                 output = self._sampler.added_to(self._kept.added_to(self._refills.scored(score(rows))))
+                output = self._demonstrations.added_to(output)
             if sampler is not None:
-                sampler.take(self.rewards)
+                sampler.take(self._demonstrations.of_the_policy(self.rewards))
             return output, self.rewards
 
         with self._sampler.left_to_the_update():
@@ -231,7 +232,7 @@ class TRLSeam(ScoringSeam):
             trained = self._replace_advantages(output, advantages)
         if trained is not None:
             self._figures.log_advantages(self.rewards, lambda: self.advantage_metrics(self.rewards, trained))
-        return output
+        return self._demonstrations.settled(output)
 
     def _replace_advantages(self, output: dict[str, Any], advantages: Tensor) -> Tensor:
         """Replace TRL's advantages: for the loss by this process's rows, in the log by one number per completion.

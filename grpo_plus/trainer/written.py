@@ -85,7 +85,8 @@ class Written:
     @property
     def in_one_piece(self) -> bool:
         """Whether each completion is what the one generation wrote in its row."""
-        return len(self.generations) == 1 and not any(piece.start for piece in self.pieces[0])
+        alone = len(self.generations) == 1 and len(self.pieces[0]) == len(self.completion_ids)
+        return alone and not any(piece.start for piece in self.pieces[0])
 
     @property
     def length(self) -> int:

@@ -175,6 +175,15 @@ def test_on_policy_the_gradient_is_that_of_reinforce(name: str, reduction, batch
     assert_close("gradient", gradient, expected, rtol=1e-9)
 
 
+@promising("reinforce_by_token")
+@settings(max_examples=10)
+@given(batch=batches(per_token=True, off_policy=0.0))
+def test_on_policy_the_gradient_is_that_of_reinforce_token_by_token(name: str, batch: dict[str, Tensor]):
+    _, expected = loss_and_gradient("reinforce", batch, loss_reduction="token-mean")
+    _, gradient = loss_and_gradient(name, batch, loss_reduction="token-mean")
+    assert_close("gradient", gradient, expected, rtol=1e-9)
+
+
 @every_loss
 @pytest.mark.parametrize("distance", [-200.0, -30.0, 30.0, 200.0])
 @pytest.mark.parametrize("advantage", [-1.0, 0.0, 1.0])
@@ -218,14 +227,13 @@ def test_gmpo_weighs_token_advantages_by_one_ratio():
     assert_close("loss", reduce(loss, inputs.mask, "seq-mean-token-mean"), -2 * torch.tensor(0.05).exp(), rtol=1e-6)
 
 
-def test_only_two_losses_promise_less():
+def test_only_three_losses_promise_less():
     # The tests above are parametrized over the promises: a loss that drops one would escape them silently.
-    promises = {
-        name: (LOSSES[name].scope, LOSSES[name].zero_without_advantage, LOSSES[name].reinforce_on_policy)
-        for name in LOSSES
-    }
-    kept = ("row", True, True)
+    names = ("scope", "zero_without_advantage", "reinforce_on_policy", "reinforce_by_token")
+    promises = {name: tuple(getattr(LOSSES[name], promise) for promise in names) for name in LOSSES}
+    kept = ("row", True, True, True)
     assert {name: promise for name, promise in promises.items() if promise != kept} == {
-        "clip_cov": ("batch", True, False),
-        "kl_to_old": ("row", False, True),
+        "clip_cov": ("batch", True, False, False),
+        "gmpo": ("row", True, True, False),
+        "kl_to_old": ("row", False, True, False),
     }

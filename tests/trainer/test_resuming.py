@@ -51,7 +51,7 @@ CASES: dict[str, dict[str, Any]] = {
     "ema_task": REUSED | TASK | {"advantage_estimator": "ema_task"},
     "popart": REUSED | TASK | {"advantage_estimator": "popart"},
     "truncated sampling": REUSED | {"top_p": 0.7, "truncated_sampling": "correct"},
-    "refills": REUSED | {"max_refills": 1, "advantage_estimator": "rloo"},
+    "refills": REUSED | {"max_refills": 1, "advantage_estimator": "rloo", "demonstration_column": "answer"},
     "groups of older batches": REUSED
     | {"refill_buffer": 1, "advantage_estimator": "rloo", "reward_funcs": [vowels_of_odd_sums], "temperature": 2.0},
     "prompts by pass rate": REUSED
