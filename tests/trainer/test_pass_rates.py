@@ -44,14 +44,14 @@ def test_draws_are_uniform_where_no_prompt_is_of_use():
 
 def test_prompts_are_drawn_in_proportion_and_never_twice_in_a_batch():
     rates = counted(([0, 1, 2, 3], [4, 0, 2, 1]))
-    draws = [rates.draw(2, 0.2, (7, step)) for step in range(4000)]
+    draws = [rates.draw(2, 0.2, (7, step)) for step in range(2000)]
     assert all(len(set(drawn)) == 2 for drawn in draws)
     # w = 0, 0, 4/16, 3/16 of 7/16.
     expected = [0.05, 0.05, 0.8 * 4 / 7 + 0.05, 0.8 * 3 / 7 + 0.05]
     first = Counter(drawn[0] for drawn in draws)
-    assert [first[row] / 4000 for row in range(4)] == pytest.approx(expected, abs=0.02)  # 2.5 standard errors
+    assert [first[row] / 2000 for row in range(4)] == pytest.approx(expected, abs=0.03)  # 2.7 standard errors
     second = Counter(drawn[1] for drawn in draws if drawn[0] == 2)
-    assert second[3] / first[2] == pytest.approx(expected[3] / (1 - expected[2]), abs=0.03)
+    assert second[3] / first[2] == pytest.approx(expected[3] / (1 - expected[2]), abs=0.04)
     assert draws[0] == rates.draw(2, 0.2, (7, 0)) != rates.draw(2, 0.2, (7, 2))
 
 

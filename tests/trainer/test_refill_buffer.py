@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 
@@ -105,6 +106,57 @@ def test_an_older_group_trains_with_the_ratio_to_the_policy_that_sampled_it(tmp_
     table = {name: list(column) for name, column in logged_columns(trainer).items()}
     assert table["rewards", "dead_later"] == REWARDS * 2
     assert table["advantages",] == pytest.approx(ADVANTAGES * 2, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"top_p": 0.7, "truncated_sampling": "correct"},
+        {"beta": 0.1, "advantage_estimator": None},
+    ],
+    ids=["truncated sampling", "reference, TRL's advantages"],
+)
+def test_under_a_policy_that_stands_still_every_older_group_has_a_ratio_of_1(tmp_path, config):
+    defaults = {"advantage_estimator": "rloo", "learning_rate": 1e-30}
+    adapters = {"peft_config": LoraConfig(r=4, target_modules="all-linear")} if config.get("beta") else {}
+    trainer = make_trainer(
+        tmp_path,
+        trainer_class=GRPOPlusTrainer,
+        config_class=GRPOPlusConfig,
+        reward_funcs=[dead_later],
+        refill_buffer=1,
+        trainer_arguments=adapters,
+        **defaults | config,
+    )
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if entry.get("sampling/buffered_groups")]
+    assert [entry["sampling/buffered_ratio"] for entry in logged] == pytest.approx([1.0] * 2, abs=1e-6)
+    if config.get("beta"):
+        assert [entry["kl"] for entry in logged] == pytest.approx([0.0] * 2, abs=1e-6)
+
+
+def test_a_group_that_no_update_has_seen_comes_before_the_newest(tmp_path):
+    calls: list[list[str]] = []
+
+    def judge(completions: list[str], **_: Any) -> list[float]:
+        calls.append(completions)
+        # The second group is dead, but in the second batch, which refills the first one.
+        return [*REWARDS, *(REWARDS if len(calls) == 2 else [1.0] * 4)]
+
+    trainer = make_trainer(
+        tmp_path,
+        trainer_class=GRPOPlusTrainer,
+        config_class=GRPOPlusConfig,
+        reward_funcs=[judge],
+        advantage_estimator="rloo",
+        max_refills=1,
+        refill_buffer=1,
+        max_steps=2,
+    )
+    trainer.train()
+    _, refill, second = calls
+    assert list(logged_columns(trainer)["completion",]) == [*second[:4], *refill[4:]]
+    assert [entry.get("sampling/refills") for entry in trainer.state.log_history[:2]] == [1.0, 0.0]
 
 
 def batch(numbers: list[int], width: int = 3) -> dict[str, Tensor]:
