@@ -2,9 +2,10 @@
 
     modifiers = {"gate": {"by": "correctness"}, "difficulty": {"gamma": 0.5}, "clip": {"max": 5.0}}
 
-A reward modifier (`gate`, `pods`, `gfpo`, `alp`) changes the rewards that the estimator sees. An advantage modifier
-(`difficulty`, `filter_zero_std`, `clip`) changes the advantages that the estimator returned, and sees the same rewards
-as the estimator. `apply_to_rewards` and `apply_to_advantages` run the modifiers in the order given.
+A reward modifier (`gate`, `pods`, `gfpo`, `alp`, `kl_in_reward`) changes the rewards that the estimator sees. An
+advantage modifier (`difficulty`, `filter_zero_std`, `clip`) changes the advantages that the estimator returned, and
+sees the same rewards as the estimator. `apply_to_rewards` and `apply_to_advantages` run the modifiers in the order
+given.
 
 To add a modifier, write a function that refuses wrong values by itself, and name it in one of the two tables at the
 end. A reward modifier is (Rewards, *, keywords) -> Rewards. An advantage modifier is (Rewards, advantages, *, keywords)
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grpo_plus.advantages.kl_penalty import kl_in_reward
 from grpo_plus.advantages.reductions import RESOLUTION, has_spread, mean
 from grpo_plus.advantages.rewards import Rewards, sample_rewards
 from grpo_plus.advantages.selection import gfpo, pods
@@ -145,7 +147,13 @@ def clip(rewards: Rewards, advantages: Tensor, *, max: float) -> Tensor:
     return advantages.clamp(-max, max)
 
 
-REWARD_MODIFIERS: dict[str, Callable[..., Rewards]] = {"gate": gate, "pods": pods, "gfpo": gfpo, "alp": alp}
+REWARD_MODIFIERS: dict[str, Callable[..., Rewards]] = {
+    "gate": gate,
+    "pods": pods,
+    "gfpo": gfpo,
+    "alp": alp,
+    "kl_in_reward": kl_in_reward,
+}
 ADVANTAGE_MODIFIERS: dict[str, Callable[..., Tensor]] = {
     "difficulty": difficulty,
     "filter_zero_std": filter_zero_std,

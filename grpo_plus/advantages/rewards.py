@@ -29,6 +29,7 @@ class Rewards:
         steps: rewards of the completions' steps. None where no reward function gave any.
         full_lengths: (P, G) tokens of each completion with those that a tool or an environment wrote in it. None where
             there are no such tokens.
+        kl_penalty: (P, G) beta times the KL of each completion to the reference. None where the reward has no KL.
     """
 
     values: Tensor
@@ -39,6 +40,7 @@ class Rewards:
     prompts: tuple[str, ...] | None = None
     steps: Steps | None = None
     full_lengths: Tensor | None = None
+    kl_penalty: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.values.dim() != 3:
@@ -49,7 +51,7 @@ class Rewards:
                 f"Rewards has {functions} reward columns, {len(self.names)} names and weights of shape "
                 f"{tuple(self.weights.shape)}. Give one name and one weight per column."
             )
-        for name in ("lengths", "full_lengths"):
+        for name in ("lengths", "full_lengths", "kl_penalty"):
             lengths = getattr(self, name)
             if lengths is not None and lengths.shape != self.values.shape[:2]:
                 raise ValueError(
@@ -189,4 +191,5 @@ def sample_rewards(
     shares = counts / counts.sum().clamp(min=1).double()
     first = torch.zeros(2, num_generations, 1, dtype=torch.long)
     steps = Steps(values[..., :1], first, first, torch.zeros(2, num_generations, dtype=torch.bool))
-    return Rewards(values, shares, tuple(names), torch.ones(2, num_generations), steps=steps)
+    lengths, no_penalty = torch.ones(2, num_generations), torch.zeros(2, num_generations).double()
+    return Rewards(values, shares, tuple(names), lengths, steps=steps, kl_penalty=no_penalty)

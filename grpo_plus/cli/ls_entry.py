@@ -35,6 +35,9 @@ A_LENGTH = 512  # for the one keyword that has no default, `max_len` of a reward
 # Values for the lines to copy, where a keyword of a modifier has no default.
 EXAMPLES = {"by": "NAME", "keep": 4, "beta": 0.1, "max_length": A_LENGTH}
 
+# Fields without which a modifier is refused.
+BESIDE: dict[str, dict[str, Any]] = {"kl_in_reward": {"beta": 0.05}}
+
 # Keywords that mean the same wherever they occur, and are explained where a docstring leaves them out.
 SHARED = {
     "ddof": "1: the sample standard deviation; 0: the population's",
@@ -183,9 +186,12 @@ def _modifier(name: str) -> Explained:
     keywords = keywords_of(function)
     example = {key: EXAMPLES.get(key, 1) for key, default in keywords.items() if default is ...}
     table = json.dumps({name: example})
+    beside = BESIDE.get(name, {})
+    fields = "".join(f", {field}={value}" for field, value in beside.items())
+    flags = "".join(f" --{field} {value}" for field, value in beside.items())
     lines = (
-        f'GRPOPlusConfig(advantage_estimator="dr_grpo", advantage_modifiers={table})',
-        f"--advantage_estimator dr_grpo --advantage_modifiers '{table}'",
+        f'GRPOPlusConfig(advantage_estimator="dr_grpo", advantage_modifiers={table}{fields})',
+        f"--advantage_estimator dr_grpo --advantage_modifiers '{table}'{flags}",
     )
     return Explained(name, "modifier of advantages", inspect.getdoc(function) or "", keywords, (), lines)
 

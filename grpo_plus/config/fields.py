@@ -14,6 +14,7 @@ from grpo_plus.config.evaluation import check_pass_at_k
 from grpo_plus.config.guard import check_guard
 from grpo_plus.config.help import told
 from grpo_plus.config.keywords import as_choice, as_dictionary
+from grpo_plus.config.kl import check_kl_in_reward
 from grpo_plus.config.losses import check_kl_target, check_loss
 from grpo_plus.config.numbers import check_numbers, check_reward_timeout
 from grpo_plus.config.overlap import check_overlap
@@ -222,7 +223,8 @@ class GRPOPlusConfig(GRPOConfig):
         super().__post_init__()
         check_reward_timeout(self)
         check_overlap(self)
-        self.loss_kwargs = as_dictionary("loss_kwargs", self.loss_kwargs)
+        for name in ("loss_kwargs", "advantage_kwargs", "advantage_modifiers"):
+            setattr(self, name, as_dictionary(name, getattr(self, name)))
         check_loss(self)
         check_kl_target(self)
         check_speed(self)
@@ -235,13 +237,12 @@ class GRPOPlusConfig(GRPOConfig):
         check_guard(self)
         check_determinism(self)
         check_pass_at_k(self)
-        self.advantage_kwargs = as_dictionary("advantage_kwargs", self.advantage_kwargs)
-        self.advantage_modifiers = as_dictionary("advantage_modifiers", self.advantage_modifiers)
         schedule = as_dictionary("reward_weight_schedule", self.reward_weight_schedule)
         self.reward_weight_schedule = check_schedule(schedule)
         check_refills(self)
         check_prompt_sampler(self)
         check_advantages(self)
+        check_kl_in_reward(self)
 
     def describe(self) -> str:
         """What is active, in one line."""

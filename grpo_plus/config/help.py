@@ -11,7 +11,7 @@ HELP = {
     "advantage_kwargs": "Keyword arguments of the advantage estimator, as JSON: '{\"ddof\": 0}'.",
     "advantage_modifiers": (
         'What else happens to rewards and advantages, in order, as JSON: \'{"clip": {"max": 5.0}}\'. Known: gate, '
-        "pods, gfpo, alp, difficulty, filter_zero_std, clip."
+        "pods, gfpo, alp, kl_in_reward, difficulty, filter_zero_std, clip."
     ),
     "max_refills": (
         "Dynamic sampling: up to how many further generation batches replace groups whose advantages are all 0. 0: off."

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from trl import GRPOConfig
 
 from grpo_plus.config.keywords import as_dictionary
+from grpo_plus.config.kl import beta_of_loss, in_reward
 from grpo_plus.losses import KL_ESTIMATORS, LOSSES, REDUCTIONS, TRL_LOSSES, AdaptiveBeta, check_loss_keywords
 from grpo_plus.registry import suggestion
 
@@ -73,8 +74,9 @@ def check_kl_target(config: "GRPOPlusConfig") -> None:
 def _check_kl_estimator(config: "GRPOPlusConfig") -> None:
     """Refuse a KL estimator without effect or with a gradient of 0, and warn of k2 times the ratio."""
     given = f"kl_estimator={config.kl_estimator!r}"
-    if config.beta == 0 and config.kl_estimator != OURS_ONLY["kl_estimator"]:
-        raise ValueError(f"{given} has no effect with beta=0. Set beta, or drop kl_estimator.")
+    if beta_of_loss(config) == 0 and config.kl_estimator != OURS_ONLY["kl_estimator"]:
+        where = "a KL in the reward, which is k1" if in_reward(config) else "beta=0"
+        raise ValueError(f"{given} has no effect with {where}. Set beta for a KL in the loss, or drop kl_estimator.")
     if config.kl_estimator == "k1" and not config.use_bias_correction_kl:
         raise ValueError(
             f"{given} with use_bias_correction_kl=False has a gradient of 0 on average, whatever beta is. Set "

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from grpo_plus.config.kl import beta_of_loss, in_reward
 from grpo_plus.kernels.linear_logprob import BACKENDS as SINGLE_PASS
 from grpo_plus.kernels.linear_logprob import why_not_on
 from grpo_plus.losses import LOSSES
@@ -177,7 +178,7 @@ def _check_single_pass(config: "GRPOPlusConfig") -> None:
 
 def why_not_skip(config: "GRPOPlusConfig") -> str | None:
     """Why a completion with zero advantage still has a gradient; None where it has none."""
-    if config.beta != 0.0:
+    if beta_of_loss(config) != 0.0:
         return f"with beta={config.beta} every completion has a KL gradient"
     reason = _why_not_rows_alone(config)
     if reason is not None:
@@ -194,6 +195,8 @@ def why_not_skip_old_policy(config: "GRPOPlusConfig") -> str | None:
         return f"refill_buffer={config.refill_buffer} keeps the log-probabilities of the policy that sampled"
     if not (config.use_vllm and config.vllm_importance_sampling_correction):
         return "TRL makes that pass for vLLM's importance sampling correction, which is off"
+    if in_reward(config):
+        return "kl_in_reward needs the old policy's log-probabilities before the update"
     steps = config.steps_per_generation * config.num_iterations
     if config.gradient_accumulation_steps % steps:
         return (
@@ -212,7 +215,7 @@ def why_not_regroup(config: "GRPOPlusConfig") -> str | None:
     if loss.scope != "row":
         return f"loss_type={loss.name!r} looks at the whole micro-batch"
     if loss.origin == "trl":
-        if loss.name == "bnpo" and config.beta != 0.0:
+        if loss.name == "bnpo" and beta_of_loss(config) != 0.0:
             return f"loss_type='bnpo' with beta={config.beta} divides by the tokens of the micro-batch"
     elif (config.loss_reduction or loss.reduction) == "token-mean":
         return f"loss_type={loss.name!r} divides by the tokens of the micro-batch"

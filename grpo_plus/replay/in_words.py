@@ -125,6 +125,8 @@ def _explanation(replay: Replay) -> str:
     own = recorded_recipe(replay.rollouts)
     if own is None:
         return f"The run recorded `{name}`, which is not registered here: name it with `--estimators` to replay it."
+    if (why := replay.refused.get(described(own))) is not None:
+        return f"The run recorded `{described(own)}`, which no replay gives: {why}."
     if settings.get("reward_weight_schedule"):
         return (
             "The run's reward weights moved (`reward_weight_schedule`), and the replay holds them as they were at the "

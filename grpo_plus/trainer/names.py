@@ -71,6 +71,9 @@ REFILL_AGE = "refill_age"
 # completion that has. NaN is unknown.
 DEMONSTRATED, GIVEN_LOGPS = "demonstrated", "given_logps"
 
+# A column of ours in TRL's dictionaries: the KL of each token to the reference, 0 where the policy did not write.
+REFERENCE_KL = "kl_to_reference"
+
 # Images and what belongs to them, under the names that TRL's dictionaries and its forward share.
 MULTIMODAL = tuple(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)[8:]
 
@@ -101,6 +104,7 @@ PADDING = {
     KEPT_COUNTS: Padding("right", 0),
     KEPT_LISTS: Padding("right", 0),
     SAMPLED_LOGPS: Padding("right", math.nan),
+    REFERENCE_KL: Padding("right", 0),
     "advantages": None,
     REFILL_AGE: None,
     DEMONSTRATED: None,
@@ -321,6 +325,15 @@ def whole_rows(inputs: dict[str, Any]) -> tuple[Tensor, Tensor, int]:
 def multimodal(inputs: dict[str, Any]) -> dict[str, Any]:
     """Images and what belongs to them, as TRL's forward takes them. Empty for rows of text."""
     return {name: inputs[name] for name in MULTIMODAL if inputs.get(name) is not None}
+
+
+def scored(trainer: GRPOTrainer, inputs: dict[str, Any]) -> Tensor:
+    """Log-probabilities (B, T) of whole rows under the policy, in passes of TRL's size."""
+    args = trainer.args
+    rows = args.per_device_train_batch_size if trainer.model.training else args.per_device_eval_batch_size
+    return trainer._get_per_token_logps_and_entropies(
+        trainer.model, *whole_rows(inputs), batch_size=rows, **multimodal(inputs)
+    )[0]
 
 
 def trained_tokens(inputs: dict[str, Any]) -> Tensor:

@@ -19,6 +19,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 from trl import GRPOTrainer
 
+from grpo_plus.config.kl import IN_REWARD
 from grpo_plus.trainer.plain import plain
 from grpo_plus.trainer.refill_buffer import Held
 
@@ -215,10 +216,12 @@ def settings_of(trainer: GRPOTrainer) -> dict[str, Any]:
     """What a generation batch depends on."""
     values = {name: plain(getattr(trainer.args, name, None)) for name in SETTINGS}
     estimator = getattr(trainer.args, "advantage_estimator", None)
+    modifiers = getattr(trainer.args, "advantage_modifiers", None) or {}
     return {
         **values,
         "num_processes": trainer.accelerator.num_processes,
         "beta above 0": trainer.args.beta != 0,
+        IN_REWARD: IN_REWARD in modifiers or None,  # a checkpoint of another version does not say
         "advantage_estimator": plain(estimator) if estimator is None or isinstance(estimator, str) else repr(estimator),
     }
 

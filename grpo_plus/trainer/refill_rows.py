@@ -82,7 +82,7 @@ def join_rewards(old: Rewards, new: Rewards, groups: Tensor) -> Rewards:
         both = getattr(old, name), getattr(new, name)
         return None if None in both else tuple((*both[0], *both[1])[group] for group in groups.tolist())
 
-    def lengths(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    def numbers(first: Tensor | None, second: Tensor | None) -> Tensor | None:
         return None if first is None or second is None else torch.cat([first, second])[groups]
 
     # A batch in which no tool was called has one kind of length.
@@ -91,11 +91,12 @@ def join_rewards(old: Rewards, new: Rewards, groups: Tensor) -> Rewards:
     return replace(
         old,
         values=torch.cat([old.values, new.values])[groups],
-        lengths=lengths(old.lengths, new.lengths),
+        lengths=numbers(old.lengths, new.lengths),
         tasks=labels("tasks"),
         prompts=labels("prompts"),
         steps=_join_steps(old, new, groups),
-        full_lengths=lengths(old.spans, new.spans) if some_called else None,
+        full_lengths=numbers(old.spans, new.spans) if some_called else None,
+        kl_penalty=numbers(old.kl_penalty, new.kl_penalty),
     )
 
 

@@ -19,10 +19,9 @@ from grpo_plus.trainer.names import (
     REFILL_AGE,
     log_value,
     logged_columns,
-    multimodal,
+    scored,
     tokenizer_of,
     trained_tokens,
-    whole_rows,
 )
 from grpo_plus.trainer.prompts import rows_at
 from grpo_plus.trainer.refill_buffer import Log, RefillBuffer, joined, split
@@ -91,11 +90,8 @@ class Refills:
             return output
         old_logps = output.get("old_per_token_logps")
         if old_logps is None:
-            at_once = trainer.args.per_device_train_batch_size
             with torch.no_grad():
-                old_logps, _, _ = trainer._get_per_token_logps_and_entropies(
-                    trainer.model, *whole_rows(output), at_once, **multimodal(output)
-                )
+                old_logps = scored(trainer, output)
         age = torch.zeros(len(old_logps), device=old_logps.device)
         return output | {"old_per_token_logps": old_logps, REFILL_AGE: age}
 

@@ -7,12 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
+from grpo_plus.losses import LossInputs
 from grpo_plus.packing import Logps, Packed, PaddedRows, base_model, forward_live, forward_padded, score_padded
 from grpo_plus.trainer.demonstrations import Demonstrations
 from grpo_plus.trainer.guarding import GuardedSeam
 from grpo_plus.trainer.kept import KeptSets
 from grpo_plus.trainer.micro_batches import MicroBatches
-from grpo_plus.trainer.names import multimodal
+from grpo_plus.trainer.names import SAMPLER_RATIO, multimodal, trained_tokens, whole_rows
 from grpo_plus.trainer.pictures import knows_rows, pictures_of, with_images
 from grpo_plus.trainer.spread import spreads_weights
 
@@ -126,3 +127,21 @@ class ScoringSeam(GuardedSeam):
             if packed is None and rows.truncated is not None:
                 packed = score_padded(model, base, rows, self.speed.passes.rows(batch_size, rows.input_ids.shape[1]))
             return packed
+
+    def _loss_inputs(self, model: Any, inputs: dict[str, Any]) -> tuple[LossInputs, Tensor]:
+        """The policy's forward on one micro-batch, with TRL's names translated; and the entropies (B, T)."""
+        logps, entropies, _ = self._get_per_token_logps_and_entropies(
+            model, *whole_rows(inputs), compute_entropy=True, **multimodal(inputs)
+        )
+        advantages = inputs["advantages"]
+        old_logps = inputs.get("old_per_token_logps")
+        loss_inputs = LossInputs(
+            logps=logps,
+            old_logps=logps.detach() if old_logps is None else old_logps,
+            advantages=advantages.unsqueeze(1) if advantages.dim() == 1 else advantages,
+            mask=trained_tokens(inputs),
+            ref_logps=inputs.get("ref_per_token_logps"),
+            importance_sampling_ratio=inputs.get(SAMPLER_RATIO),
+            sampling_logps=inputs.get("sampling_per_token_logps"),
+        )
+        return loss_inputs, entropies

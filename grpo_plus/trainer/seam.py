@@ -21,7 +21,7 @@ from grpo_plus.config.data import check_data
 from grpo_plus.config.numbers import check_numbers
 from grpo_plus.config.plain import own_fields
 from grpo_plus.config.speed import check_liger
-from grpo_plus.losses import TRL_LOSSES, LossInputs
+from grpo_plus.losses import TRL_LOSSES
 from grpo_plus.models.adapters import adapter_values
 from grpo_plus.models.pictures import image_token
 from grpo_plus.qlora.checks import check_run
@@ -32,9 +32,9 @@ from grpo_plus.trainer.figures import Figures
 from grpo_plus.trainer.generation import generating
 from grpo_plus.trainer.guard import Guard
 from grpo_plus.trainer.kept import KeptSets
+from grpo_plus.trainer.kl_in_reward import KLInReward
 from grpo_plus.trainer.micro_batches import MicroBatches, read
 from grpo_plus.trainer.names import (
-    SAMPLER_RATIO,
     complete_table_columns,
     dataset_prompts,
     gathered_labels,
@@ -43,7 +43,6 @@ from grpo_plus.trainer.names import (
     log_advantages_anew,
     logged_advantages,
     multimodal,
-    trained_tokens,
     whole_rows,
 )
 from grpo_plus.trainer.overlap import Overlap
@@ -110,6 +109,7 @@ class TRLSeam(ScoringSeam):
         self._refills = Refills(self, self.plus.max_refills, self._buffer)
         self.prompt_sampler = sampler_of_prompts(self)
         self._demonstrations = Demonstrations(self)
+        self._kl = KLInReward(self)
         self._kept = KeptSets(self, self.plus.truncated_sampling, tells=self.has_own_fields)
         self._sampler = SamplerRatio(self, in_update=self.speed.drops_old_policy_pass)
         self._step_figures = step_figures_of(self)
@@ -205,8 +205,8 @@ class TRLSeam(ScoringSeam):
 
         def generate(rows: list[dict[str, Any]]) -> tuple[dict[str, Any], Rewards]:
             with self._demonstrations.of(rows), self._overlap.batch(rows):
-                output = self._sampler.added_to(self._kept.added_to(self._refills.scored(score(rows))))
-                output = self._demonstrations.added_to(output)
+                scored = self._kl.added_to(self._refills.scored(score(rows)))
+                output = self._demonstrations.added_to(self._sampler.added_to(self._kept.added_to(scored)))
             if sampler is not None:
                 sampler.take(self._demonstrations.of_the_policy(self.rewards))
             return output, self.rewards
@@ -304,7 +304,8 @@ class TRLSeam(ScoringSeam):
         # the ratio to the sampler for the loss.
         self._micro_batch = inputs = dict(inputs)
         try:
-            loss = super()._compute_loss(model, inputs) if trls else self._compute_our_loss(model, inputs)
+            with self._kl.left_out_of_the_loss(inputs):
+                loss = super()._compute_loss(model, inputs) if trls else self._compute_our_loss(model, inputs)
         finally:
             self._micro_batch = None
         self._step_figures.take(inputs)
@@ -328,21 +329,3 @@ class TRLSeam(ScoringSeam):
         for name, values in {**result.metrics, "entropy": entropies}.items():
             self._step_figures.add(name, values, loss_inputs.mask)
         return result.loss
-
-    def _loss_inputs(self, model: Any, inputs: dict[str, Any]) -> tuple[LossInputs, Tensor]:
-        """The policy's forward on one micro-batch, with TRL's names translated; and the entropies (B, T)."""
-        logps, entropies, _ = self._get_per_token_logps_and_entropies(
-            model, *whole_rows(inputs), compute_entropy=True, **multimodal(inputs)
-        )
-        advantages = inputs["advantages"]
-        old_logps = inputs.get("old_per_token_logps")
-        loss_inputs = LossInputs(
-            logps=logps,
-            old_logps=logps.detach() if old_logps is None else old_logps,
-            advantages=advantages.unsqueeze(1) if advantages.dim() == 1 else advantages,
-            mask=trained_tokens(inputs),
-            ref_logps=inputs.get("ref_per_token_logps"),
-            importance_sampling_ratio=inputs.get(SAMPLER_RATIO),
-            sampling_logps=inputs.get("sampling_per_token_logps"),
-        )
-        return loss_inputs, entropies

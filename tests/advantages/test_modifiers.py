@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 
 from grpo_plus.advantages import ESTIMATORS, MODIFIERS, Rewards, UnknownRewardError, check_modifiers, estimate
+from grpo_plus.advantages.kl_penalty import kl_in_reward
 from grpo_plus.advantages.modifiers import alp, clip, difficulty, filter_zero_std, gate
 from tests.advantages.cases import rewards_of
 from tests.advantages.test_properties import advantages_of, batches, every_estimator, fit
@@ -39,6 +40,23 @@ def test_gate_leaves_abstentions_alone():
 def test_gate_takes_a_list_of_what_it_gates():
     rewards = replace(rewards_of([[[0, 1, 1]]]), names=("correctness", "length", "format"))
     assert gate(rewards, by="correctness", gated=["format"]).values.tolist() == [[[0, 1, 0]]]
+
+
+def test_kl_in_reward_takes_the_penalty_from_every_judged_completion():
+    rewards = graded([[[1, 0.5], [0, 0.5], [1, None], [None, None]]])
+    priced = kl_in_reward(replace(rewards, kl_penalty=torch.tensor([[0.3, -0.1, 0.2, 0.4]]).double()))
+    assert priced.total()[0, :3].tolist() == pytest.approx([1.2, 0.6, 0.8])
+    assert priced.judged.tolist() == [[True, True, True, False]]
+    # The others' means: 0.7, 1, 0.9.
+    assert estimate("rloo", priced).tolist() == [pytest.approx([0.5, -0.4, -0.1, 0.0])]
+    assert priced.names == ("correctness", "length", "kl_in_reward")
+
+
+def test_kl_in_reward_refuses_rewards_whose_kl_nobody_knows():
+    with pytest.raises(ValueError, match="a log of completions does not hold it"):
+        estimate("rloo", graded([[[1, 0], [0, 0]]]), modifiers={"kl_in_reward": {}})
+    with pytest.raises(ValueError, match=r"kl_penalty has shape \(1, 3\); \(1, 2\) is needed"):
+        replace(graded([[[1, 0], [0, 0]]]), kl_penalty=torch.zeros(1, 3))
 
 
 def test_alp_charges_tokens_by_the_share_that_succeeds():
@@ -194,6 +212,7 @@ def test_every_modifier_passes_the_check_with_what_it_needs():
         "pods": {"keep": 2},
         "gfpo": {"keep": 2},
         "alp": {"by": "a", "beta": 0.1, "max_length": 100},
+        "kl_in_reward": {},
     }
     assert set(needed) == set(MODIFIERS)
     check_modifiers(needed)

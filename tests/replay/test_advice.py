@@ -14,7 +14,7 @@ from grpo_plus.config import GRPOPlusConfig
 from grpo_plus.replay import Rollouts, replay
 from grpo_plus.replay.advice import advise
 from grpo_plus.replay.evidence import Evidence, evidence_of
-from grpo_plus.replay.in_words import headline, in_short
+from grpo_plus.replay.in_words import headline, in_short, origin_lines
 from grpo_plus.replay.rules import RULES
 from tests.replay.logs import write_rewards
 
@@ -220,6 +220,16 @@ def test_a_replay_advises_on_its_own_log(apart):
     lines = in_short(apart)
     assert lines[0] == "Compare `grpo` with `gdpo` and `mo_grpo`."
     assert "8 times less: this speaks for `gdpo` and `mo_grpo`" in lines[1]
+
+
+def test_a_run_with_the_kl_in_its_reward_says_why_it_has_no_recipe(tmp_path):
+    write_rewards(
+        tmp_path, 1, {"a": [1.0, 0.0, 0.0, 1.0]}, size=2, advantage=[0.9, -0.9, -1.2, 1.2], completion=list("abcd")
+    )
+    settings = {"num_generations": 2, "advantage_estimator": "rloo", "advantage_modifiers": {"kl_in_reward": {}}}
+    (tmp_path / "grpo_plus_run.json").write_text(json.dumps({"settings": settings, "rewards": {"a": 1.0}}))
+    lines = origin_lines(replay(Rollouts(tmp_path)))
+    assert "recorded `rloo + kl_in_reward`, which no replay gives: kl_in_reward needs the KL" in lines[0]
 
 
 def test_the_command_is_one_that_compare_takes(apart, capsys):

@@ -48,6 +48,8 @@ CASES: dict[str, dict[str, Any]] = {
     "moved reference": REUSED
     | {"beta": 0.1, "sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.6},
     "kl_target": REUSED | {"beta": 0.1, "kl_target": 0.01},
+    "kl in the reward": REUSED
+    | {"beta": 0.1, "kl_target": 0.01, "advantage_estimator": "rloo", "advantage_modifiers": {"kl_in_reward": {}}},
     "ema_task": REUSED | TASK | {"advantage_estimator": "ema_task"},
     "popart": REUSED | TASK | {"advantage_estimator": "popart"},
     "truncated sampling": REUSED | {"top_p": 0.7, "truncated_sampling": "correct"},
