@@ -8,11 +8,11 @@ from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from trl import GRPOTrainer
 
 
-def under_zero(trainer: GRPOTrainer, patch: pytest.MonkeyPatch, stage: int) -> None:
-    """As under DeepSpeed at this stage of ZeRO."""
+def under_zero(trainer: GRPOTrainer, patch: pytest.MonkeyPatch, stage: int, **settings: Any) -> None:
+    """As under DeepSpeed at this stage of ZeRO, with these settings."""
     state = vars(trainer.accelerator.state)
     patch.setitem(state, "distributed_type", DistributedType.DEEPSPEED)
-    patch.setitem(state, "deepspeed_plugins", DeepSpeedPlugin(zero_stage=stage))
+    patch.setitem(state, "deepspeed_plugins", DeepSpeedPlugin(zero_stage=stage, **settings))
     patch.setattr(trainer, "is_deepspeed_enabled", True)
 
 

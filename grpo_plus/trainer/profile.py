@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from transformers import TrainerState as State
 from transformers import TrainingArguments as Arguments
 
 from grpo_plus.trainer.names import GENERATES, PREPARES, log_value
+from grpo_plus.trainer.spread import gathered
 
 
 class StepProfile(TrainerCallback):
@@ -36,7 +38,9 @@ class StepProfile(TrainerCallback):
       each phase since training began, on a CUDA device and on Linux. These are the phases of `grpo-plus plan`. At each
       phase the peaks that torch or Linux keep for the process are reset.
 
-    While training runs, two methods of this one trainer are wrapped. Each process measures itself, the main one logs.
+    While training runs, two methods of this one trainer are wrapped. With several processes, seconds are the mean over
+    them, and memory is that of the process that needs the most. Add the callback on every process: they wait for each
+    other at the end of a step.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -73,14 +77,17 @@ class StepProfile(TrainerCallback):
         """Hand the step's numbers to TRL's log, before it is written."""
         step = self._now() - self._began
         generate, prepare = self._seconds[GENERATES], self._seconds[PREPARES]
-        phases = {"generate_s": generate, "score_s": prepare - generate, "update_s": step - prepare}
-        for name, seconds in phases.items():
-            log_value(self.trainer, f"profile/{name}", seconds)
+        seconds = {"generate_s": generate, "score_s": prepare - generate, "update_s": step - prepare}
         self._memory.enter(None)  # what follows, an evaluation or a save, is no part of a phase
-        for phase, peak in self._memory.peaks.items():
-            log_value(self.trainer, f"profile/{phase}_peak_gb", peak / 1e9, latest=True)
+        peaks = {f"{phase}_peak_gb": peak for phase, peak in self._memory.peaks.items()}
         if (overall := self._memory.overall) is not None:
-            log_value(self.trainer, "profile/peak_memory_gb", overall / 1e9, latest=True)
+            peaks["peak_memory_gb"] = overall
+        processes = gathered((seconds, peaks))
+        for name in seconds:
+            log_value(self.trainer, f"profile/{name}", fmean(found[name] for found, _ in processes))
+        for name in sorted({name for _, found in processes for name in found}):
+            most = max(found[name] for _, found in processes if name in found)
+            log_value(self.trainer, f"profile/{name}", most / 1e9, latest=True)
 
     def on_train_end(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
         """Leave the trainer as it was."""

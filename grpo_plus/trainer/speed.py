@@ -202,7 +202,8 @@ def _packer(trainer: GRPOTrainer, config: GRPOPlusConfig, skips: bool, measure: 
         "note": "skipping zero-advantage rows" if skips else None,
     }
     if spreads_weights(trainer):
-        return SpreadPacker(config.packing, gathered=gathered, **common)
+        reference = trainer.ref_model and trainer.accelerator.unwrap_model(trainer.ref_model)
+        return SpreadPacker(config.packing, gathered=gathered, reference=reference, **common)
     common |= {"head": _head(trainer, config, measured=measure is not None), "insist_on_head": insists_on_head}
     if trainer.accelerator.num_processes > 1:
         return JointPacker(config.packing, gathered=gathered, **common)

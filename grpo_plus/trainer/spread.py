@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import gather_object
 from torch.distributed.fsdp import CPUOffloadPolicy
 from trl import GRPOTrainer
 
@@ -30,19 +30,32 @@ def why_not_whole_weights(trainer: GRPOTrainer) -> str | None:
 
 def why_not_packed_when_spread(trainer: GRPOTrainer) -> str | None:
     """Reason why the rows of a model with spread weights stay padded. None where they may be packed."""
+    if reason := _why_not_with_zero(trainer) if trainer.is_deepspeed_enabled else _why_not_with_fsdp(trainer):
+        return reason
+    base = base_model(trainer.accelerator.unwrap_model(trainer.model))
+    if reads_images(base):
+        return "the model reads images, whose packed rows call parts of it, which spread weights cannot serve"
+    if rescaled_from(base) != float("inf"):
+        return "position frequencies depend on a row's length, which differs between the processes"
+    return None
+
+
+def _why_not_with_zero(trainer: GRPOTrainer) -> str | None:
+    config = trainer.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+    if config.get("offload_param", {}).get("device", "none") != "none":
+        return "DeepSpeed keeps the weights on the host (offload_param), where packing is not tested"
+    return None
+
+
+def _why_not_with_fsdp(trainer: GRPOTrainer) -> str | None:
     accelerator = trainer.accelerator
-    if accelerator.distributed_type != DistributedType.FSDP or not accelerator.is_fsdp2:
+    if not accelerator.is_fsdp2:
         return f"{why_not_whole_weights(trainer)}, where packing is tested with FSDP2 alone"
     plugin: Any = accelerator.state.fsdp_plugin
     if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
         return "FSDP keeps the weights on the host (cpu_offload), where packing is not tested"
     if plugin.activation_checkpointing:
         return "FSDP's own activation_checkpointing is not tested with packing: set gradient_checkpointing instead"
-    base = base_model(accelerator.unwrap_model(trainer.model))
-    if reads_images(base):
-        return "the model reads images, whose packed rows call parts of it, which FSDP cannot serve"
-    if rescaled_from(base) != float("inf"):
-        return "position frequencies depend on a row's length, which differs between the processes of FSDP"
     return None
 
 

@@ -61,7 +61,7 @@ def test_two_ranks_train_the_same_weights_with_and_without(runs, kind):
 def test_what_fails_on_one_rank_is_done_by_none(runs):
     folder = runs / REFUSED
     forms = [json.loads((folder / f"packing_{rank}.json").read_text()) for rank in range(2)]
-    assert forms == ["shared_prompt (two passes through the model's cache)"] * 2
+    assert forms == [["shared_prompt (two passes through the model's cache)"]] * 2
     first, second = (entry for entry in json.loads((folder / "log_0.json").read_text()) if "loss" in entry)
     # Each process learns what it cannot decode while it does, and the others from the next batch on.
     assert "rollout/live_rows" in first

@@ -35,12 +35,18 @@ KINDS = {
         "gradient_checkpointing": True,
         "beta": 0.1,
     },
+    # A reference of whole weights, whose rows are packed, too.
+    "reference": {"saved": True, "beta": 0.1, "per_device_train_batch_size": 4, "max_steps": 3},
 }
-SPREAD = {kind: job(f"sharded-{kind}", **TEN_STEPS, **extra, **FSDP) for kind, extra in KINDS.items()}
+SPREAD = {kind: job(f"sharded-{kind}", **{**TEN_STEPS, **extra, **FSDP}) for kind, extra in KINDS.items()}
 SAMPLED = job("sharded-sampled", **CONFIG, packing="shared_prompt", **FSDP)
 SAVED = {"max_steps": 2, "per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 1, **FSDP}
 WHOLE = job("sharded-whole", **SAVED)
 RESUMED = job("sharded-resumed", resume_from=f"{WHOLE}/checkpoint-1", **SAVED)
+
+
+# What depends on which rows a process has, and on the clock.
+OF_ITS_OWN = ("packing/", "profile/", "step_time")
 
 
 def read(folder: Path, name: str, rank: int = 0) -> Any:
@@ -54,21 +60,37 @@ def kind(request) -> str:
 
 @pytest.fixture(scope="module")
 def one(kind, tmp_path_factory) -> Path:
-    """The same training in one process, with all rows."""
-    folder = tmp_path_factory.mktemp(kind)
-    rows = 2 * KINDS[kind]["per_device_train_batch_size"]
-    worker.train(folder, {**TEN_STEPS, **KINDS[kind], "per_device_train_batch_size": rows})
+    """What one process has written, with the rows of both."""
+    return trained_alone(tmp_path_factory.mktemp(kind), kind)
+
+
+def trained_alone(folder: Path, kind: str) -> Path:
+    config = {**TEN_STEPS, **KINDS[kind]}
+    if config.get("saved"):
+        worker.save_model(folder)
+    worker.train(folder, {**config, "per_device_train_batch_size": 2 * config["per_device_train_batch_size"]})
     return folder
 
 
 def test_ten_steps_with_spread_weights_are_those_of_one_process(runs, one, kind):
     for rank in range(2):
-        assert read(runs / SPREAD[kind], "packing", rank) == "shared_prompt (segment attention)"
+        models = 2 if kind == "reference" else 1
+        assert read(runs / SPREAD[kind], "packing", rank) == ["shared_prompt (segment attention)"] * models
         assert set(read(runs / SPREAD[kind], "spread", rank)) == set(read(one, "weights"))  # and not DDP
         assert read(runs / SPREAD[kind], "state", rank) == read(one, "state")
     start = torch.tensor(read(one, "start"))
     both, alone = (flat(read(folder, "weights")) - start for folder in (runs / SPREAD[kind], one))
     assert_close("update", both, alone, rtol=1e-6)
+
+
+def test_the_log_is_that_of_one_process_with_all_rows(runs, one, kind):
+    both, alone = ([entry for entry in read(folder, "log") if "loss" in entry] for folder in (runs / SPREAD[kind], one))
+    assert len(both) == len(alone) == KINDS[kind].get("max_steps", 10)
+    for entry, expected in zip(both, alone, strict=True):
+        names = {name for name in entry.keys() | expected.keys() if not name.startswith(OF_ITS_OWN)}
+        figures = [{name: figures[name] for name in names} for figures in (entry, expected)]
+        # A process whose rows are all dead forwards one of them, whose entropy counts.
+        assert figures[0] == pytest.approx(figures[1], rel=1e-3, abs=1e-6)
 
 
 def flat(weights: dict[str, Any]) -> torch.Tensor:

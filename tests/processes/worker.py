@@ -19,7 +19,8 @@ from accelerate import DistributedType, PartialState
 from peft import LoraConfig
 from torch.distributed.tensor import DTensor
 
-from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer, cli
+from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer, StepProfile, cli
+from grpo_plus.demo.tiny import tiny_model, tiny_tokenizer
 from grpo_plus.report.completions import STEP_COLUMNS
 from grpo_plus.trainer.spread import least
 from tests.refilling import MIXED, Judge
@@ -83,6 +84,14 @@ def refuse(_: Any, inputs: tuple, named: dict[str, Any]) -> None:
         raise ValueError("no packed rows here")
     if ids.shape == (3, 1):
         raise ValueError("no decoding here")
+
+
+SAVED = "base"
+
+
+def save_model(folder: Path) -> None:
+    """Save a model for a job with `saved`, which loads the policy and its reference from there."""
+    tiny_model(tiny_tokenizer(), hidden_size=32, num_heads=2).save_pretrained(folder / SAVED)
 
 
 FAULTS = {"rewards": forgetful, "steps": short_of_steps}
@@ -192,6 +201,7 @@ def train(output_dir: Path, config: dict[str, Any]) -> None:
         held_out["rollout_func"] = given()
     trainer = make_trainer(
         output_dir,
+        model=str(output_dir / SAVED) if config.pop("saved", False) else None,
         trainer_class=type("Faulty", (Spoiled,), faults),
         config_class=Sharded if "fsdp" in config else GRPOPlusConfig,
         trainer_arguments={"peft_config": adapter, **held_out},
@@ -200,6 +210,7 @@ def train(output_dir: Path, config: dict[str, Any]) -> None:
         **config,
     )
     rank = PartialState().process_index
+    trainer.add_callback(StepProfile(trainer))
     if rank == refuses:
         trainer.model.base_model.register_forward_pre_hook(refuse, with_kwargs=True)
     start = torch.cat([weight.flatten() for weight in weights_of(trainer).values()])
@@ -229,7 +240,9 @@ def train(output_dir: Path, config: dict[str, Any]) -> None:
         "weights": {name: weight.tolist() for name, weight in whole_weights(trainer).items()},
         "start": start.tolist(),
         "spread": [name for name, weight in weights_of(trainer).items() if isinstance(weight, DTensor)],
-        "packing": trainer.speed.packer.describe() if trainer.speed.packer else "none",
+        "packing": [choice and choice.description for choice in trainer.speed.packer._choices.values()]
+        if trainer.speed.packer
+        else [],
     }
     for name, values in written.items():
         (output_dir / f"{name}_{rank}.json").write_text(json.dumps(values))

@@ -35,17 +35,26 @@ def test_zero_1_and_2_keep_what_whole_weights_allow(tmp_path, monkeypatch, stage
     assert found.chunks is not None
 
 
-def test_zero_3_keeps_trls_way_and_names_the_reason(tmp_path, monkeypatch):
+def test_zero_3_packs_with_the_models_own_head_and_layers(tmp_path, monkeypatch):
     trainer = made(tmp_path)
     under_zero(trainer, monkeypatch, 3)
-    with pytest.warns(UserWarning, match="packing: none") as caught:
-        found = speed(trainer)
-    assert (found.packer, found.rollouts, found.fuses_lora) == (None, None, False)
-    said = [str(warning.message) for warning in caught]
     reason = "DeepSpeed ZeRO-3 spreads the weights over the processes"
-    assert f"packing: none, rows stay padded. {reason}, where packing is tested with FSDP2 alone." in said
-    assert f"lora_backend: PEFT's own forward in all layers. {reason}." in said
-    with pytest.raises(ValueError, match="packing='shared_prompt' is not possible: DeepSpeed ZeRO-3"):
+    with pytest.warns(UserWarning, match=f"lora_backend: PEFT's own forward in all layers. {reason}"):
+        found = speed(trainer)
+    assert isinstance(found.packer, SpreadPacker)
+    assert found.packer.head is None
+    assert (found.rollouts, found.fuses_lora) == (None, False)
+    with pytest.raises(ValueError, match="generation_loop='grouped' is not possible: DeepSpeed ZeRO-3"):
+        speed(trainer, generation_loop="grouped")
+
+
+def test_zero_3_with_weights_on_the_host_stays_padded(tmp_path, monkeypatch):
+    trainer = made(tmp_path)
+    under_zero(trainer, monkeypatch, 3, offload_param_device="cpu")
+    reason = "DeepSpeed keeps the weights on the host"
+    with pytest.warns(UserWarning, match=f"packing: none, rows stay padded. {reason}"):
+        assert speed(trainer).packer is None
+    with pytest.raises(ValueError, match=f"packing='shared_prompt' is not possible: {reason}"):
         speed(trainer, packing="shared_prompt")
 
 
