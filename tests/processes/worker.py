@@ -7,8 +7,8 @@ import os
 import random
 import signal
 import sys
-from collections.abc import Callable
-from contextlib import chdir, redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, chdir, contextmanager, nullcontext, redirect_stdout
 from io import StringIO
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,13 +18,16 @@ import torch
 from accelerate import DistributedType, PartialState
 from peft import LoraConfig
 from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
 
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer, StepProfile, cli
 from grpo_plus.demo.tiny import tiny_model, tiny_tokenizer
 from grpo_plus.report.completions import STEP_COLUMNS
 from grpo_plus.trainer.spread import least
+from tests import vllm_standin
 from tests.refilling import MIXED, Judge
 from tests.training import PROMPTS, brevity, make_trainer, stepwise, vowels, weights_of
+from tests.vllm_standin.server import serving
 
 
 class Recorder(GRPOPlusTrainer):
@@ -167,6 +170,19 @@ def whole_weights(trainer: GRPOPlusTrainer) -> dict[str, torch.Tensor]:
     return {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in weights.items()}
 
 
+@contextmanager
+def served(output_dir: Path, config: dict[str, Any]) -> Iterator[None]:
+    """The stand-in for vLLM, and a server above it where the configuration asks for one. The first process has it."""
+    with ExitStack() as stack:
+        stack.enter_context(vllm_standin.installed())
+        if os.environ["RANK"] == "0" and config.get("vllm_mode") == "server":
+            from vllm import LLM
+
+            engine = LLM(str(output_dir / "base"), logprobs_mode="processed_logprobs", enable_lora=True)
+            config["vllm_server_base_url"] = stack.enter_context(serving(engine)).url
+        yield
+
+
 def run_command(folder: Path, command: list[str]) -> None:
     """Run a command of ours as a user's shell would in that folder, and keep what it prints."""
     printed = StringIO()
@@ -199,6 +215,8 @@ def train(output_dir: Path, config: dict[str, Any]) -> None:
     adapter = LoraConfig(r=4, target_modules="all-linear") if config.pop("lora", False) else None
     if config.pop("given", False):
         held_out["rollout_func"] = given()
+    if config.get("use_vllm"):
+        task["model"] = AutoModelForCausalLM.from_pretrained(output_dir / "base", dtype=torch.float32)
     trainer = make_trainer(
         output_dir,
         model=str(output_dir / SAVED) if config.pop("saved", False) else None,
@@ -256,5 +274,6 @@ if __name__ == "__main__":
             del os.environ[variable]  # accelerate leaves word of FSDP to all that follows
         if "command" in config:
             run_command(folder / name, config["command"])
-        else:
+            continue
+        with served(folder / name, config) if config.get("use_vllm") else nullcontext():
             train(folder / name, config)

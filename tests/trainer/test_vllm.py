@@ -84,7 +84,7 @@ def test_the_files_of_one_version_are_kept_and_gone_with_the_trainer(tmp_path, b
     trainer = make(tmp_path, load(base))
     for _ in range(2):
         trainer.vllm_generation.sync_weights()
-    folder = tmp_path / "_vllm_lora" / "process-0"
+    folder = tmp_path / "_vllm_lora_0"
     request = trainer.vllm_generation.llm._newest
     assert [str(path) for path in folder.iterdir()] == [request.lora_path]
     assert request.lora_name.endswith("-v2")

@@ -12,7 +12,7 @@ from grpo_plus.trainer.vllm.servable import check_servable, served_rank
 from tests.qlora.models import lora, save_base
 from tests.trainer.adapters_to_vllm import load
 
-WHOLE = SimpleNamespace(is_fsdp=False, is_zero3=False)
+WHOLE = SimpleNamespace(fsdp_version=None, is_zero3=False)
 ONE = ["q_proj"]
 
 
@@ -82,10 +82,11 @@ def test_several_adapters_and_other_kinds_of_them_are_refused():
         check_servable(other, WHOLE)
 
 
-def test_spread_weights_are_refused():
+def test_weights_that_are_spread_by_others_than_fsdp2_are_refused():
     model = get_peft_model(tiny(), lora())
-    for spread in (SimpleNamespace(is_fsdp=True, is_zero3=False), SimpleNamespace(is_fsdp=False, is_zero3=True)):
-        with pytest.raises(ValueError, match="FSDP or DeepSpeed ZeRO-3 spreads the adapter"):
+    check_servable(model, SimpleNamespace(fsdp_version=2, is_zero3=False))
+    for spread in (SimpleNamespace(fsdp_version=1, is_zero3=False), SimpleNamespace(fsdp_version=None, is_zero3=True)):
+        with pytest.raises(ValueError, match="DeepSpeed ZeRO-3 or FSDP1 spreads the adapter"):
             check_servable(model, spread)
 
 

@@ -10,8 +10,6 @@ from trl import GRPOTrainer
 
 from grpo_plus.trainer.vllm.calling import calling
 
-FOLDER = "_vllm_lora"  # in output_dir. TRL does not push what begins with "_" to the hub.
-
 
 @contextmanager
 def adapters_alone(config: Any) -> Iterator[None]:
@@ -25,6 +23,6 @@ def adapters_alone(config: Any) -> Iterator[None]:
         return
     from grpo_plus.trainer.vllm.generation import LoRAGeneration
 
-    folder = Path(config.output_dir).absolute() / FOLDER
+    folder = Path(config.output_dir).absolute()
     with calling(GRPOTrainer.__init__, VLLMGeneration=partial(LoRAGeneration, folder=folder)):
         yield

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from grpo_plus.qlora.checks import ADAPTER_WEIGHTS
 
@@ -32,29 +35,44 @@ class AdapterFiles:
     """Writes the active adapter of a model, and keeps the newest version alone.
 
     The folder is this process's own, and is gone when the process ends.
+
+    Args:
+        writes: whether this process writes. The others have no more to do than to gather what is spread.
+        device: where spread weights are gathered.
     """
 
-    def __init__(self, model: Any, folder: Path) -> None:
+    def __init__(self, model: Any, folder: Path, *, writes: bool, device: torch.device) -> None:
         self._model = model
         self._folder = folder
+        self._writes = writes
+        self._device = device
         self._run = secrets.token_hex(4)  # a server may still hold the adapters of an earlier run
         self._version = 0
         shutil.rmtree(folder, ignore_errors=True)
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
 
-    def write(self) -> Adapter:
-        """Write the adapter as it is. It appears under its name when its files are whole."""
+    def write(self) -> Adapter | None:
+        """Write the adapter as it is. All processes must call it. None where this one does not write."""
+        (active,) = self._model.active_adapters
+        weights = get_peft_model_state_dict(self._model, adapter_name=active, save_embedding_layers=False)
+        whole = {key: self._whole(value) for key, value in weights.items()}
+        if not self._writes:
+            return None
         self._version += 1
         name = f"grpo_plus-{self._run}-v{self._version}"
         unfinished, path = self._folder / f".{name}", self._folder / name
         unfinished.mkdir(parents=True)
-        (active,) = self._model.active_adapters
-        weights = get_peft_model_state_dict(self._model, adapter_name=active, save_embedding_layers=False)
-        on_host = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
-        save_file(on_host, unfinished / ADAPTER_WEIGHTS)
+        save_file(whole, unfinished / ADAPTER_WEIGHTS)
         self._model.peft_config[active].save_pretrained(unfinished)
-        unfinished.rename(path)
+        unfinished.rename(path)  # whole files alone have the name that vLLM is told
         return Adapter(name, self._version, str(path))
+
+    def _whole(self, weight: Tensor) -> Tensor:
+        weight = weight.detach()
+        if isinstance(weight, DTensor):  # FSDP2, whose weights may wait on the host
+            spread: Any = weight.to(self._device)
+            weight = spread.full_tensor()
+        return weight.cpu().contiguous()
 
     def keep_only(self, adapter: Adapter) -> None:
         """Remove the other versions, which no request names any more."""

@@ -12,6 +12,8 @@ from grpo_plus.trainer.vllm.client import LoRAClient
 from grpo_plus.trainer.vllm.files import AdapterFiles
 from grpo_plus.trainer.vllm.servable import check_servable, served_rank
 
+FOLDER = "_vllm_lora"  # TRL does not push what begins with "_" to the hub
+
 NOT_RUN = (
     "vllm_lora_sync=True sends vLLM the adapters alone. It was tested with a stand-in for vLLM's engine and server, "
     "and not run against vLLM. The log's sampling/sampling_logp_difference says whether vLLM answers with the policy."
@@ -22,7 +24,7 @@ class LoRAGeneration(VLLMGeneration):
     """TRL's, above a base that vLLM loaded itself.
 
     Args:
-        folder: where the adapter's files go. A server must be able to read them there.
+        folder: where the folders of the adapter's files go. A server must be able to read them there.
     """
 
     def __init__(self, *args: Any, folder: Path, **keywords: Any) -> None:
@@ -39,8 +41,12 @@ class LoRAGeneration(VLLMGeneration):
         if self.mode == "server" and main:
             self.vllm_client.check(rank=self._rank, quantized=bits_of(self.model) == 4)
         # Each process beside an engine writes its own files: no process waits, and nodes share no disk.
-        self._writes = main or self.mode == "colocate"
-        self._files = AdapterFiles(self.model, self._folder / f"process-{self.accelerator.process_index}")
+        self._files = AdapterFiles(
+            self.model,
+            self._folder / f"{FOLDER}_{self.accelerator.process_index}",
+            writes=main or self.mode == "colocate",
+            device=self.accelerator.device,
+        )
         if main:
             warnings.warn(NOT_RUN, stacklevel=2)
 
@@ -55,7 +61,6 @@ class LoRAGeneration(VLLMGeneration):
             empty_cache()
             self.llm.wake_up(tags=["weights"])
             self._llm_weights_sleeping = False
-        if self._writes:
-            adapter = self._files.write()
+        if (adapter := self._files.write()) is not None:
             (self.vllm_client if self.mode == "server" else self.llm).use(adapter)
             self._files.keep_only(adapter)

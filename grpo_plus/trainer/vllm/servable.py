@@ -46,8 +46,8 @@ def check_servable(model: Any, backend: Any) -> None:
         ValueError: names what vLLM cannot serve, and the way out.
     """
     reason = _why_not_adapters(model) or _why_not_config(model) or _why_not_weights(model) or _why_not_base(model)
-    if reason is None and (backend.is_fsdp or backend.is_zero3):
-        reason = "FSDP or DeepSpeed ZeRO-3 spreads the adapter over the processes, which is not built"
+    if reason is None and (backend.is_zero3 or backend.fsdp_version == 1):
+        reason = "DeepSpeed ZeRO-3 or FSDP1 spreads the adapter over the processes, and only FSDP2's is gathered"
     if reason is not None:
         otherwise = "set use_vllm=False" if bits_of(model) else "leave it unset: TRL then sends merged weights"
         raise ValueError(f"vllm_lora_sync=True is not possible: {reason}. Change that, or {otherwise}.")
