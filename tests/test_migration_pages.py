@@ -4,9 +4,11 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
+import torch
 import yaml
+from peft import LoraConfig
 from torch.testing import assert_close
-from trl import GRPOConfig, experimental
+from trl import GRPOConfig, RLOOConfig, RLOOTrainer, experimental
 from trl.experimental.gmpo import GMPOConfig, GMPOTrainer
 
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
@@ -44,7 +46,7 @@ def test_trainers_that_are_said_to_be_removed_are_not_there_and_the_others_are()
     removed, still = EXPERIMENTAL.split("## Still there")
     there = {path.name for path in Path(experimental.__file__).parent.iterdir()}
     gone = set(re.findall(r"^\| `(\w+)\.", removed, re.MULTILINE))
-    assert len(gone) == 7
+    assert len(gone) == 8
     assert gone & there == set()
     assert set(re.findall(r"`(\w+)\.\w+Trainer`", still)) - {"trl"} <= there
 
@@ -65,3 +67,23 @@ def test_gmpo_trains_to_the_weights_of_trls_trainer(tmp_path):
     assert max(entry.get("clip_ratio/high_mean", 0.0) for entry in ours.state.log_history) > 0
     for name, weight in weights_of(theirs).items():
         assert_close(weights_of(ours)[name], weight, rtol=1e-3, atol=1e-4)
+
+
+def test_rloo_trains_to_the_weights_of_trls_trainer(tmp_path):
+    settings = {"max_steps": 3, "gradient_accumulation_steps": 2, "optim": "sgd", "learning_rate": 0.5, "beta": 0.5}
+    adapter = {
+        "trainer_arguments": {"peft_config": LoraConfig(r=4, target_modules="all-linear")}
+    }  # its base is the reference
+    theirs = make_trainer(tmp_path, trainer_class=RLOOTrainer, config_class=RLOOConfig, **settings, **adapter)
+    start = weights_of(theirs)
+    theirs.train()
+    rloo = {"advantage_estimator": "rloo", "loss_type": "kl_to_old", "loss_kwargs": {"beta_old": 0.0}}
+    assert str(rloo).replace("'", '"') in EXPERIMENTAL
+    rloo["advantage_modifiers"] = {"kl_in_reward": {}}
+    plus = {"trainer_class": GRPOPlusTrainer, "config_class": GRPOPlusConfig}
+    ours = make_trainer(tmp_path, **plus, **rloo, **settings, **adapter)
+    ours.train()
+    trained = {name: weight for name, weight in weights_of(theirs).items() if "lora_B" in name}
+    for name, weight in trained.items():
+        assert_close(weights_of(ours)[name], weight, rtol=1e-4, atol=1e-6)
+        assert not torch.equal(weight, start[name])

@@ -23,8 +23,9 @@ NOTEBOOK = ".ipynb"
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".cff": "yaml", "": ""}
 STARTS = ("CONTRIBUTING.md", "CHANGELOG.md")
 ESTIMATORS = ("group", "unnormalized", "batch", "binary", "ranking", "multi_reward", "running", "process", "turns")
-MODIFIERS = ("modifiers.gate", "selection.pods", "modifiers.difficulty", "modifiers.filter_zero_std", "modifiers.clip")
-LOSSES = ("clipped", "reweighted", "sequence", "smooth", "covariance")
+OF_REWARDS = ("modifiers.gate", "selection.pods", "selection.gfpo", "modifiers.alp", "kl_penalty.kl_in_reward")
+MODIFIERS = (*OF_REWARDS, "modifiers.difficulty", "modifiers.filter_zero_std", "modifiers.clip")
+LOSSES = ("clipped", "reweighted", "sequence", "smooth", "covariance", "divergence", "demonstrations")
 
 # A page of the API reference: its title, and the modules whose public names it lists.
 API = {
