@@ -12,7 +12,6 @@ from filelock import FileLock
 from tests.cli.conftest import make_workplace
 from tests.processes.jobs import JOBS
 from tests.processes.worker import save_model
-from tests.qlora.models import save_base
 
 ROOT = Path(__file__).parents[2]
 
@@ -37,8 +36,6 @@ def launch(folder: Path) -> None:
             make_workplace(folder / name)
         if config.get("saved"):
             save_model(folder / name)
-        if config.get("use_vllm"):
-            save_base(folder / name / "base", num_layers=1)
     # `--cpu` would ask for MPI; this launcher is torchrun, and use_cpu=True makes the processes meet over gloo.
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]

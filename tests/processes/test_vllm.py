@@ -11,6 +11,7 @@ FSDP = {"fsdp": True, "fsdp_config": {"version": 2, "cpu_ram_efficient_loading":
 CONFIG = {
     "use_vllm": True,
     "vllm_lora_sync": True,
+    "saved": True,
     "lora": True,
     "max_steps": 2,
     "per_device_train_batch_size": 4,

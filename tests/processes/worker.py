@@ -18,7 +18,6 @@ import torch
 from accelerate import DistributedType, PartialState
 from peft import LoraConfig
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM
 
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer, StepProfile, cli
 from grpo_plus.demo.tiny import tiny_model, tiny_tokenizer
@@ -178,7 +177,7 @@ def served(output_dir: Path, config: dict[str, Any]) -> Iterator[None]:
         if os.environ["RANK"] == "0" and config.get("vllm_mode") == "server":
             from vllm import LLM
 
-            engine = LLM(str(output_dir / "base"), logprobs_mode="processed_logprobs", enable_lora=True)
+            engine = LLM(str(output_dir / SAVED), logprobs_mode="processed_logprobs", enable_lora=True)
             config["vllm_server_base_url"] = stack.enter_context(serving(engine)).url
         yield
 
@@ -215,8 +214,6 @@ def train(output_dir: Path, config: dict[str, Any]) -> None:
     adapter = LoraConfig(r=4, target_modules="all-linear") if config.pop("lora", False) else None
     if config.pop("given", False):
         held_out["rollout_func"] = given()
-    if config.get("use_vllm"):
-        task["model"] = AutoModelForCausalLM.from_pretrained(output_dir / "base", dtype=torch.float32)
     trainer = make_trainer(
         output_dir,
         model=str(output_dir / SAVED) if config.pop("saved", False) else None,
