@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from grpo_plus.config.overlap import BATCH, GROUPS
 from grpo_plus.losses import LOSSES
-from grpo_plus.losses.demonstrations import UNJUDGED, check_demonstration_loss, differ_by_token
+from grpo_plus.losses.demonstrations import BY_DEFAULT, UNJUDGED, check_demonstration_loss, differ_by_token
 
 if TYPE_CHECKING:
     from grpo_plus.config.fields import GRPOPlusConfig
@@ -21,7 +21,7 @@ def check_demonstrations(config: "GRPOPlusConfig") -> None:
             )
         return
     assert not isinstance(chosen, str)  # the configuration has read it
-    chosen = chosen or {"imitation": {}}
+    chosen = chosen or BY_DEFAULT
     check_demonstration_loss(chosen)
     _check_loss(config, chosen)
     if config.truncated_sampling is not None:

@@ -108,6 +108,8 @@ def _annealed(step: int, peak: float, end: float, warmup_steps: int, decay_steps
 
 DEMONSTRATION_LOSSES = {"imitation": imitation, "luffy": luffy, "chord": chord}
 """What `demonstration_loss` takes."""
+BY_DEFAULT: dict[str, dict[str, Any]] = {"imitation": {}}
+"""What an unset `demonstration_loss` means."""
 UNJUDGED = ("chord",)
 """Of these, the ways in which a demonstration has no advantage."""
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from grpo_plus.advantages import Rewards
 from grpo_plus.config.run import check_demonstrated_run
 from grpo_plus.losses import LOSSES
-from grpo_plus.losses.demonstrations import UNJUDGED, demonstration_weights
+from grpo_plus.losses.demonstrations import BY_DEFAULT, UNJUDGED, demonstration_weights
 from grpo_plus.packing.transfer import on_device
 from grpo_plus.trainer.given import Given, given_of, listed
 from grpo_plus.trainer.names import DEMONSTRATED, GIVEN_LOGPS, log_value, set_reported, trained_tokens
@@ -41,14 +41,13 @@ class Demonstrations:
 
     def __init__(self, trainer: "TRLSeam") -> None:
         self._trainer = trainer
-        column = trainer.plus.demonstration_column
-        self._column = column or ""
-        self._loss: Any = trainer.plus.demonstration_loss or {"imitation": {}}
+        self._column = trainer.plus.demonstration_column or ""
+        self._loss: Any = trainer.plus.demonstration_loss or BY_DEFAULT
         self._judges = not set(self._loss) & set(UNJUDGED)
         self._given: dict[int, Given] = {}  # of the batch that is being generated, by this process's row
         self._rows_given: Tensor | None = None  # (B,) of all processes, of the batch that was judged last
-        if column is not None:
-            check_demonstrated_run(column, trainer)
+        if self._column:
+            check_demonstrated_run(self._column, trainer)
             self._check_first()
 
     @property
