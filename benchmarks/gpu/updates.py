@@ -17,8 +17,9 @@ from benchmarks.gpu.record import OutOfTimeError, Setting, Stage, described
 from benchmarks.memory_run import MODELS, TINY
 from grpo_plus.packing import single_pass_head
 from grpo_plus.packing.candidates import base_model
+from grpo_plus.packing.choice import Choice
 from grpo_plus.packing.forward import Form, install_packed_forward
-from grpo_plus.packing.packer import Choice, Packer
+from grpo_plus.packing.packer import Packer
 from grpo_plus.packing.passes import CACHED
 from grpo_plus.packing.rows import CASCADE, PADDING_FREE, PADDING_FREE_FLASH, SEGMENTS
 

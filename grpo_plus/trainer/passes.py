@@ -6,9 +6,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from trl import GRPOTrainer
 
+from grpo_plus.config import GRPOPlusConfig
+from grpo_plus.config.speed import AUTO_PASSES
 from grpo_plus.planner import plan
 from grpo_plus.planner.loaded import shape_and_run
+from grpo_plus.trainer.spread import least
 
 logger = logging.getLogger("grpo_plus")
 
@@ -56,6 +60,25 @@ class Passes:
             f"An update ran out of memory. From here on, {tokens} tokens at most go through the model at a time. The "
             f"micro-batch is computed again. To save the attempt, set max_tokens_per_pass={tokens}."
         )
+
+
+def passes_of(trainer: GRPOTrainer, config: GRPOPlusConfig, reason: str | None) -> Passes:
+    """The bound that a run begins with.
+
+    Args:
+        reason: why the rows of a micro-batch must go through the model together. None where no reason is known.
+
+    Raises:
+        ValueError: a number was asked for in spite of the reason.
+    """
+    size = config.max_tokens_per_pass
+    if size is not None and reason is not None and size != AUTO_PASSES:
+        raise ValueError(f"max_tokens_per_pass={size} is not possible: {reason}. Leave max_tokens_per_pass unset.")
+    if size is None or reason is not None:
+        return Passes()
+    if size == AUTO_PASSES:
+        return Passes(fitting=lambda prompt_length: least(tokens_that_fit(trainer.model, config, prompt_length)))
+    return Passes(int(size))
 
 
 def tokens_that_fit(model: Any, args: Any, prompt_length: int) -> int | None:

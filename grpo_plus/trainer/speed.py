@@ -20,7 +20,6 @@ from grpo_plus.config import GRPOPlusConfig
 from grpo_plus.config.determinism import fixes_choices
 from grpo_plus.config.speed import (
     AUTO_CHUNKS,
-    AUTO_PASSES,
     generates_in_batches,
     is_reentrant,
     switched_on,
@@ -46,8 +45,14 @@ from grpo_plus.qlora.lora_layers import fits_any, fused_lora, has_lora, why_not_
 from grpo_plus.rollout import ByRow, Rollouts, why_not_config, why_not_model
 from grpo_plus.trainer.generation import Chunks, rows_that_fit
 from grpo_plus.trainer.long_rows import LongRows, long_rows_of
-from grpo_plus.trainer.passes import Passes, tokens_that_fit
-from grpo_plus.trainer.spread import gathered, least, spreads_weights, why_not_packed_when_spread, why_not_whole_weights
+from grpo_plus.trainer.passes import Passes, passes_of
+from grpo_plus.trainer.spread import (
+    check_alike,
+    gathered,
+    spreads_weights,
+    why_not_packed_when_spread,
+    why_not_whole_weights,
+)
 
 MEASURED_ON = ("cuda",)  # kinds of device on which the fastest way depends on more than the kind
 
@@ -81,6 +86,19 @@ class Speed:
     long_rows: LongRows
     passes: Passes
     adapters: Products = field(default_factory=Products)
+
+    @property
+    def decisions(self) -> dict[str, Any]:
+        """What all processes must have in common, in plain values."""
+        return {
+            "packing": None if self.packer is None else self.packer.packing,
+            "logprob_backend": self.packer is not None and self.packer.head is not None,
+            "skip_zero_advantage": self.skips,
+            "skip_old_policy_pass": self.drops_old_policy_pass,
+            "lora_backend": self.fuses_lora,
+            "generation_loop": self.rollouts is not None,
+            "max_tokens_per_pass": "auto" if self.passes.adapts else self.passes.tokens,
+        }
 
     @property
     def reads_rows(self) -> bool:
@@ -128,14 +146,14 @@ def speed_of(trainer: GRPOTrainer, config: GRPOPlusConfig) -> Speed:
     """What of the configuration is exact for this trainer and its model.
 
     Raises:
-        ValueError: something that was asked for cannot be exact.
+        ValueError: something that was asked for cannot be exact, or another process has decided differently.
     """
     skips = _skips(trainer, config)
     fuses_lora, adapters = _fuses_lora(trainer, config), Products()
     switched = adapters if fuses_lora and config.lora_backend == "auto" else None
     measure = Measure(switched) if _is_measured(trainer, config) else None
     packer = _packer(trainer, config, skips, measure)
-    return Speed(
+    speed = Speed(
         measure=measure,
         packer=packer,
         skips=skips,
@@ -145,9 +163,11 @@ def speed_of(trainer: GRPOTrainer, config: GRPOPlusConfig) -> Speed:
         rollouts=_rollouts(trainer, config),
         chunks=_chunks(trainer, config),
         long_rows=long_rows_of(trainer, config, _why_not_own_layers(trainer)),
-        passes=_passes(trainer, config),
+        passes=passes_of(trainer, config, _why_not_passes(trainer)),
         adapters=adapters,
     )
+    check_alike(speed.decisions)
+    return speed
 
 
 def _is_measured(trainer: GRPOTrainer, config: GRPOPlusConfig) -> bool:
@@ -306,18 +326,6 @@ def _chunks(trainer: GRPOTrainer, config: GRPOPlusConfig) -> Chunks | None:
             "spreads the weights, so that all must generate together. Set a number of rows."
         )
     return Chunks(None, lambda prompt_ids: rows_that_fit(trainer.model, config, prompt_ids))
-
-
-def _passes(trainer: GRPOTrainer, config: GRPOPlusConfig) -> Passes:
-    size = config.max_tokens_per_pass
-    reason = None if size is None else _why_not_passes(trainer)
-    if reason is not None and size != AUTO_PASSES:
-        raise ValueError(f"max_tokens_per_pass={size} is not possible: {reason}. Leave max_tokens_per_pass unset.")
-    if size is None or reason is not None:
-        return Passes()
-    if size == AUTO_PASSES:
-        return Passes(fitting=lambda prompt_length: least(tokens_that_fit(trainer.model, config, prompt_length)))
-    return Passes(int(size))
 
 
 def _why_not_passes(trainer: GRPOTrainer) -> str | None:

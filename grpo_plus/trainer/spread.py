@@ -1,5 +1,6 @@
 """Whether a run's weights are spread over its processes, and what can be packed there."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from accelerate.utils import gather_object
@@ -68,3 +69,22 @@ def gathered(value: Any) -> list[Any]:
 def least(found: int | None) -> int | None:
     """The least that a process has found. None where none has found anything. All processes must call it."""
     return min((one for one in gathered(found) if one is not None), default=None)
+
+
+def check_alike(decisions: Mapping[str, Any]) -> None:
+    """Refuse processes that have decided differently: they would wait for each other in different places.
+
+    Args:
+        decisions: of this process, by name. All processes must call it with the same names.
+
+    Raises:
+        ValueError: on every process.
+    """
+    found = gathered(dict(decisions))
+    for name in decisions:
+        values = [process[name] for process in found]
+        if any(value != values[0] for value in values):
+            raise ValueError(
+                f"The processes differ in {name}: {', '.join(map(str, values))}. Give all of them the same settings, "
+                "and install the same packages on all machines."
+            )

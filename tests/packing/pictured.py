@@ -1,5 +1,6 @@
 """Padded rows whose prompts show pictures, and what each of these rows gives alone."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,6 +108,20 @@ def _tiles(processor: Any, rows: list[Any], images: dict[str, Tensor]) -> list[i
         else 0
         for shown, _, _ in rows
     ]
+
+
+def padded(model: PreTrainedModel) -> Callable[..., Tensor]:
+    """A forward of padded rows, as TRL's takes what a row has beside its tokens."""
+
+    def forward(ids: Tensor, mask: Tensor, length: int, /, **shown: Any) -> Tensor:
+        labels = ids.masked_fill(mask == 0, -100)
+        labels[:, :-length] = -100
+        shown = {name: value for name, value in shown.items() if not name.startswith("num_")}
+        output = model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True, **shown)
+        logps: Tensor = output.log_probs[:, -length:]
+        return logps
+
+    return forward
 
 
 def pictured_alone(model: PreTrainedModel, batch: Pictured) -> Tensor:

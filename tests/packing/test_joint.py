@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from grpo_plus.packing import JointPacker, PaddedRows
+from grpo_plus.packing import JointPacker, Packed, PaddedRows
 from tests.close import assert_close
 from tests.packing.models import tiny
+from tests.packing.pictured import padded, pictured_batch, pictured_model
 from tests.packing.rows import COMPLETION, PROMPT, padded_batch, rows_alone
 
 IDS, MASK = padded_batch()
@@ -105,3 +106,22 @@ def test_a_process_whose_prompts_fit_into_a_pass_decides_with_the_others_how_to_
     at_once(lambda: first.logps(bound=10), lambda: second.logps(short, bound=10))
     assert first.asked == second.asked
     assert first.packer._cut[first.model] is second.packer._cut[second.model] is True
+
+
+def test_rows_with_images_are_checked_once_both_processes_have_some():
+    first, second = processes()
+    for each in (first, second):
+        each.model, processor = pictured_model("qwen2_5_vl")
+        each.rows = pictured_batch(each.model, processor).rows
+    text = [row for row, count in enumerate(second.rows.pictures.counts["num_images"]) if count == 0]
+    words = PaddedRows(second.rows.input_ids[text], second.rows.attention_mask[text], COMPLETION)
+
+    def logps(process: Process, rows: PaddedRows) -> Packed | None:
+        return process.packer.logps(process.model, process.model, rows, padded(process.model))
+
+    assert at_once(lambda: logps(first, first.rows), lambda: logps(second, words)) == [None, None]
+    assert None not in at_once(*(lambda each=each: logps(each, each.rows) for each in (first, second)))
+    assert None not in at_once(lambda: logps(first, words), lambda: logps(second, words))
+    asked = first.asked
+    assert logps(first, words) is not None  # all is decided, and nobody waits
+    assert first.asked == second.asked == asked

@@ -7,8 +7,8 @@ from torch import Tensor
 from grpo_plus.kernels.linear_logprob import listed
 from grpo_plus.kernels.linear_logprob.kept import KeptRows
 from grpo_plus.packing import PaddedRows, Truncated, score_padded, why_not_truncated
+from grpo_plus.packing.choice import Choice
 from grpo_plus.packing.layout import unpack
-from grpo_plus.packing.packer import Choice, _run
 from grpo_plus.packing.padded import Layout
 from grpo_plus.packing.passes import CACHED
 from grpo_plus.packing.rows import CASCADE, PADDING_FREE, SEGMENTS
@@ -61,7 +61,7 @@ def scored(model, form, bound, ids: Tensor, mask: Tensor, truncated: Truncated) 
     parts = Layout.read(ids, mask, COMPLETION, None).ready(form, ids.device, None, bound)
     zeros = torch.zeros(len(ids), COMPLETION)
     places = torch.cat([part.rows for part in parts]), torch.cat([part.columns for part in parts])
-    logps, entropies = _run(Choice(form, None), model, parts, truncated)
+    logps, entropies = Choice(form, None).run(model, parts, truncated)
     return unpack(logps, places, zeros), unpack(entropies, places, zeros)
 
 

@@ -2,8 +2,9 @@
 
 import pytest
 
+from grpo_plus.packing.choice import Choice
 from grpo_plus.packing.layout import group_rows
-from grpo_plus.packing.packer import Choice, Packer
+from grpo_plus.packing.packer import Packer
 from grpo_plus.packing.padded import Layout, PaddedRows
 from grpo_plus.packing.passes import CACHED
 from grpo_plus.packing.rows import CASCADE, PADDING_FREE_FLASH, SEGMENTS

@@ -10,12 +10,12 @@ from peft import LoraConfig, get_peft_model
 
 from grpo_plus.models.pictures import Pictures
 from grpo_plus.packing import Packer, PaddedRows, forward_live, passes, seen
+from grpo_plus.packing.choice import Choice
 from grpo_plus.packing.measure import Measure
-from grpo_plus.packing.packer import Choice, _run
 from grpo_plus.packing.padded import Layout
 from grpo_plus.packing.passes import CACHED
 from tests.close import assert_close
-from tests.packing.pictured import PROMPTS, pictured_alone, pictured_batch, pictured_model
+from tests.packing.pictured import PROMPTS, padded, pictured_alone, pictured_batch, pictured_model
 from tests.packing.rows import COMPLETION, gradients
 
 FIVE = ("qwen2_5_vl", "qwen3_vl", "gemma3", "smolvlm", "llava_next")
@@ -26,22 +26,9 @@ def packed(model, base, rows, bound=None):
     layout = Layout.of(rows)
     layout.locate(base)
     parts = layout.ready(CACHED, CPU, None, bound)
-    logps, _ = _run(Choice(CACHED, None), model, parts)
+    logps, _ = Choice(CACHED, None).run(model, parts)
     places = torch.cat([part.rows for part in parts]), torch.cat([part.columns for part in parts])
     return torch.zeros(len(rows.input_ids), COMPLETION).index_put(places, logps)
-
-
-def padded(model):
-    """A forward of padded rows, as TRL's takes what a row has beside its tokens."""
-
-    def forward(ids, mask, length, /, **shown):
-        labels = ids.masked_fill(mask == 0, -100)
-        labels[:, :-length] = -100
-        shown = {name: value for name, value in shown.items() if not name.startswith("num_")}
-        output = model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True, **shown)
-        return output.log_probs[:, -length:]
-
-    return forward
 
 
 def logps_of(model, rows, packing="auto"):

@@ -9,10 +9,10 @@ import torch
 from grpo_plus.kernels.linear_logprob import single_pass
 from grpo_plus.models.offload import Offload
 from grpo_plus.packing import passes, recomputed
+from grpo_plus.packing.choice import Choice
 from grpo_plus.packing.forward import Form
 from grpo_plus.packing.head import single_pass_head
 from grpo_plus.packing.layout import unpack
-from grpo_plus.packing.packer import Choice, _run
 from grpo_plus.packing.padded import Layout, forward_padded
 from grpo_plus.packing.passes import CACHED
 from grpo_plus.packing.rows import CASCADE, PADDING_FREE, SEGMENTS
@@ -29,7 +29,7 @@ BOUND = 40
 def logps_of(model, form: Form, bound: int | None, batch=None, head=None):
     ids, mask = padded_batch() if batch is None else batch
     parts = Layout.read(ids, mask, COMPLETION, None).ready(form, CPU, None, bound)
-    logps, _ = _run(Choice(form, head), model, parts)
+    logps, _ = Choice(form, head).run(model, parts)
     places = torch.cat([part.rows for part in parts]), torch.cat([part.columns for part in parts])
     return unpack(logps, places, torch.zeros(ids.shape[0], COMPLETION))
 

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 
 from grpo_plus.packing import tree
+from grpo_plus.packing.choice import Choice
 from grpo_plus.packing.head import single_pass_head
 from grpo_plus.packing.layout import Group, group_rows, pack, unpack
-from grpo_plus.packing.packer import Choice, _run
 from grpo_plus.packing.padded import Layout
 from grpo_plus.packing.rows import CASCADE, SEGMENTS
 from grpo_plus.packing.tree import Run, Tree, prefix_tree
@@ -85,7 +85,7 @@ def in_form(model, form, *, bound=None, head=None):
     ids, mask = forked_batch()
     parts = Layout.read(ids, mask, COMPLETION, None).ready(form, CPU, None, bound)
     places = torch.cat([part.rows for part in parts]), torch.cat([part.columns for part in parts])
-    values = _run(Choice(form, head), model, parts)
+    values = Choice(form, head).run(model, parts)
     logps, entropies = (unpack(value, places, torch.zeros(len(ids), COMPLETION)) for value in values)
     return logps, entropies, sum(part.tokens for part in parts)
 
