@@ -24,19 +24,21 @@ from grpo_plus.trainer.names import RELIED_ON, RELIED_ON_FOR_VLLM
 
 
 class Fingerprint(TypedDict):
-    """What is compared of one method."""
+    """What is compared of one method. `code` is None for a method that TRL inherits from transformers."""
 
     parameters: list[str]
-    code: str
+    code: str | None
 
 
 def fingerprint(function: Callable[..., Any]) -> Fingerprint:
     """Parameter names, and a sha256 of the code without comments, docstring and blank lines.
 
-    Text and not `ast.dump`, whose output differs between Python versions.
+    Text and not `ast.dump`, whose output differs between Python versions. A method of transformers has no code here,
+    because one version of TRL runs with many of transformers.
     """
     function = inspect.unwrap(function)
-    code = hashlib.sha256(_bare_code(function).encode()).hexdigest()
+    inherited = function.__module__.startswith("transformers.")
+    code = None if inherited else hashlib.sha256(_bare_code(function).encode()).hexdigest()
     return {"parameters": list(inspect.signature(function).parameters), "code": code}
 
 

@@ -78,6 +78,15 @@ def test_a_fingerprint_ignores_comments_and_docstrings_only():
     assert codes[0] == codes[1] != codes[2]
 
 
+def test_the_code_of_a_method_of_transformers_is_not_trls_to_change():
+    recorded = contract.known_fingerprints()[contract.reference_version(version("trl"))]
+    assert {name for name, found in recorded.items() if found["code"] is None} >= {
+        "_load_from_checkpoint",
+        "_load_best_model",
+    }
+    assert recorded["_compute_loss"]["code"] is not None
+
+
 @pytest.mark.parametrize(
     ("replacement", "message"),
     [
