@@ -182,6 +182,15 @@ def load_best_adapter(checkpoint: str | Path | None, model: Any) -> None:
         model.load_adapter(folder, name, is_trainable=True)
 
 
+def load_default_adapter(checkpoint: str | Path, model: Any) -> None:
+    """Load the adapter in a checkpoint's top where others lie below it. transformers before 5.23 leaves it out."""
+    if not has_adapters(model) or len(model.peft_config) == 1:
+        return
+    name = model.active_adapters[0]
+    if saved_adapter(checkpoint, name) == Path(checkpoint):
+        model.load_adapter(checkpoint, name, is_trainable=True)
+
+
 def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Read names and shapes from the header of a safetensors file. The weights stay on the disk."""
     with path.open("rb") as file:

@@ -19,7 +19,7 @@ from trl import GRPOTrainer
 from grpo_plus.config import GRPOPlusConfig
 from grpo_plus.models.adapters import has_adapters
 from grpo_plus.models.finite import has_nonfinite_state, nonfinite_weights
-from grpo_plus.qlora.checks import check_adapter_folder, load_best_adapter
+from grpo_plus.qlora.checks import check_adapter_folder, load_best_adapter, load_default_adapter
 from grpo_plus.qlora.precision import (
     check_saved_modules,
     chosen_dtype,
@@ -235,6 +235,7 @@ class SavingSeam(Hooks, GRPOTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         check_adapter_folder(resume_from_checkpoint, self.model)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+        load_default_adapter(resume_from_checkpoint, self.model)
         load_renamed(resume_from_checkpoint, self.model)
         if names := nonfinite_weights(self.model):
             raise ValueError(
