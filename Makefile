@@ -1,11 +1,10 @@
 # Thin lines over ordinary commands: each can be typed by hand in any environment that has the packages.
 PYTHON ?= python3
 BIN := .venv/bin
-PREVIOUS_TRL := 1.15.0
 # Two neighboring halves of the tests: a fixture of a module is built by one worker.
 WORKERS := -n 2 --dist worksteal
 
-.PHONY: demo test docs style bench-check nightly test-kernels test-kills test-previous-trl clean
+.PHONY: demo test docs style bench-check nightly matrix audit test-kernels test-kills test-lowest clean
 
 demo: .venv/demo
 	$(BIN)/grpo-plus demo
@@ -13,7 +12,7 @@ demo: .venv/demo
 test: style .venv/dev
 	$(BIN)/python -m pytest $(WORKERS)
 	$(MAKE) test-kernels
-	$(MAKE) test-previous-trl
+	$(MAKE) test-lowest
 
 # The pages as a site, into site/: open site/index.html. A broken link ends the build. `make test` builds it once, too.
 docs: .venv/dev
@@ -41,10 +40,18 @@ test-kernels: .venv/kernels
 test-kills: .venv/dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.trainer.kills --kills 30 --seeds 3
 
-# The suite's parts that meet TRL, once more on the older of the two supported minors, laid over the same environment.
-# TRL 1.15 computes its loss in Triton only; without a GPU, Triton's interpreter runs it.
-test-previous-trl: .venv/trl-$(PREVIOUS_TRL) .venv/kernels
-	PYTHONPATH=.venv/trl-$(PREVIOUS_TRL):.venv/kernels TRITON_INTERPRET=1 $(BIN)/python -m pytest $(WORKERS) -m "not newest_trl" tests/contract tests/exactness tests/trainer/test_trainer.py tests/trainer/test_refills.py tests/test_mixture_of_experts.py tests/cli/test_train.py
+# The suite's parts that meet TRL, once more on the lowest versions that pyproject.toml admits, the older TRL among them.
+test-lowest: .venv/kernels
+	$(BIN)/python -m tests.matrix lowest
+
+# The lowest and the newest versions with either TRL, and the base dependencies alone. The newest come from the index.
+matrix: .venv/kernels
+	$(BIN)/python -m tests.matrix
+
+# Licenses of what runs, and known vulnerabilities of the pinned versions; SERVICE=osv asks another service.
+SERVICE ?= pypi
+audit: .venv/real .venv/audit
+	$(BIN)/python -m tests.audit .venv/audit/bin/pip-audit --service $(SERVICE)
 
 .venv/pip:
 	$(PYTHON) -m venv .venv
@@ -68,9 +75,10 @@ test-previous-trl: .venv/trl-$(PREVIOUS_TRL) .venv/kernels
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps --upgrade --target $@ triton liger-kernel
 	touch $@
 
-.venv/trl-$(PREVIOUS_TRL): .venv/dev
-	$(BIN)/pip install --quiet --no-deps --upgrade --target $@ trl==$(PREVIOUS_TRL)
-	touch $@
+# An environment of its own: what pip-audit needs is no dependency of ours.
+.venv/audit: .venv/pip
+	$(PYTHON) -m venv $@
+	$@/bin/pip install --quiet pip-audit
 
 clean:
 	rm -rf .venv build dist site

@@ -16,11 +16,22 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).parents[1]
 
 
+def declared(*extras: str) -> list[Requirement]:
+    """What pyproject.toml asks for: the dependencies, and those of some extras."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    texts = [*project["dependencies"], *(text for extra in extras for text in project["optional-dependencies"][extra])]
+    return [found for found in map(Requirement, texts) if found.name != project["name"]]
+
+
 def base_distributions() -> dict[str, Distribution]:
     """The distributions that `pip install .` brings, by name."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return distributions(declared())
+
+
+def distributions(requirements: Iterable[Requirement]) -> dict[str, Distribution]:
+    """What is installed for these requirements, with all that they require in turn, by name."""
     found: dict[str, Distribution] = {}
-    pending = [Requirement(text) for text in project["dependencies"]]
+    pending = list(requirements)
     while pending:
         requirement = pending.pop()
         if requirement.name.lower() in found or not _holds(requirement):
@@ -40,12 +51,12 @@ def _holds(requirement: Requirement, extras: Iterable[str] = ()) -> bool:
     return marker is None or any(marker.evaluate({"extra": extra}) for extra in ("", *extras))
 
 
-def make_base_environment(folder: Path) -> Path:
-    """Make the environment in `folder`; returns its Python."""
+def make_base_environment(folder: Path, *tools: str) -> Path:
+    """Make the environment in `folder`, with tools by name beside the base dependencies. Returns its Python."""
     venv.create(folder, with_pip=False, symlinks=True)
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     packages = folder / "lib" / version / "site-packages"
-    for found in base_distributions().values():
+    for found in distributions([*declared(), *map(Requirement, tools)]).values():
         for top in {Path(file).parts[0] for file in found.files or ()} - {"..", "__pycache__"}:
             link, target = packages / top, Path(str(found.locate_file(top)))
             if not link.exists() and target.exists():
