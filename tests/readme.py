@@ -6,6 +6,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from benchmarks import scale
 from grpo_plus.cli.ls import advantage_rows, demonstration_rows, loss_rows, modifier_rows, reward_rows
 from grpo_plus.replay.rules import RULES
 from tests import recipes
@@ -213,6 +214,9 @@ TABLES = {
     "multitask": multitask_rows,
     "longest": longest_rows,
     "recipes": recipe_rows,
+    "scale_memory": scale.memory_rows,
+    "scale_wire": scale.wire_rows,
+    "scale_compute": scale.compute_rows,
     "rules": rule_rows,
 }
 
