@@ -149,6 +149,23 @@ def multitask_rows() -> list[tuple[str, ...]]:
     return [("accuracy minus `grpo`", *scenarios), *rows]
 
 
+def multitask_second_rows() -> list[tuple[str, ...]]:
+    """Differences in accuracy of the benchmark's second round, by scenario."""
+    text = (RESULTS / "multitask" / "second" / "summary.md").read_text(encoding="utf-8")
+    found: dict[str, dict[str, str]] = {}
+    sections = re.findall(r"^## (\w+)$(.*?)(?=^## |\Z)", text, flags=re.DOTALL | re.MULTILINE)
+    for scenario, section in sections:
+        for line in section.split("| difference |")[1].splitlines():
+            if line.startswith("| `"):
+                label, accuracy = (cell.strip() for cell in line.split("|")[1:3])
+                found.setdefault(label, {})[scenario] = accuracy
+    scenarios = [scenario for scenario, _ in sections]
+    return [
+        ("accuracy", *scenarios),
+        *((label, *(cells.get(scenario, "") for scenario in scenarios)) for label, cells in found.items()),
+    ]
+
+
 def longest_rows() -> list[tuple[str, ...]]:
     """Longest completion by model, settings and card, from the planner's arithmetic."""
     result = json.loads((RESULTS / "longest.json").read_text())
@@ -212,6 +229,7 @@ TABLES = {
     "tree": tree_rows,
     "gpu": gpu_rows,
     "multitask": multitask_rows,
+    "multitask_second": multitask_second_rows,
     "longest": longest_rows,
     "recipes": recipe_rows,
     "scale_memory": scale.memory_rows,

@@ -208,6 +208,9 @@ CASES = [
     Case("shrinkage", [[1, 0], [1, 1], [0, 0]], [[1, -1], [1 / 3, 1 / 3], [-1 / 3, -1 / 3]]),
     # A single other prompt has no distance. Without noise in it lambda is 0; with its noise of 1/12 it is 1/2 * 1.
     Case("shrinkage", [TWO, NONE], [[2 / 3, 2 / 3, -2 / 3, -2 / 3], [-1 / 4] * 4]),
+    # A mean of one completion says nothing of the noise: for the third group it is 1/4, the distance 1/16, lambda 8/15,
+    # and the baseline 8/15 of 3/4. The single completion has other prompts alone: lambda 4/9, times 1 - 1/4.
+    Case("shrinkage", [[1, None], [1, 0], [0, 0]], [[1 / 3, 0], [1, -1], [-0.4, -0.4]]),
     # One prompt alone is rloo's.
     Case("shrinkage", ARTICLE, [[0.35, 0.05, -0.4]]),
     Case("gdpo", SUMS, [[-0.5476801284, 0.5476801284], [-1.0953602568, 1.0953602568]]),
@@ -233,6 +236,8 @@ CASES = [
     Case("gdpo", [LIVE] + [DEAD] * 7, [[1.2246582600, 0, 0, -1.2246582600]] + [[0] * 4] * 7, {"batch_over": "live"}),
     # Both z are .866 or -.866. Two of four agree, so x is half of 1.732; with std 1.2247, and .5477 beside four zeros.
     Case("gd2po", [LIVE], [[0.5**0.5, 0, 0, -(0.5**0.5)]], {"eps": 0.0}),
+    # Weighed 1 and 3 the middle two agree by |3 - 1|/4.
+    Case("gd2po", [LIVE], [[0.5**0.5, 0, 0, -(0.5**0.5)]], {"eps": 0.0}, weights=[1.0, 3.0]),
     Case("gd2po", [LIVE, DEAD], [[2.5**0.5, 0, 0, -(2.5**0.5)], [0] * 4], {"eps": 0.0}),
     # z is .5 or -1.5, so the middle two agree by |-1|/2 and are left out: x is .5 twice, and .866 and -.866 as above.
     # Mean .25, sum of squares 2 - 4/16, std sqrt(1.75/3) = .763763.
