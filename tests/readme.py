@@ -115,6 +115,14 @@ def tree_rows() -> list[tuple[str, ...]]:
     return table
 
 
+def judge_rows() -> list[tuple[str, ...]]:
+    """Seconds of a generation batch whose judges wait: TRL's, and those of each way to call them."""
+    cases = json.loads((RESULTS / "judges.json").read_text())["seconds"]
+    sides = {"trl": "TRL", "off": "`None`", "batch": '`"batch"`', "groups": '`"groups"`'}
+    rows = [(name, *(f"{seconds[side]:.2f} s" for side in sides)) for name, seconds in cases.items()]
+    return [("a judge takes", *sides.values()), *rows]
+
+
 def gpu_rows() -> list[tuple[str, ...]]:
     """Updates of the first run on a GPU: seconds and peak memory of TRL's, and how the other ways compare."""
     rows = json.loads((RESULTS / "gpu_h200_first.json").read_text())["stages"]["update"]["rows"]
@@ -227,6 +235,7 @@ TABLES = {
     "update": update_rows,
     "update_vision": lambda: update_rows("update_vision_cpu.json"),
     "tree": tree_rows,
+    "judges": judge_rows,
     "gpu": gpu_rows,
     "multitask": multitask_rows,
     "multitask_second": multitask_second_rows,

@@ -74,7 +74,7 @@ class Overlap:
         self._around: Surroundings | None = None
         self._inputs: list[dict[str, Any]] = []
         self._prompts: list = []
-        self._group_size = 1
+        self._groups: list[range] = []  # this process's rows of each prompt
         self._early = False  # whether a row is final as soon as it is written
         self._first = 0  # row of the part that is being generated
         self._ids: dict[int, list[int]] = {}  # of the rows that are final
@@ -97,7 +97,7 @@ class Overlap:
 
     def generates(self, prompts: list) -> None:
         """Note that the batch's completions are about to be generated."""
-        self._prompts, self._group_size = prompts, generations_of(self._trainer)
+        self._prompts, self._groups = prompts, self._rows_by_prompt(len(prompts))
         for mode, words in WORDS.items():
             if names := [self._trainer.reward_func_names[number] for number in self._numbers(mode)]:
                 self._say(f"rewards: {', '.join(names)} {words}")
@@ -125,7 +125,7 @@ class Overlap:
         if not self._early:
             return
         part = range(self._first, self._first + len(so_far.unfinished))
-        for group in self._groups(len(self._prompts)):
+        for group in self._groups:
             is_here = group.start in part and group[-1] in part and group.start not in self._ids
             if not is_here or any(so_far.unfinished[row - self._first] for row in group):
                 continue
@@ -140,7 +140,7 @@ class Overlap:
         if not self._early:
             return
         self._ids |= ids
-        for group in self._groups(len(self._prompts)):
+        for group in self._groups:
             if self._ids.keys() >= set(group) and not ids.keys().isdisjoint(group):
                 own = [self._ids[row] for row in group]
                 prompts = self._prompts[group.start : group.stop]
@@ -161,8 +161,7 @@ class Overlap:
 
     def begin(self, inputs: list[dict[str, Any]], prompts: list, completions: list, ids: list[list[int]]) -> None:
         """Begin the calls that TRL is about to make, except those that have begun."""
-        self._group_size = generations_of(self._trainer)
-        for mode, units in ((BATCH, [range(len(prompts))]), (GROUPS, self._groups(len(prompts)))):
+        for mode, units in ((BATCH, [range(len(prompts))]), (GROUPS, self._rows_by_prompt(len(prompts)))):
             for number, rows in product(self._numbers(mode), units):
                 part = slice(rows.start, rows.stop)
                 columns = reward_columns(self._trainer, rows, inputs, prompts[part], completions[part], ids[part])
@@ -214,10 +213,10 @@ class Overlap:
         chosen = self._chosen if isinstance(self._chosen, Mapping) else dict.fromkeys(self.names, self._chosen)
         return [number for number, name in enumerate(self._trainer.reward_func_names) if chosen.get(name) == mode]
 
-    def _groups(self, rows: int) -> list[range]:
-        """This process's rows of each prompt. The first and last group may go on at another process."""
-        before = self._trainer.accelerator.process_index * rows
-        cuts = [0, *(row for row in range(1, rows) if (before + row) % self._group_size == 0), rows]
+    def _rows_by_prompt(self, rows: int) -> list[range]:
+        """This process's rows of each prompt. The first and last prompt may have more at another process."""
+        before, size = self._trainer.accelerator.process_index * rows, generations_of(self._trainer)
+        cuts = [0, *(row for row in range(1, rows) if (before + row) % size == 0), rows]
         return [range(*cut) for cut in pairwise(cuts)]
 
     def _say(self, line: str) -> None:
