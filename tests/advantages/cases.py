@@ -211,6 +211,9 @@ CASES = [
     # A mean of one completion says nothing of the noise: for the third group it is 1/4, the distance 1/16, lambda 8/15,
     # and the baseline 8/15 of 3/4. The single completion has other prompts alone: lambda 4/9, times 1 - 1/4.
     Case("shrinkage", [[1, None], [1, 0], [0, 0]], [[1 / 3, 0], [1, -1], [-0.4, -0.4]]),
+    # A group of one judged completion has a mean, 1, and no noise. Third: its others' noise is 1/4, their means are at
+    # 1/16 from 3/4, so lambda is 2/3 * 4/5, times 0 - 3/4. Second: noise 1/8, distance 1/16 from 1/4, 4/9 * (1 - 1/4).
+    Case("shrinkage", [[1, 0], [1, None], [0, 0]], [[1, -1], [1 / 3, 0], [-2 / 5, -2 / 5]]),
     # One prompt alone is rloo's.
     Case("shrinkage", ARTICLE, [[0.35, 0.05, -0.4]]),
     Case("gdpo", SUMS, [[-0.5476801284, 0.5476801284], [-1.0953602568, 1.0953602568]]),

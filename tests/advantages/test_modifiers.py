@@ -60,19 +60,21 @@ def test_kl_in_reward_refuses_rewards_whose_kl_nobody_knows():
 
 
 def test_alp_charges_tokens_by_the_share_that_succeeds():
-    values = [[[1, 5], [1, 5], [0, 5], [0, 5]], [[0, 5]] * 4, [[1, 5]] * 4, [[1, 5], [None, 5], [0.5, 5], [0, None]]]
-    rewards = replace(graded(values), lengths=torch.tensor([[10, 20, 30, 40]] * 4))
+    some = [[[1, 5], [None, 5], [1, 5], [0, None]], [[0, 5], [None, 5], [0.5, 5], [0, None]]]
+    values = [[[1, 5], [1, 5], [0, 5], [0, 5]], [[0, 5]] * 4, [[1, 5]] * 4, *some]
+    rewards = replace(graded(values), lengths=torch.tensor([[10, 20, 30, 40]] * 5))
     penalized = alp(rewards, by="correctness", beta=0.4, max_length=40)
-    # 0.01 per token, times 1/2; 1/4, the least; 1; and 1/3 of the judged
+    # 0.01 per token, times 1/2; 1/4, the least; 1; 2/3 of the judged; and 1/3, the least of three judged
     expected = [
         [0.95, 0.9, -0.15, -0.2],
         [-0.025, -0.05, -0.075, -0.1],
         [0.9, 0.8, 0.7, 0.6],
-        [1 - 0.1 / 3, 0.5 - 0.1, -0.4 / 3],
+        [1 - 0.2 / 3, 1 - 0.6 / 3, -0.8 / 3],
+        [-0.1 / 3, 0.5 - 0.1, -0.4 / 3],
     ]
     assert penalized.values[:3, :, 0].tolist() == [pytest.approx(row) for row in expected[:3]]
-    assert penalized.values[3, [0, 2, 3], 0].tolist() == pytest.approx(expected[3])
-    assert penalized.values[3, 1, 0].isnan()
+    assert penalized.values[3:, [0, 2, 3], 0].tolist() == [pytest.approx(row) for row in expected[3:]]
+    assert penalized.values[3:, 1, 0].isnan().all()
     assert penalized.values[..., 1].nan_to_num(7).equal(rewards.values[..., 1].nan_to_num(7))
 
 

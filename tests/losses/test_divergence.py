@@ -60,6 +60,14 @@ def test_the_trust_region_lies_around_what_sampled(loss):
     assert_close("gradient", gradient, probabilities([0.0, -0.5 / 0.48, -1.0]), rtol=1e-12)
 
 
+def test_the_kl_is_taken_under_what_sampled():
+    # .95 ln(.95/.85) + .05 ln(.05/.15) = .0507; from the policy it would be .85 ln(.85/.95) + .15 ln(.15/.05) = .0702.
+    given = {"advantages": -torch.ones(1, 1), "old_logps": probabilities([0.95]).log()}
+    for delta, stops in ((0.05, True), (0.052, False)):
+        gradient = gradient_of("dppo_kl", probabilities([0.85]), keywords={"delta": delta}, **given)
+        assert (gradient.item() == 0) is stops
+
+
 def stopped_by_the_paper(kind: str, new: float, sampled: float, advantage: float, delta: float) -> bool:
     """Eq. 12 to 14, one token at a time, from probabilities."""
     tv = abs(new - sampled)
