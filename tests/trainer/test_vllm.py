@@ -1,6 +1,7 @@
 """vLLM beside the trainer is sent the adapters alone: its completions come from the trained policy."""
 
 import gc
+from pathlib import Path
 
 import pytest
 import torch
@@ -84,13 +85,25 @@ def test_the_files_of_one_version_are_kept_and_gone_with_the_trainer(tmp_path, b
     trainer = make(tmp_path, load(base))
     for _ in range(2):
         trainer.vllm_generation.sync_weights()
-    folder = tmp_path / "_vllm_lora_0"
+    (folder,) = tmp_path.glob("_vllm_lora_0-*")
     request = trainer.vllm_generation.llm._newest
     assert [str(path) for path in folder.iterdir()] == [request.lora_path]
     assert request.lora_name.endswith("-v2")
     del trainer
     gc.collect()
     assert not folder.exists()
+
+
+def test_a_trainer_that_is_collected_late_leaves_the_files_of_its_successor(tmp_path, base):
+    (tmp_path / "_vllm_lora_0-killed").mkdir()
+    first = make(tmp_path, load(base))
+    second = make(tmp_path, load(base))
+    second.vllm_generation.sync_weights()
+    del first
+    gc.collect()
+    path = Path(second.vllm_generation.llm._newest.lora_path)
+    assert (path / "adapter_config.json").exists()
+    assert list(tmp_path.glob("_vllm_lora*")) == [path.parent]
 
 
 def test_requests_of_a_users_own_adapter_stay_theirs(tmp_path, base):

@@ -34,22 +34,25 @@ class Adapter:
 class AdapterFiles:
     """Writes the active adapter of a model, and keeps the newest version alone.
 
-    The folder is this process's own, and is gone when the process ends.
+    The folder is this object's own, and is gone when the object is, or the process.
 
     Args:
+        folder: the beginning of its name.
         writes: whether this process writes. The others have no more to do than to gather what is spread.
         device: where spread weights are gathered.
     """
 
     def __init__(self, model: Any, folder: Path, *, writes: bool, device: torch.device) -> None:
         self._model = model
-        self._folder = folder
         self._writes = writes
         self._device = device
         self._run = secrets.token_hex(4)  # a server may still hold the adapters of an earlier run
         self._version = 0
-        shutil.rmtree(folder, ignore_errors=True)
-        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        for left in folder.parent.glob(f"{folder.name}-*"):  # by a run that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        # An earlier trainer of this process may be collected, with its folder, while this one trains.
+        self._folder = folder.with_name(f"{folder.name}-{self._run}")
+        weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
 
     def write(self) -> Adapter | None:
         """Write the adapter as it is. All processes must call it. None where this one does not write."""
