@@ -217,22 +217,39 @@ def test_what_goes_wrong_beside_the_step_names_the_function(tmp_path, function, 
     assert trainer._overlap._inputs == []
 
 
-def test_a_call_that_trl_makes_otherwise_is_made_anew(tmp_path, caplog):
+@pytest.mark.parametrize("column", ["more", "answer"])
+def test_a_call_that_trl_makes_otherwise_is_made_anew(tmp_path, caplog, column):
     seen = []
 
     def judge(completions: list[str], **columns: Any) -> list[float]:
-        seen.append((len(completions), columns.get("more")))
+        seen.append((len(completions), columns.get(column) == [1] * 8))
         return vowels(completions)
 
-    class Adding(GRPOPlusTrainer):
+    class Changing(GRPOPlusTrainer):
         def _calculate_rewards(self, inputs, *arguments):
-            return super()._calculate_rewards([row | {"more": 1} for row in inputs], *arguments)
+            return super()._calculate_rewards([row | {column: 1} for row in inputs], *arguments)
 
-    trainer = made(tmp_path, judge, trainer_class=Adding, overlap_rewards="batch")
+    trainer = made(tmp_path, judge, trainer_class=Changing, overlap_rewards="batch")
     with caplog.at_level(logging.INFO, "grpo_plus"):
         trainer.train()
-    assert sorted(seen, key=str) == [(8, None), (8, [1] * 8)]
+    assert sorted(seen) == [(8, False), (8, True)]
     assert "'judge' judges 8 completions anew" in caplog.text
+
+
+def test_a_function_that_changes_its_arguments_is_called_once(tmp_path):
+    seen = []
+
+    def judge(completions: list[str], answer: list[str], **_: Any) -> list[float]:
+        seen.append(len(completions))
+        rewards = vowels(completions)
+        completions[:], answer[:] = ["changed"] * len(answer), [""] * len(answer)
+        return rewards
+
+    trainer = made(tmp_path, judge, log_completions=True)
+    trainer.train()
+    assert seen == [4, 4]
+    table = table_of(trainer)
+    assert list(table["rewards"]["judge"]) == pytest.approx(vowels(list(table["completion"])))
 
 
 def given(prompts: list[str], trainer: Any) -> dict[str, Any]:
@@ -252,6 +269,7 @@ def test_columns_of_a_rollout_function_are_waited_for(tmp_path, caplog):
         trainer.train()
     assert seen == [["more"] * 4] * 2
     assert "groups are judged when all are written. A rollout function generates." in caplog.text
+    assert "anew" not in caplog.text
 
 
 def test_messages_are_judged_as_trl_writes_them(tmp_path):

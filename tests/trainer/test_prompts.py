@@ -15,7 +15,7 @@ OURS = {
     "train_dataset": GRADED,
     "max_completion_length": 2,
     "advantage_estimator": "rloo",
-    "prompt_sampler": '{"pass_rate": {"floor": 0.3, "decay": 0.0, "threshold": 0.8}}',
+    "prompt_sampler": '{"pass_rate": {"floor": 0.3, "decay": 0.0, "threshold": 0.9}}',
 }
 
 
@@ -29,15 +29,15 @@ class Graded:
 
     def __call__(self, prompts, passes, **_):
         self.batches.append([GRADED["prompt"].index(prompt) for prompt in prompts[::4]])
-        return [0.8 * (i % 4 < number) for i, number in enumerate(passes)]
+        return [0.9 * (i % 4 < number) for i, number in enumerate(passes)]
 
 
-def expected(draws: list[tuple[int, int]], refills: int = 0) -> list[list[int]]:
+def expected(draws: list[tuple[int, int]], refills: int = 0, floor: float = 0.3) -> list[list[int]]:
     """The rows of two prompts for each draw, by its step and its number in the step."""
     weights = np.full(len(GRADED), 1 / 4)
     batches = []
     for step, number in draws:
-        odds = 0.7 * weights / weights.sum() + 0.3 / len(GRADED)
+        odds = (1 - floor) * weights / weights.sum() + floor / len(GRADED)
         if number % (1 + refills):
             odds[[row for batch in batches[-(number % (1 + refills)) :] for row in batch]] = 0
         rows = np.random.default_rng((7, step, number)).choice(len(GRADED), 2, replace=False, p=odds / odds.sum())
@@ -66,12 +66,13 @@ def test_each_batch_follows_the_rewards_of_the_last_one(tmp_path):
 
 def test_a_refill_draws_prompts_that_the_batch_has_not_had(tmp_path):
     judge = Graded()
-    trainer = make_trainer(tmp_path, reward_funcs=[judge], max_refills=2, max_steps=3, **OURS)
+    often_dead = {"prompt_sampler": {"pass_rate": {"floor": 0.9, "decay": 0.0, "threshold": 0.9}}}
+    trainer = make_trainer(tmp_path, reward_funcs=[judge], max_refills=2, max_steps=6, **OURS | often_dead)
     trainer.train()
     refills = [int(entry["sampling/refills"]) for entry in trainer.state.log_history if "sampling/refills" in entry]
-    assert sum(refills) > 0
+    assert 2 in refills
     draws = [(step, number) for step, count in enumerate(refills) for number in range(1 + count)]
-    assert judge.batches == expected(draws, refills=2)
+    assert judge.batches == expected(draws, refills=2, floor=0.9)
 
 
 def test_evaluations_neither_draw_nor_count(tmp_path):
