@@ -18,7 +18,7 @@ from benchmarks.gpu.updates import real
 from benchmarks.memory_run import TINY, TRL_DEFAULT, TRL_TUNED, Case, make_trainer, random_model
 from grpo_plus import StepProfile
 from grpo_plus.planner import QLORA, Run
-from grpo_plus.trainer.generation import generating
+from grpo_plus.trainer.rollouts.generation import generating
 
 LENGTHS: dict[str, Any] = {"prompt_length": 1024, "max_completion_length": 64}
 LORA: dict[str, Any] = LENGTHS | {"dtype": "bfloat16", "lora_r": 16}

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from grpo_plus.advantages import Rewards
 from grpo_plus.losses import LossInputs, PolicyLoss
-from grpo_plus.trainer.refill_rows import without_spread
+from grpo_plus.trainer.batches.refill_rows import without_spread
 
 
 class Hooks:

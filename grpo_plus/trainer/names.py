@@ -18,7 +18,7 @@ from packaging.specifiers import SpecifierSet
 from torch import Tensor
 from trl import GRPOTrainer, is_conversational, prepare_multimodal_messages
 
-from grpo_plus.trainer.refill_rows import Padding
+from grpo_plus.trainer.batches.refill_rows import Padding
 
 TESTED_TRL = SpecifierSet(">=1.15,<1.17")
 

@@ -15,7 +15,7 @@ from transformers import TrainerState as State
 from transformers import TrainingArguments as Arguments
 
 from grpo_plus.trainer.names import GENERATES, PREPARES, log_value
-from grpo_plus.trainer.spread import gathered
+from grpo_plus.trainer.update.spread import gathered
 
 
 class StepProfile(TrainerCallback):

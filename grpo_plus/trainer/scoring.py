@@ -9,13 +9,13 @@ from torch import Tensor
 
 from grpo_plus.losses import LossInputs
 from grpo_plus.packing import Logps, Packed, PaddedRows, base_model, forward_live, forward_padded, score_padded
-from grpo_plus.trainer.demonstrations import Demonstrations
-from grpo_plus.trainer.guarding import GuardedSeam
-from grpo_plus.trainer.kept import KeptSets
-from grpo_plus.trainer.micro_batches import MicroBatches
+from grpo_plus.trainer.batches.demonstrations import Demonstrations
 from grpo_plus.trainer.names import SAMPLER_RATIO, multimodal, trained_tokens, whole_rows
-from grpo_plus.trainer.pictures import knows_rows, pictures_of, with_images
-from grpo_plus.trainer.spread import spreads_weights
+from grpo_plus.trainer.rollouts.kept import KeptSets
+from grpo_plus.trainer.safety.guarding import GuardedSeam
+from grpo_plus.trainer.update.micro_batches import MicroBatches
+from grpo_plus.trainer.update.pictures import knows_rows, pictures_of, with_images
+from grpo_plus.trainer.update.spread import spreads_weights
 
 UNKNOWN_ROWS = "packing: rows with images stay padded where the numbers of images do not tell which row has which."
 

@@ -25,15 +25,11 @@ from grpo_plus.losses import TRL_LOSSES
 from grpo_plus.models.adapters import adapter_values
 from grpo_plus.models.pictures import image_token
 from grpo_plus.qlora.checks import check_run
-from grpo_plus.trainer.demonstrations import Demonstrations
-from grpo_plus.trainer.determinism import prepare_cublas
-from grpo_plus.trainer.eval_rewards import EvalRewards, both, listed, weighing
+from grpo_plus.trainer.batches.demonstrations import Demonstrations
+from grpo_plus.trainer.batches.prompts import sampler_of_prompts
+from grpo_plus.trainer.batches.refill_buffer import RefillBuffer
+from grpo_plus.trainer.batches.refills import Refills
 from grpo_plus.trainer.figures import Figures
-from grpo_plus.trainer.generation import generating
-from grpo_plus.trainer.guard import Guard
-from grpo_plus.trainer.kept import KeptSets
-from grpo_plus.trainer.kl_in_reward import KLInReward
-from grpo_plus.trainer.micro_batches import MicroBatches, read
 from grpo_plus.trainer.names import (
     complete_table_columns,
     dataset_prompts,
@@ -45,25 +41,29 @@ from grpo_plus.trainer.names import (
     multimodal,
     whole_rows,
 )
-from grpo_plus.trainer.overlap import Overlap
-from grpo_plus.trainer.pass_at_k import pass_at_k_of
-from grpo_plus.trainer.pictures import knows_rows
-from grpo_plus.trainer.position import RandomStates
-from grpo_plus.trainer.prompts import sampler_of_prompts
-from grpo_plus.trainer.refill_buffer import RefillBuffer
-from grpo_plus.trainer.refills import Refills
-from grpo_plus.trainer.regrouping import regrouped
-from grpo_plus.trainer.reward_calls import RewardCalls
-from grpo_plus.trainer.reward_weights import RewardWeights
-from grpo_plus.trainer.rollout_log import RolloutLog
-from grpo_plus.trainer.sampler_ratio import SamplerRatio
+from grpo_plus.trainer.rewards.calls import RewardCalls
+from grpo_plus.trainer.rewards.evaluation import EvalRewards, both, listed, weighing
+from grpo_plus.trainer.rewards.kl import KLInReward
+from grpo_plus.trainer.rewards.overlap import Overlap
+from grpo_plus.trainer.rewards.pass_at_k import pass_at_k_of
+from grpo_plus.trainer.rewards.weights import RewardWeights
+from grpo_plus.trainer.rollouts.generation import generating
+from grpo_plus.trainer.rollouts.kept import KeptSets
+from grpo_plus.trainer.rollouts.rollout_log import RolloutLog
+from grpo_plus.trainer.rollouts.sampler_ratio import SamplerRatio
+from grpo_plus.trainer.rollouts.shown import Shown
+from grpo_plus.trainer.rollouts.steps import gathered_steps, own_turns, reads_turns
+from grpo_plus.trainer.rollouts.written import Generation, Written
+from grpo_plus.trainer.safety.determinism import prepare_cublas
+from grpo_plus.trainer.safety.guard import Guard
+from grpo_plus.trainer.saving.position import RandomStates
 from grpo_plus.trainer.scoring import ScoringSeam
-from grpo_plus.trainer.shown import Shown
 from grpo_plus.trainer.speed import speed_of
-from grpo_plus.trainer.step_figures import step_figures_of
-from grpo_plus.trainer.steps import gathered_steps, own_turns, reads_turns
+from grpo_plus.trainer.update.micro_batches import MicroBatches, read
+from grpo_plus.trainer.update.pictures import knows_rows
+from grpo_plus.trainer.update.regrouping import regrouped
+from grpo_plus.trainer.update.step_figures import step_figures_of
 from grpo_plus.trainer.vllm import adapters_alone
-from grpo_plus.trainer.written import Generation, Written
 
 
 class TRLSeam(ScoringSeam):

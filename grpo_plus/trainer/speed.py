@@ -43,10 +43,10 @@ from grpo_plus.packing.measure import Measure
 from grpo_plus.qlora.adapter_products import Products
 from grpo_plus.qlora.lora_layers import fits_any, fused_lora, has_lora, why_not_fused
 from grpo_plus.rollout import ByRow, Rollouts, why_not_config, why_not_model
-from grpo_plus.trainer.generation import Chunks, rows_that_fit
-from grpo_plus.trainer.long_rows import LongRows, long_rows_of
-from grpo_plus.trainer.passes import Passes, passes_of
-from grpo_plus.trainer.spread import (
+from grpo_plus.trainer.rollouts.generation import Chunks, rows_that_fit
+from grpo_plus.trainer.update.long_rows import LongRows, long_rows_of
+from grpo_plus.trainer.update.passes import Passes, passes_of
+from grpo_plus.trainer.update.spread import (
     check_alike,
     gathered,
     spreads_weights,

@@ -37,11 +37,11 @@ from grpo_plus.losses import AdaptiveBeta, LossInputs, PolicyLoss, policy_loss
 from grpo_plus.models.adapters import has_adapters
 from grpo_plus.qlora.frozen import FrozenAdapterCallback
 from grpo_plus.qlora.settings import log_setting_check
-from grpo_plus.trainer.checkpoints import STATE_FILE
-from grpo_plus.trainer.determinism import deterministic_algorithms
-from grpo_plus.trainer.digests import digest
-from grpo_plus.trainer.manifest import MANIFEST
-from grpo_plus.trainer.record import add_to_card, record_of, write_record
+from grpo_plus.trainer.rollouts.digests import digest
+from grpo_plus.trainer.safety.determinism import deterministic_algorithms
+from grpo_plus.trainer.saving.checkpoints import STATE_FILE
+from grpo_plus.trainer.saving.manifest import MANIFEST
+from grpo_plus.trainer.saving.record import add_to_card, record_of, write_record
 from grpo_plus.trainer.seam import TRLSeam
 
 

@@ -11,7 +11,7 @@ from trl.trainer import add_fused_lm_head
 
 from grpo_plus.packing import PaddedRows
 from grpo_plus.packing.forward import install_packed_forward
-from grpo_plus.trainer.pictures import pictures_of
+from grpo_plus.trainer.update.pictures import pictures_of
 from tests.packing.rows import COMPLETION
 from tests.vision import QUESTIONS, SIZES, family, pictures
 

@@ -4,7 +4,7 @@ import json
 
 import torch
 
-from grpo_plus.trainer.pass_rates import PassRates
+from grpo_plus.trainer.batches.pass_rates import PassRates
 from tests.processes.jobs import job
 from tests.refilling import MIXED, Judge, groups_of
 

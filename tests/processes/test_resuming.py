@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from grpo_plus.trainer.checkpoints import numbered, why_unusable
+from grpo_plus.trainer.saving.checkpoints import numbered, why_unusable
 from tests.processes.jobs import job
 
 # A batch lasts for four micro-batches, which are two steps.

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer, StepProfile, cli
 from grpo_plus.demo.tiny import tiny_model, tiny_tokenizer
 from grpo_plus.report.completions import STEP_COLUMNS
-from grpo_plus.trainer.spread import least
+from grpo_plus.trainer.update.spread import least
 from tests import vllm_standin
 from tests.refilling import MIXED, Judge
 from tests.training import PROMPTS, brevity, make_trainer, stepwise, vowels, weights_of

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import TrainerState
 
 from grpo_plus.qlora.checks import saved_adapter
-from grpo_plus.trainer.checkpoints import why_unusable
+from grpo_plus.trainer.saving.checkpoints import why_unusable
 from tests.close import differing
 from tests.forked import exit_code, started
 from tests.qlora.models import load_nf4, lora, make_qlora_trainer, trained_weights

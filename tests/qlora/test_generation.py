@@ -14,7 +14,7 @@ from grpo_plus.demo.tiny import tiny_model, tiny_tokenizer
 from grpo_plus.planner import Constants, generation
 from grpo_plus.planner.generation import generation_bytes
 from grpo_plus.planner.loaded import shape_and_run
-from grpo_plus.trainer.generation import Chunks, rows_that_fit
+from grpo_plus.trainer.rollouts.generation import Chunks, rows_that_fit
 from grpo_plus.trainer.speed import speed_of
 from tests.qlora.models import load_nf4, lora, make_qlora_trainer, trained_weights
 

@@ -9,8 +9,8 @@ from trl import GRPOTrainer
 
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
 from grpo_plus.rollout import Rollouts, passes, prefix, steps
-from grpo_plus.trainer import shown
-from grpo_plus.trainer.shown import tiles_by_row
+from grpo_plus.trainer.rollouts import shown
+from grpo_plus.trainer.rollouts.shown import tiles_by_row
 from tests.close import differing
 from tests.rollout.test_in_the_trainer import without_sampler
 from tests.training import logs_of, weights_of

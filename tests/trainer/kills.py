@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from grpo_plus.trainer.checkpoints import numbered, why_unusable
+from grpo_plus.trainer.saving.checkpoints import numbered, why_unusable
 from tests.close import differing
 from tests.trainer.test_resuming import CASES, figures_of, made, saved_base
 from tests.training import weights_of

@@ -20,9 +20,9 @@ from trl import GRPOTrainer
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
 from grpo_plus.advantages import ESTIMATORS, register
 from grpo_plus.demo.tiny import tiny_model, tiny_tokenizer
-from grpo_plus.trainer import manifest
-from grpo_plus.trainer.checkpoints import numbered, rotate, why_unusable
-from grpo_plus.trainer.manifest import MANIFEST, UNFINISHED
+from grpo_plus.trainer.saving import manifest
+from grpo_plus.trainer.saving.checkpoints import numbered, rotate, why_unusable
+from grpo_plus.trainer.saving.manifest import MANIFEST, UNFINISHED
 from tests.close import differing
 from tests.training import PROMPTS, make_trainer, weights_of
 

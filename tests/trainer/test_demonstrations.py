@@ -9,7 +9,7 @@ from datasets import Dataset
 
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
 from grpo_plus.losses.demonstrations import chord
-from grpo_plus.trainer.given import given_of, listed
+from grpo_plus.trainer.batches.given import given_of, listed
 from tests.close import assert_close, differing
 from tests.engine import install_engine
 from tests.training import make_trainer, vowels, weights_of

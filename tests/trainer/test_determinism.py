@@ -12,8 +12,8 @@ from peft import LoraConfig
 
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
 from grpo_plus.trainer import speed
-from grpo_plus.trainer.determinism import FLASH, WORKSPACE, choose_workspace, deterministic_algorithms
-from grpo_plus.trainer.manifest import MANIFEST, weights_sha256
+from grpo_plus.trainer.safety.determinism import FLASH, WORKSPACE, choose_workspace, deterministic_algorithms
+from grpo_plus.trainer.saving.manifest import MANIFEST, weights_sha256
 from tests.close import differing
 from tests.refilling import MIXED, is_dead
 from tests.training import logs_of, make_trainer, weights_of

@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
-from grpo_plus.trainer.pass_at_k import pass_at_k
+from grpo_plus.trainer.rewards.pass_at_k import pass_at_k
 from tests.training import PROMPTS, make_trainer, vowels, weights_of
 
 EVALUATES = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 8}

@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
-from grpo_plus.trainer.guard import Guard
+from grpo_plus.trainer.safety.guard import Guard
 from tests.close import differing
 from tests.training import logs_of, make_trainer, weights_of
 

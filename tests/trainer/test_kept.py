@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, MinPLogitsWarper, PreTrainedModel
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
 from grpo_plus.demo.tiny import tiny_model, tiny_tokenizer
 from grpo_plus.kernels.linear_logprob import listed
-from grpo_plus.trainer.kept import KeptSets
 from grpo_plus.trainer.names import trained_tokens
-from grpo_plus.trainer.written import Generation, Written
+from grpo_plus.trainer.rollouts.kept import KeptSets
+from grpo_plus.trainer.rollouts.written import Generation, Written
 from tests.calling import asking, called, calling_tokenizer, count, grow
 from tests.packing.models import tiny
 from tests.refilling import MIXED, Judge

@@ -11,8 +11,8 @@ from transformers import GenerationMixin
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
 from grpo_plus.models import tiles
 from grpo_plus.models.offload import Offload
-from grpo_plus.trainer import long_rows
-from grpo_plus.trainer.long_rows import LongRows
+from grpo_plus.trainer.update import long_rows
+from grpo_plus.trainer.update.long_rows import LongRows
 from tests.training import make_trainer, weights_of
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")

@@ -12,7 +12,7 @@ from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
 from grpo_plus.models.offload import Offload
 from grpo_plus.models.tiles import Tiles
 from grpo_plus.packing import candidates, packer, passes
-from grpo_plus.trainer.long_rows import LongRows
+from grpo_plus.trainer.update.long_rows import LongRows
 from tests.close import assert_close, differing
 from tests.qlora.models import lora, save_base
 from tests.training import make_trainer, weights_of

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
-from grpo_plus.trainer import micro_batches
-from grpo_plus.trainer.micro_batches import Known, MicroBatches, read
-from grpo_plus.trainer.regrouping import regrouped
+from grpo_plus.trainer.update import micro_batches
+from grpo_plus.trainer.update.micro_batches import Known, MicroBatches, read
+from grpo_plus.trainer.update.regrouping import regrouped
 from tests.close import assert_close
 from tests.exactness.test_gradients import micro_batch, step, trainer
 from tests.packing.counting import OnDevice

@@ -12,7 +12,7 @@ from peft import LoraConfig
 
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
 from grpo_plus.trainer.names import table_of
-from grpo_plus.trainer.reward_calls import RewardFunctionError
+from grpo_plus.trainer.rewards.calls import RewardFunctionError
 from tests.training import PROMPTS, brevity, logs_of, make_trainer, vowels, weights_of
 
 WAIT = 20.0  # seconds, for what happens at once unless the code is wrong

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 import torch
 
-from grpo_plus.trainer.pass_rates import PassRates
+from grpo_plus.trainer.batches.pass_rates import PassRates
 
 
 def counted(*visits: tuple[list[int], list[int]], decay: float = 0.5) -> PassRates:

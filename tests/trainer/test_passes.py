@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
 from grpo_plus.planner import plan
 from grpo_plus.planner.loaded import shape_and_run
-from grpo_plus.trainer.passes import Passes, tokens_that_fit
+from grpo_plus.trainer.update.passes import Passes, tokens_that_fit
 from tests.training import make_trainer
 
 

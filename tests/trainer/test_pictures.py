@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
-from grpo_plus.trainer.micro_batches import MicroBatches, read
-from grpo_plus.trainer.pictures import joined_by_row, knows_rows, pictures_of, split_by_row, with_images
-from grpo_plus.trainer.regrouping import regrouped
+from grpo_plus.trainer.update.micro_batches import MicroBatches, read
+from grpo_plus.trainer.update.pictures import joined_by_row, knows_rows, pictures_of, split_by_row, with_images
+from grpo_plus.trainer.update.regrouping import regrouped
 from tests.close import differing
 from tests.packing.counting import OnDevice
 from tests.training import logs_of, weights_of

@@ -10,8 +10,8 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
 from grpo_plus.demo.tiny import tiny_model, tiny_tokenizer
+from grpo_plus.trainer.batches.refill_buffer import Group, Held, RefillBuffer, joined, split
 from grpo_plus.trainer.names import PADDING, REFILL_AGE, logged_columns
-from grpo_plus.trainer.refill_buffer import Group, Held, RefillBuffer, joined, split
 from tests.advantages.cases import rewards_of
 from tests.close import assert_close
 from tests.training import PROMPTS, make_trainer, weights_of

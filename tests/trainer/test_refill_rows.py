@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from grpo_plus.advantages import Rewards, Steps, estimate
-from grpo_plus.trainer.refill_rows import (
+from grpo_plus.trainer.batches.refill_rows import (
     Padding,
     draw_prompts,
     fill,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from grpo_plus.trainer.renamed import load_renamed
+from grpo_plus.trainer.saving.renamed import load_renamed
 from tests.close import differing
 from tests.vision import family
 

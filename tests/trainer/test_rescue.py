@@ -11,8 +11,8 @@ from transformers import TrainerCallback
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
-from grpo_plus.trainer.checkpoints import numbered, why_unusable
-from grpo_plus.trainer.manifest import begin
+from grpo_plus.trainer.saving.checkpoints import numbered, why_unusable
+from grpo_plus.trainer.saving.manifest import begin
 from tests.close import differing
 from tests.training import PROMPTS, brevity, logs_of, make_trainer, vowels, weights_of
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
-from grpo_plus.trainer.reward_calls import RewardFunctionError
+from grpo_plus.trainer.rewards.calls import RewardFunctionError
 from tests.training import logs_of, make_trainer, vowels
 
 OURS: dict[str, Any] = {"trainer_class": GRPOPlusTrainer, "config_class": GRPOPlusConfig, "max_steps": 1}

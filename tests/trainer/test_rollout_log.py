@@ -10,9 +10,9 @@ from tqdm import tqdm
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
 from grpo_plus.demo.tiny import tiny_model, tiny_tokenizer
 from grpo_plus.rollout import Statistics
-from grpo_plus.trainer import rollout_log
 from grpo_plus.trainer.names import metrics_of
-from grpo_plus.trainer.rollout_log import RolloutBar
+from grpo_plus.trainer.rollouts import rollout_log
+from grpo_plus.trainer.rollouts.rollout_log import RolloutBar
 from tests.training import PROMPTS, make_trainer
 
 ROWS = [[5, 6, 7]] * 4 + [[8, 9]] * 4

@@ -6,7 +6,7 @@ from peft import LoraConfig
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
 from grpo_plus.packing import SpreadPacker, base_model
 from grpo_plus.trainer.speed import speed_of
-from grpo_plus.trainer.spread import check_alike
+from grpo_plus.trainer.update.spread import check_alike
 from tests.spreading import under_fsdp, under_zero
 from tests.training import make_trainer
 from tests.vision.models import family
@@ -102,7 +102,7 @@ def test_models_that_processes_could_call_unequally_stay_padded_under_fsdp(tmp_p
 
 def test_processes_that_have_decided_differently_are_told_on_each_of_them(monkeypatch):
     other = {"packing": "auto", "lora_backend": False}
-    monkeypatch.setattr("grpo_plus.trainer.spread.gather_object", lambda values: [*values, other])
+    monkeypatch.setattr("grpo_plus.trainer.update.spread.gather_object", lambda values: [*values, other])
     check_alike({"packing": "auto", "lora_backend": False})
     with pytest.raises(ValueError, match="differ in lora_backend: True, False. Give all of them the same settings"):
         check_alike({"packing": "auto", "lora_backend": True})

@@ -10,8 +10,8 @@ from transformers import TrainerCallback
 from trl import GRPOConfig
 
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
-from grpo_plus.trainer import stopping
-from grpo_plus.trainer.stopping import StopSignals
+from grpo_plus.trainer.safety import stopping
+from grpo_plus.trainer.safety.stopping import StopSignals
 from tests.close import differing
 from tests.forked import FORK, exit_code, started
 from tests.training import PROMPTS, logs_of, make_trainer, vowels, weights_of

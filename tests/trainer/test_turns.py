@@ -12,7 +12,7 @@ from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
 from grpo_plus.advantages import estimate
 from grpo_plus.demo.tiny import tiny_model
 from grpo_plus.replay import Rollouts, replay
-from grpo_plus.trainer.turns import PROMPT, Turns, turns_of
+from grpo_plus.trainer.rollouts.turns import PROMPT, Turns, turns_of
 from tests.calling import asking, calling_tokenizer, count
 from tests.close import assert_close
 from tests.training import make_trainer, vowels

@@ -6,7 +6,7 @@ import torch
 
 from grpo_plus.kernels.linear_logprob.kept import KeptRows
 from grpo_plus.rollout.recorder import Recorder
-from grpo_plus.trainer.written import Generation, Piece, Written
+from grpo_plus.trainer.rollouts.written import Generation, Piece, Written
 
 # Four rows of one prompt. Two equal calls are answered by 7 and by 8, and a third by an answer that fills the completion.
 PROMPTS = [[1, 2]] * 4

@@ -9,7 +9,7 @@ import torch
 from trl import GRPOTrainer
 
 from grpo_plus.models.finite import nonfinite_weights
-from grpo_plus.trainer.guard import STEPS_WITHIN_BACKWARD
+from grpo_plus.trainer.safety.guard import STEPS_WITHIN_BACKWARD
 
 # Seconds for which the main process waits for the random states and batches of the others. An error that all
 # processes meet, such as a reward function's, needs none of them.

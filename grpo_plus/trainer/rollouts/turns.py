@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from grpo_plus.trainer.digests import digest
-from grpo_plus.trainer.written import policy_runs
+from grpo_plus.trainer.rollouts.digests import digest
+from grpo_plus.trainer.rollouts.written import policy_runs
 
 PROMPT = "prompt"  # the state of a first turn, where all completions of a group read the same prompt
 

@@ -18,7 +18,6 @@ from torch import nn
 
 from grpo_plus.config.overlap import BATCH, GROUPS
 from grpo_plus.rollout import Progress
-from grpo_plus.trainer.background import Running, Surroundings
 from grpo_plus.trainer.names import (
     decoded_completions,
     generations_of,
@@ -27,8 +26,9 @@ from grpo_plus.trainer.names import (
     until_end,
     why_not_decoded,
 )
-from grpo_plus.trainer.reward_logs import KeptLogs, Log, with_harmless_logs
-from grpo_plus.trainer.reward_values import awaited, called, is_async
+from grpo_plus.trainer.rewards.background import Running, Surroundings
+from grpo_plus.trainer.rewards.logs import KeptLogs, Log, with_harmless_logs
+from grpo_plus.trainer.rewards.values import awaited, called, is_async
 
 if TYPE_CHECKING:
     from grpo_plus.trainer.seam import TRLSeam

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from grpo_plus.config.kl import in_reward
 from grpo_plus.trainer.names import REFERENCE_KL, scored, trained_tokens
-from grpo_plus.trainer.step_figures import KL
+from grpo_plus.trainer.update.step_figures import KL
 
 if TYPE_CHECKING:
     from grpo_plus.trainer.seam import TRLSeam

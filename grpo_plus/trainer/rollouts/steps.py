@@ -9,9 +9,9 @@ from trl import GRPOTrainer
 from grpo_plus.advantages import ESTIMATORS
 from grpo_plus.config.fields import GRPOPlusConfig
 from grpo_plus.report.completions import STATES, STEP_COLUMNS
-from grpo_plus.trainer.digests import as_text, digest
 from grpo_plus.trainer.names import reported, set_reported
-from grpo_plus.trainer.turns import PROMPT, Turns, turns_of
+from grpo_plus.trainer.rollouts.digests import as_text, digest
+from grpo_plus.trainer.rollouts.turns import PROMPT, Turns, turns_of
 
 TURN_COLUMNS = (*STEP_COLUMNS, STATES)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from grpo_plus.models.pictures import NUM_IMAGES, PIXELS, TOKEN_TYPES, Pictures
 from grpo_plus.trainer.names import NUM_TILES
-from grpo_plus.trainer.pictures import knows_rows, pictures_of
+from grpo_plus.trainer.update.pictures import knows_rows, pictures_of
 
 PATCHES = "spatial_shapes"  # (tiles, 2), patches of each tile
 

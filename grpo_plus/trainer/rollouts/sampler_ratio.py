@@ -14,9 +14,9 @@ from trl import GRPOTrainer
 
 from grpo_plus.losses.sampler import SamplerGap, sampler_ratio
 from grpo_plus.packing.transfer import on_device
-from grpo_plus.trainer.gap_log import GapLog
 from grpo_plus.trainer.names import SAMPLER_RATIO, trained_tokens
-from grpo_plus.trainer.sampled import SampledLogps
+from grpo_plus.trainer.rollouts.gap_log import GapLog
+from grpo_plus.trainer.rollouts.sampled import SampledLogps
 
 
 class SamplerRatio:

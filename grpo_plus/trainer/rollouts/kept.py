@@ -22,8 +22,8 @@ from grpo_plus.packing.check import PaddedLogps
 from grpo_plus.rollout.kept import KeptRecorder
 from grpo_plus.rollout.recorder import recording
 from grpo_plus.trainer.names import KEPT_COUNTS, KEPT_LISTS, ONLY_LISTS
-from grpo_plus.trainer.spread import why_not_whole_weights
-from grpo_plus.trainer.written import Rows, Written
+from grpo_plus.trainer.rollouts.written import Rows, Written
+from grpo_plus.trainer.update.spread import why_not_whole_weights
 
 logger = logging.getLogger("grpo_plus")
 

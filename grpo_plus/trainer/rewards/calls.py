@@ -17,10 +17,10 @@ import torch
 from accelerate.utils import gather_object
 from torch import nn
 
-from grpo_plus.trainer.background import Running, Surroundings, TooLateError, too_late
-from grpo_plus.trainer.overlap import Overlap
-from grpo_plus.trainer.reward_logs import with_harmless_logs
-from grpo_plus.trainer.reward_values import WrongRewardsError, awaited, called, is_async
+from grpo_plus.trainer.rewards.background import Running, Surroundings, TooLateError, too_late
+from grpo_plus.trainer.rewards.logs import with_harmless_logs
+from grpo_plus.trainer.rewards.overlap import Overlap
+from grpo_plus.trainer.rewards.values import WrongRewardsError, awaited, called, is_async
 
 if TYPE_CHECKING:
     from grpo_plus.trainer.seam import TRLSeam

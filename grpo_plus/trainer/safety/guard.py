@@ -25,7 +25,7 @@ from trl import GRPOTrainer
 
 from grpo_plus.models.finite import gradients_are_finite, nonfinite_weights
 from grpo_plus.trainer.names import CONTROLLERS, overflow_found
-from grpo_plus.trainer.stopping import StopSignals, leaving
+from grpo_plus.trainer.safety.stopping import StopSignals, leaving
 
 # Where the counts stand in trainer_state.json: transformers saves what it finds there, and asks nobody about it.
 COUNTS = "grpo_plus_guard"

@@ -20,9 +20,9 @@ from grpo_plus.config.run import check_demonstrated_run
 from grpo_plus.losses import LOSSES
 from grpo_plus.losses.demonstrations import BY_DEFAULT, UNJUDGED, demonstration_weights
 from grpo_plus.packing.transfer import on_device
-from grpo_plus.trainer.given import Given, given_of, listed
+from grpo_plus.trainer.batches.given import Given, given_of, listed
 from grpo_plus.trainer.names import DEMONSTRATED, GIVEN_LOGPS, log_value, set_reported, trained_tokens
-from grpo_plus.trainer.spread import spreads_weights
+from grpo_plus.trainer.update.spread import spreads_weights
 
 if TYPE_CHECKING:
     from grpo_plus.trainer.seam import TRLSeam

@@ -20,8 +20,8 @@ from torch import Tensor
 from trl import GRPOTrainer
 
 from grpo_plus.config.kl import IN_REWARD
-from grpo_plus.trainer.plain import plain
-from grpo_plus.trainer.refill_buffer import Held
+from grpo_plus.trainer.batches.refill_buffer import Held
+from grpo_plus.trainer.saving.plain import plain
 
 # Attributes of TRL's and transformers' trainer that a step moves. A trainer of another version may lack some.
 OF_TRAINER = ("entropy_coef", "_last_world_entropy", "current_flos")

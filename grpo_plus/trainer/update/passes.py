@@ -12,7 +12,7 @@ from grpo_plus.config import GRPOPlusConfig
 from grpo_plus.config.speed import AUTO_PASSES
 from grpo_plus.planner import plan
 from grpo_plus.planner.loaded import shape_and_run
-from grpo_plus.trainer.spread import least
+from grpo_plus.trainer.update.spread import least
 
 logger = logging.getLogger("grpo_plus")
 

@@ -21,10 +21,10 @@ from grpo_plus.packing.transfer import on_device
 from grpo_plus.rollout import why_not_model
 from grpo_plus.rollout.recorder import recording
 from grpo_plus.rollout.sampled import SampledRecorder
-from grpo_plus.trainer.gap_log import GapLog
 from grpo_plus.trainer.names import SAMPLED_LOGPS, trained_tokens
-from grpo_plus.trainer.spread import spreads_weights
-from grpo_plus.trainer.written import Rows, Written
+from grpo_plus.trainer.rollouts.gap_log import GapLog
+from grpo_plus.trainer.rollouts.written import Rows, Written
+from grpo_plus.trainer.update.spread import spreads_weights
 
 
 class SampledLogps:

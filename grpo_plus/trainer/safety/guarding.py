@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
-from grpo_plus.trainer.guard import Guard
-from grpo_plus.trainer.retrying import RetryingSeam
+from grpo_plus.trainer.safety.guard import Guard
+from grpo_plus.trainer.update.retrying import RetryingSeam
 
 
 class GuardedSeam(RetryingSeam):

@@ -14,18 +14,9 @@ from accelerate.utils import gather, pad_across_processes
 from torch import Tensor
 
 from grpo_plus.advantages import Rewards
-from grpo_plus.trainer.names import (
-    PADDING,
-    REFILL_AGE,
-    log_value,
-    logged_columns,
-    scored,
-    tokenizer_of,
-    trained_tokens,
-)
-from grpo_plus.trainer.prompts import rows_at
-from grpo_plus.trainer.refill_buffer import Log, RefillBuffer, joined, split
-from grpo_plus.trainer.refill_rows import (
+from grpo_plus.trainer.batches.prompts import rows_at
+from grpo_plus.trainer.batches.refill_buffer import Log, RefillBuffer, joined, split
+from grpo_plus.trainer.batches.refill_rows import (
     Padding,
     draw_prompts,
     fill,
@@ -34,6 +25,15 @@ from grpo_plus.trainer.refill_rows import (
     join_rows,
     rows_of,
     rows_of_process,
+)
+from grpo_plus.trainer.names import (
+    PADDING,
+    REFILL_AGE,
+    log_value,
+    logged_columns,
+    scored,
+    tokenizer_of,
+    trained_tokens,
 )
 
 if TYPE_CHECKING:

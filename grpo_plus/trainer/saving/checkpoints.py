@@ -22,7 +22,7 @@ from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from grpo_plus.report.run_file import numbered
-from grpo_plus.trainer.manifest import MANIFEST, SENTINEL, UNFINISHED, manifest_of, mismatch
+from grpo_plus.trainer.saving.manifest import MANIFEST, SENTINEL, UNFINISHED, manifest_of, mismatch
 
 STATE_FILE = "grpo_plus_state.json"
 OURS = "grpo_plus_*"

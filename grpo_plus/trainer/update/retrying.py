@@ -18,13 +18,13 @@ from trl import GRPOTrainer
 from grpo_plus.losses.sampler import SamplerGap
 from grpo_plus.models.adapters import has_adapters
 from grpo_plus.models.memory import is_out_of_memory
-from grpo_plus.trainer.guard import STEPS_WITHIN_BACKWARD
 from grpo_plus.trainer.names import MOVED_BY_A_LOSS, metrics_of, multimodal
-from grpo_plus.trainer.position import RandomStates
-from grpo_plus.trainer.sampler_ratio import SamplerRatio
-from grpo_plus.trainer.saving import SavingSeam
+from grpo_plus.trainer.rollouts.sampler_ratio import SamplerRatio
+from grpo_plus.trainer.safety.guard import STEPS_WITHIN_BACKWARD
+from grpo_plus.trainer.saving.position import RandomStates
+from grpo_plus.trainer.saving.saving import SavingSeam
 from grpo_plus.trainer.speed import Speed
-from grpo_plus.trainer.step_figures import Part, StepFigures
+from grpo_plus.trainer.update.step_figures import Part, StepFigures
 
 logger = logging.getLogger("grpo_plus")
 

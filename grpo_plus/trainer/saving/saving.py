@@ -28,13 +28,20 @@ from grpo_plus.qlora.precision import (
     restore_adapters,
 )
 from grpo_plus.qlora.reloaded import write_record
-from grpo_plus.trainer.checkpoints import chosen_checkpoint, rotate, saved_state, why_unusable, write_state
+from grpo_plus.trainer.batches.refill_buffer import RefillBuffer
 from grpo_plus.trainer.hooks import Hooks
-from grpo_plus.trainer.manifest import begin, seal
-from grpo_plus.trainer.position import Position, saved_position, settings_of, take_up, why_another_batch, within_batch
-from grpo_plus.trainer.refill_buffer import RefillBuffer
-from grpo_plus.trainer.renamed import load_renamed
-from grpo_plus.trainer.rescue import OptimizerWatch, all_are_there, why_not_rescued
+from grpo_plus.trainer.saving.checkpoints import chosen_checkpoint, rotate, saved_state, why_unusable, write_state
+from grpo_plus.trainer.saving.manifest import begin, seal
+from grpo_plus.trainer.saving.position import (
+    Position,
+    saved_position,
+    settings_of,
+    take_up,
+    why_another_batch,
+    within_batch,
+)
+from grpo_plus.trainer.saving.renamed import load_renamed
+from grpo_plus.trainer.saving.rescue import OptimizerWatch, all_are_there, why_not_rescued
 
 REFERENCE_FILE = "grpo_plus_reference.pt"
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from grpo_plus.models.pictures import PIXELS, HostPictures, Pictures
 from grpo_plus.packing import Layout, group_rows
 from grpo_plus.trainer.names import trained_tokens
-from grpo_plus.trainer.pictures import pictures_of, with_images
+from grpo_plus.trainer.update.pictures import pictures_of, with_images
 
 Inputs = dict[str, Any]
 Alive = Callable[[Inputs], Tensor | None]  # (B,) booleans: rows that can have a gradient; None: all rows

@@ -13,8 +13,8 @@ import torch
 from grpo_plus.advantages import Rewards
 from grpo_plus.config.evaluation import chosen_reward
 from grpo_plus.config.prompts import PassRate, check_drawable, prompt_sampler_of
+from grpo_plus.trainer.batches.pass_rates import PassRates
 from grpo_plus.trainer.names import log_value
-from grpo_plus.trainer.pass_rates import PassRates
 
 if TYPE_CHECKING:
     from grpo_plus.trainer.seam import TRLSeam

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from grpo_plus.advantages import Rewards, Steps
+from grpo_plus.trainer.batches.refill_rows import Padding, join_rewards, join_rows, rows_of
 from grpo_plus.trainer.names import KEPT_LISTS, PADDING, REFILL_AGE
-from grpo_plus.trainer.refill_rows import Padding, join_rewards, join_rows, rows_of
 
 Rows = dict[str, Tensor]
 Log = dict[tuple[str, ...], list[Any]]

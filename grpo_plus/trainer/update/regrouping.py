@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from grpo_plus.packing import regroup, reorder
-from grpo_plus.trainer.micro_batches import HostRows
 from grpo_plus.trainer.names import trained_tokens
-from grpo_plus.trainer.pictures import joined_by_row, split_by_row
+from grpo_plus.trainer.update.micro_batches import HostRows
+from grpo_plus.trainer.update.pictures import joined_by_row, split_by_row
 
 Inputs = dict[str, Any]
 

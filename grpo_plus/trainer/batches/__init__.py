@@ -1,0 +1,1 @@
+"""What a generation batch holds: which prompts, which groups again, and which completions of the dataset."""
