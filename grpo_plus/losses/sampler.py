@@ -79,6 +79,7 @@ class SamplerGap:
     def __init__(self) -> None:
         self._sums: list[Tensor] = []
         self._extremes: list[Tensor] = []
+        self._without = math.nan  # the figures of no token
 
     def add(self, logps: Tensor, sampler_logps: Tensor, mask: Tensor, ratio: Tensor | None = None) -> None:
         """Add a micro-batch: the arguments of `sampler_ratio`, and its result. None: the ratio without bounds."""
@@ -87,6 +88,8 @@ class SamplerGap:
         differences = differences.where(known, 0.0)
         if ratio is None:
             ratio, mask = differences.exp(), known
+        else:
+            self._without = 0.0  # as in TRL's log of such ratios
         weighed = mask if ratio.shape == mask.shape else torch.ones_like(ratio, dtype=torch.bool)
         # Without a token, the extremes are infinite.
         self._extremes.append(
@@ -98,7 +101,7 @@ class SamplerGap:
     def copy(self) -> "SamplerGap":
         """A gap that goes on by itself."""
         gap = SamplerGap()
-        gap._sums, gap._extremes = list(self._sums), list(self._extremes)
+        gap._sums, gap._extremes, gap._without = list(self._sums), list(self._extremes), self._without
         return gap
 
     def root_mean_square(self) -> Tensor:
@@ -109,13 +112,16 @@ class SamplerGap:
         return (squares / tokens.clamp(min=1)).sqrt()
 
     def figures(self, device: torch.device) -> Tensor:
-        """Figures of this process, (5,), in the order of `FIGURES`. 0 where nothing was sampled, NaN without `add`."""
+        """Figures of this process, (5,), in the order of `FIGURES`.
+
+        Where no token was sampled, 0 if `add` was given ratios, and else NaN.
+        """
         if not self._sums:
             return torch.full((len(FIGURES),), torch.nan, device=device)
         differences, _, tokens, ratios, weighed = torch.stack(self._sums).sum(0)
         furthest, least, most = torch.stack(self._extremes).amin(0)
         mean, mean_ratio = differences / tokens.clamp(min=1), ratios / weighed.clamp(min=1)
-        return torch.stack([mean, -furthest, least, mean_ratio, -most]).where(weighed > 0, 0.0)
+        return torch.stack([mean, -furthest, least, mean_ratio, -most]).where(weighed > 0, self._without)
 
 
 def joined(figures: Tensor) -> dict[str, float]:

@@ -236,3 +236,16 @@ def test_a_generate_that_was_on_the_model_comes_back(model):
         assert model.generate is not own
     assert model.generate is own
     del model.generate
+
+
+def test_processes_refuse_what_one_of_them_has_refused_and_try_by_themselves_what_others_accept(caplog):
+    ours = Rollouts()
+    kinds = ((False, False), (False, True), (True, False))
+    refused, accepted, own = (rollouts.Use(Expanded, training, sees) for training, sees in kinds)
+    ours.verdicts[0][own] = "no room"
+    with caplog.at_level(logging.INFO, "grpo_plus"):
+        ours.join(
+            [ours.verdicts, ({refused: "another card", accepted: None, own: "less room"}, {accepted: "no cache"})]
+        )
+    assert ours.verdicts == ({own: "no room", refused: "another card"}, {accepted: "no cache"})
+    assert "as another process has found, another card." in caplog.text

@@ -29,6 +29,8 @@ def test_the_gap_is_the_root_mean_square_over_the_tokens_that_count():
     expected = [0.35, 0.8, 1.0, (math.exp(0.6) + math.exp(0.8) + 2) / 4, math.exp(0.8)]
     assert gap.figures(logps.device).tolist() == pytest.approx(expected)
     assert nothing.figures(logps.device).isnan().all()
+    nothing.add(logps, sampled, torch.zeros_like(mask))  # a batch of demonstrations alone
+    assert nothing.copy().figures(logps.device).isnan().all()
 
 
 def rollout(stale):
