@@ -178,6 +178,20 @@ def test_a_skipped_completion_with_log_probabilities_makes_no_infinite_ratio(tmp
     assert gradient_of(trainer.model, loss).isfinite().all()
 
 
+def test_the_log_counts_no_demonstration_that_was_skipped(tmp_path):
+    data = Dataset.from_list([{"prompt": prompt, "given": WRITTEN} for prompt in ("2+2=", "abc=")])
+
+    def dead(completions, prompts, **_):
+        return [vowels([one])[0] * (prompt != "2+2=") for one, prompt in zip(completions, prompts, strict=True)]
+
+    trainer = make_trainer(tmp_path, train_dataset=data, reward_funcs=[dead], **OWN, demonstration_column="given")
+    batch = batch_of(trainer, data)
+    logps, _ = rows_of(trainer, batch)
+    trainer._compute_loss(trainer.model, batch)
+    trainer._step_figures.log()
+    assert trainer._metrics["train"]["demonstrations/nll"] == pytest.approx([-logps[-1].mean().item()], rel=1e-5)
+
+
 def test_a_completion_that_vllm_did_not_draw_has_a_ratio_of_1(tmp_path, monkeypatch):
     install_engine(monkeypatch)
     trainer = demonstrated(tmp_path, use_vllm=True, skip_old_policy_pass=False)
@@ -215,6 +229,10 @@ def test_completions_become_the_tokens_that_the_policy_would_write(tmp_path):
     [
         ({"completion_ids": []}, "without a token"),
         ({"completion_ids": [5], "logprobs": [-1.0, -2.0]}, "1 tokens has 2 log-probabilities"),
+        (
+            {"completion_ids": [5, 500]},
+            "demonstration_column='given', prompt 'b=': 500 in 'completion_ids' is no token",
+        ),
         (7, "7 does not complete a prompt of text. A completion is None, text"),
     ],
 )
@@ -236,7 +254,10 @@ def test_a_template_that_does_not_continue_its_prompt_is_refused(tmp_path):
     [
         ({"demonstration_column": None, "demonstration_loss": "luffy"}, "no effect without demonstration_column"),
         ({"demonstration_loss": "lufy"}, "Did you mean 'luffy'"),
-        ({"demonstration_loss": '{"luffy": {"gama": 1}}'}, "unexpected keyword argument 'gama'"),
+        ({"demonstration_loss": '{"luffy": {"gama": 1}}'}, "'luffy' takes no keyword 'gama'. Did you mean 'gamma'"),
+        ({"demonstration_loss": {"chord": {"mu": "0.1"}}}, "mu='0.1' must be a number"),
+        ({"demonstration_loss": {"chord": {"phi": "no"}}}, "phi='no' must be True or False"),
+        ({"demonstration_column": 3}, "demonstration_column=3 must be the name of a column"),
         ({"demonstration_loss": {"luffy": {"gamma": 0}}}, "gamma=0 must be above 0"),
         ({"demonstration_loss": {"luffy": {}, "chord": {}}}, "is not one name with its keywords"),
         ({"demonstration_loss": {"chord": {"mu": 1.5}}}, "must be shares from 0 to 1"),

@@ -92,11 +92,15 @@ def test_a_sampler_that_the_run_cannot_use_is_refused(tmp_path):
         make_trainer(tmp_path, reward_funcs=[vowels, brevity], **OURS | {"train_dataset": PROMPTS})
 
 
-def test_the_passes_of_another_dataset_are_not_taken_up(tmp_path):
+def test_the_passes_of_another_dataset_or_reward_are_not_taken_up(tmp_path):
     trainer = make_trainer(tmp_path, reward_funcs=[Graded()], **OURS)
     state = trainer.running_state()
-    state["prompts"] |= {"size": 11}
-    with pytest.warns(UserWarning, match="holds the passes of 11 prompts, and train_dataset has 10"):
-        trainer.load_running_state(state)
+    for other, message in (
+        ({"size": 11}, "holds passes of 11 prompts by .*, and this run counts passes of 10 prompts by"),
+        ({"reward": "other"}, "holds passes of 10 prompts by 'other' from .*, and this run counts .* by 'graded'"),
+        ({"threshold": 0.5}, "from 0.5, and this run counts .*: prompt_sampler starts without memory"),
+    ):
+        with pytest.warns(UserWarning, match=message):
+            trainer.load_running_state(state | {"prompts": state["prompts"] | other})
     with pytest.raises(ValueError, match=r"grpo_plus_state.json of the checkpoint is damaged. prompts is 3"):
         trainer.load_running_state({"prompts": 3})

@@ -183,9 +183,11 @@ class Demonstrations:
         if inputs is None or DEMONSTRATED not in inputs:
             return
         demonstrated, given = inputs[DEMONSTRATED].bool().unsqueeze(1), inputs[GIVEN_LOGPS]
+        forwarded = torch.ones_like(demonstrated)
         if live is not None:  # a skipped row's log-probs are none: against given ones, its ratio could be infinite
             rows = on_device(torch.tensor(live), logps.device)
-            given = torch.full_like(given, math.nan).index_copy(0, rows, given.index_select(0, rows))
+            forwarded = torch.zeros_like(demonstrated).index_fill(0, rows, True)
+            given = given.where(forwarded, math.nan)
         old_logps = torch.where(demonstrated, logps, inputs.get("old_per_token_logps", logps))
         inputs["old_per_token_logps"] = torch.where(given.isnan(), old_logps, given)
         weights = demonstration_weights(self._loss, logps, self._trainer.state.global_step)
@@ -193,13 +195,14 @@ class Demonstrations:
         advantages = advantages.unsqueeze(1) if advantages.dim() == 1 else advantages
         shares = weights.demonstrated * weights.tokens, torch.full_like(logps, weights.drawn)
         inputs["advantages"] = advantages * torch.where(demonstrated, *shares)
-        self._trainer._step_figures.add("demonstrations/nll", -logps, trained_tokens(inputs) * demonstrated)
+        read = demonstrated & forwarded
+        self._trainer._step_figures.add("demonstrations/nll", -logps, trained_tokens(inputs) * read)
         if not self._judges:
             log_value(self._trainer, "demonstrations/mu", weights.demonstrated)
 
     def _short_enough(self, row: dict[str, Any], value: Any) -> Given | None:
         """The completion; None where it is longer than the policy's can be, with one warning."""
-        given = given_of(self._trainer, row["prompt"], value)
+        given = self._read(row["prompt"], value)
         most = self._trainer.max_completion_length
         if len(given.completion_ids) <= most:
             return given
@@ -216,5 +219,12 @@ class Demonstrations:
         dataset = self._trainer.train_dataset
         for index, value in enumerate(dataset[self._column]) if isinstance(dataset, Dataset) else ():
             if values := listed(value):
-                given_of(self._trainer, dataset[index]["prompt"], values[0])
+                self._read(dataset[index]["prompt"], values[0])
                 return
+
+    def _read(self, prompt: Any, value: Any) -> Given:
+        """One completion of the column. An error names the column and the prompt."""
+        try:
+            return given_of(self._trainer, prompt, value)
+        except ValueError as error:
+            raise ValueError(f"demonstration_column={self._column!r}, prompt {str(prompt)[:200]!r}: {error}") from error

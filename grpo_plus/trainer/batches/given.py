@@ -49,6 +49,9 @@ def given_of(trainer: GRPOTrainer, prompt: Any, value: Any) -> Given:
         ValueError: the value holds no completion, or the chat template cannot continue the prompt with it.
     """
     if isinstance(value, Mapping) and "completion_ids" in value:
+        vocabulary = trainer.model.config.get_text_config().vocab_size
+        if odd := [token for token in value["completion_ids"] if token not in range(vocabulary)]:
+            raise ValueError(f"{odd[0]!r} in 'completion_ids' is no token of the model, which has {vocabulary}.")
         return Given(list(value["completion_ids"]), value.get("logprobs"))
     tokenizer = tokenizer_of(trainer)
     ids: list[int] = tokenizer(_text(trainer, prompt, value), add_special_tokens=False)["input_ids"]

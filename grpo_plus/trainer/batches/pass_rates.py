@@ -79,7 +79,7 @@ class PassRates:
         """What a checkpoint must hold, for JSON."""
         index = self._judged.nonzero().flatten()
         counts = {"passed": self._passed[index].tolist(), "judged": self._judged[index].tolist()}
-        return {"size": len(self._judged), "rows": index.tolist(), **counts}
+        return {"rows": index.tolist(), **counts}
 
     def load(self, state: dict[str, Any]) -> None:
         """Take up what `state` returned, of a dataset of the same size.

@@ -47,7 +47,6 @@ class PromptSampler:
         # Rewards come as float32: one of 0.9 is below the float64 of that name.
         self._threshold = torch.tensor(rule.threshold, dtype=torch.float32).item()
         self._rates = PassRates(len(trainer.train_dataset), rule.decay)
-        self.state = self._rates.state
         self.reset()
 
     def reset(self) -> None:
@@ -84,25 +83,41 @@ class PromptSampler:
         if judged.any():
             log_value(self._trainer, "sampling/pass_variance", (rates * (1 - rates)).nanmean().item())
 
+    @property
+    def _counted(self) -> dict[str, Any]:
+        """What the counts are of."""
+        return {"size": len(self._trainer.train_dataset), "reward": self._reward, "threshold": self._rule.threshold}
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must hold, for JSON."""
+        return self._counted | self._rates.state()
+
     def load(self, state: dict[str, Any] | None) -> None:
-        """Take up what `state` returned. None, or the state of another dataset: begin anew.
+        """Take up what `state` returned. None, or counts of other prompts or passes: begin anew.
 
         Raises:
             ValueError: the state is damaged.
         """
-        rows = len(self._trainer.train_dataset)
         if state is not None and not isinstance(state, dict):
             raise ValueError(f"prompts is {state!r}, where a dictionary belongs.")
-        if state is not None and state.get("size") == rows:
+        counted = self._counted
+        found = None if state is None else {name: state.get(name) for name in counted}
+        if state is not None and found == counted:
             self._rates.load(state)
             return
-        found = "no passes of prompts" if state is None else f"the passes of {state.get('size')} prompts"
         warnings.warn(
-            f"The checkpoint holds {found}, and train_dataset has {rows}: prompt_sampler starts without memory, as in "
-            "a new run.",
+            f"The checkpoint holds {_passes(found)}, and this run counts {_passes(counted)}: prompt_sampler starts "
+            "without memory, as in a new run.",
             stacklevel=2,
         )
         self._rates.clear()
+
+
+def _passes(counted: dict[str, Any] | None) -> str:
+    """In words, what counts are of."""
+    if counted is None:
+        return "no passes of prompts"
+    return f"passes of {counted['size']} prompts by {counted['reward']!r} from {counted['threshold']}"
 
 
 def sampler_of_prompts(trainer: "TRLSeam") -> PromptSampler | None:
