@@ -8,9 +8,10 @@ import importlib
 import inspect
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import EntryPoint, entry_points
+from numbers import Integral, Real
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
 Entry = TypeVar("Entry")
@@ -277,6 +278,27 @@ def import_function(kind: str, path: str, known: Iterable[str] = ()) -> Callable
             f"Unknown {kind} {path!r}: {module_path!r} has no function {attribute!r}.{suggestion(attribute, names)}"
         )
     return function
+
+
+def check_kinds(function: Callable[..., Any], keywords: Mapping[str, Any]) -> None:
+    """Refuse, with a ValueError, a keyword of another kind than its annotation asks for, such as "0.1" for 0.1.
+
+    Annotations that are not among `_KINDS` are not looked at.
+    """
+    parameters = inspect.signature(function).parameters
+    for keyword, value in keywords.items():
+        kinds, wanted = _KINDS.get(parameters[keyword].annotation if keyword in parameters else None, ((object,), ""))
+        if not isinstance(value, kinds) or (isinstance(value, bool) and Real in kinds):
+            raise ValueError(f"{keyword}={value!r} must be {wanted}.")
+
+
+_KINDS: dict[Any, tuple[tuple[type, ...], str]] = {
+    bool: ((bool,), "True or False"),
+    float: ((Real,), "a number"),
+    float | None: ((Real, type(None)), "a number or None"),
+    int: ((Integral,), "a whole number"),
+    str: ((str,), "text"),
+}
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from grpo_plus.advantages.estimator import Estimator
 from grpo_plus.advantages.rewards import Rewards, sample_rewards
-from grpo_plus.registry import suggestion
+from grpo_plus.registry import check_kinds, suggestion
 
 
 def check_keywords(
@@ -41,6 +41,7 @@ def check_keywords(
             )
     bounds = keywords.get("bounds")
     names = names or list(bounds if isinstance(bounds, Mapping) else ()) or ["sample"]
+    check_kinds(estimator.function, keywords)
     try:
         # Rewards at the bounds that the keywords give: any other reward would be refused for the wrong reason.
         low, high = keywords.get("low", 0.0), keywords.get("high", 1.0)
@@ -97,15 +98,18 @@ def check_state(name: str, state: Any) -> None:
             )
 
 
-def check_weights(weights: Iterable[Any]) -> list[float]:
+def check_weights(weights: Iterable[Any], field: str = "reward_weights") -> list[float]:
     """The reward weights as floats.
+
+    Args:
+        field: what holds the weights, for the message.
 
     Raises:
         ValueError: a weight is no finite number. A NaN or an infinite weight would drop its reward without a word.
     """
     if isinstance(weights, (str, bytes, Mapping)) or not isinstance(weights, Iterable):
         raise ValueError(
-            f"reward_weights={weights!r} is no list. Give one number per reward function, in their order: [1.0, 0.5]."
+            f"{field}={weights!r} is no list. Give one number per reward function, in their order: [1.0, 0.5]."
         )
     numbers = []
     for place, weight in enumerate(weights):
@@ -115,7 +119,7 @@ def check_weights(weights: Iterable[Any]) -> list[float]:
             number = math.nan
         if not math.isfinite(number):
             raise ValueError(
-                f"reward_weights[{place}]={weight!r} is no weight. Use finite numbers, and 0 for a reward that is only "
+                f"{field}[{place}]={weight!r} is no weight. Use finite numbers, and 0 for a reward that is only "
                 "watched."
             )
         numbers.append(number)

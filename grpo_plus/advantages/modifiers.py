@@ -25,7 +25,7 @@ from grpo_plus.advantages.kl_penalty import kl_in_reward
 from grpo_plus.advantages.reductions import RESOLUTION, has_spread, mean
 from grpo_plus.advantages.rewards import Rewards, sample_rewards
 from grpo_plus.advantages.selection import gfpo, pods
-from grpo_plus.registry import suggestion
+from grpo_plus.registry import check_kinds, suggestion
 
 Modifiers = Mapping[str, Mapping[str, Any]]
 """Names of `MODIFIERS` with their keywords, in order: `{"clip": {"max": 5.0}}`."""
@@ -215,6 +215,7 @@ def check_modifiers(
         if not isinstance(keywords, Mapping):
             raise ValueError(f"The advantage modifier {name!r} takes a table of keywords, not {keywords!r}.")
         _check_keywords(name, keywords)
+        check_kinds(MODIFIERS[name], keywords)
         sample = sample_rewards(names=_mentioned(keywords) if names is None else names)
         try:
             apply_to_advantages(sample, torch.zeros(2, 2).double(), {name: keywords})

@@ -29,13 +29,11 @@ def check_schedule(schedule: Mapping[str, Any]) -> dict[str, list[float]]:
     """
     checked = {}
     for name, points in schedule.items():
-        try:
-            checked[name] = check_weights(points)
-        except ValueError as error:
-            raise ValueError(f"reward_weight_schedule: the weights of {name!r} do not fit: {error}") from error
-        if len(checked[name]) < 2:
+        if not isinstance(points, list | tuple) or len(points) < 2:
             raise ValueError(
-                f"reward_weight_schedule: {name!r} has {len(checked[name])} weights, and two are the least: "
-                "[at the start, at the end]. A weight that stays as it is belongs in reward_weights."
+                f"reward_weight_schedule[{name!r}]={points!r} is no list of two or more weights. Write those from the "
+                "start of the run to its end, such as [1.0, 0.1]. A weight that stays as it is belongs in "
+                "reward_weights."
             )
+        checked[name] = check_weights(points, f"reward_weight_schedule[{name!r}]")
     return checked

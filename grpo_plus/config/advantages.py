@@ -83,4 +83,7 @@ def _check_estimator(config: "GRPOPlusConfig") -> None:
     except ValueError as error:
         raise ValueError(f"advantage_kwargs={keywords} does not fit {estimator.name!r}: {error}") from error
     modifiers = as_dictionary("advantage_modifiers", config.advantage_modifiers)
-    check_modifiers(modifiers, num_generations=config.num_generations)
+    try:
+        check_modifiers(modifiers, num_generations=config.num_generations)
+    except ValueError as error:
+        raise ValueError(f"advantage_modifiers={modifiers} does not fit: {error}") from error

@@ -20,6 +20,10 @@ def check_demonstrations(config: "GRPOPlusConfig") -> None:
                 "holds the completions."
             )
         return
+    if not isinstance(column, str) or not column:
+        raise ValueError(
+            f"demonstration_column={column!r} must be the name of a column of train_dataset, such as 'solution'."
+        )
     assert not isinstance(chosen, str)  # the configuration has read it
     chosen = chosen or BY_DEFAULT
     check_demonstration_loss(chosen)

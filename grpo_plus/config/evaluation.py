@@ -44,9 +44,9 @@ def chosen_reward(given: str | None, names: Sequence[str], *, asking: str, setti
             f"{', '.join(names)}. Set {setting}={names[0]!r}, or another of them."
         )
     name = names[0] if given is None else given
-    if list(names).count(name) != 1:
+    if (found := list(names).count(name)) != 1:
         raise ValueError(
-            f"{setting}={name!r} has to name one reward function.{suggestion(name, names)} Known: {', '.join(names)}."
+            f"{asking} needs one reward function, but {setting}={name!r} names {found}.{suggestion(name, names)}"
         )
     return name
 

@@ -3,6 +3,16 @@
 import json
 from typing import Any
 
+# What an error message shows, where the keywords of an estimator or a loss would mislead.
+EXAMPLES = {
+    "advantage_modifiers": '{"clip": {"max": 5.0}}',
+    "demonstration_loss": '{"luffy": {"gamma": 0.1}}',
+    "overlap_rewards": '{"judge": "groups"}',
+    "prompt_sampler": '{"pass_rate": {}}',
+    "reward_kwargs": '{"get_soft_overlong_punishment": {"max_completion_len": 512}}',
+    "reward_weight_schedule": '{"format": [1.0, 0.1]}',
+}
+
 
 def as_dictionary(name: str, given: dict[str, Any] | str | None) -> dict[str, Any]:
     """The dictionary that was given; {} for None.
@@ -15,7 +25,10 @@ def as_dictionary(name: str, given: dict[str, Any] | str | None) -> dict[str, An
     except json.JSONDecodeError:
         keywords = None
     if not isinstance(keywords, dict):
-        raise ValueError(f"{name}={given!r} is not a JSON object. Write for example '{{\"ddof\": 0}}'.")
+        example = EXAMPLES.get(name, '{"ddof": 0}')
+        raise ValueError(
+            f"{name}={given!r} is not a JSON object. Write for example {example}, as a dictionary or as JSON."
+        )
     return keywords
 
 

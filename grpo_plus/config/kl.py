@@ -69,6 +69,6 @@ def _why_not(config: "GRPOPlusConfig", estimator: Estimator) -> str | None:
     sample = replace(sample, kl_penalty=penalty)
     try:
         estimate(estimator, sample, config.advantage_kwargs, modifiers={IN_REWARD: {}})  # type: ignore[arg-type]
-    except ValueError as error:
-        return str(error)
+    except ValueError:
+        return "it wants rewards within bounds, and a reward less the KL has none. Take 'rloo' or 'dr_grpo'"
     return None

@@ -17,8 +17,11 @@ def check_overlap(config: "GRPOPlusConfig") -> None:
     given = config.overlap_rewards
     if given is None or given in OVERLAPS:
         return
-    if isinstance(given, str) and not given.lstrip().startswith("{"):
-        raise ValueError(f"Unknown overlap_rewards {given!r}.{suggestion(given, OVERLAPS)}")
+    if not isinstance(given, dict) and not str(given).lstrip().startswith("{"):
+        raise ValueError(
+            f"Unknown overlap_rewards {given!r}.{suggestion(str(given), OVERLAPS)} Or name functions: "
+            "{'judge': 'groups'}."
+        )
     named = as_dictionary("overlap_rewards", given)
     for name, way in named.items():
         if way not in OVERLAPS:
@@ -32,6 +35,7 @@ def check_overlapping(config: "GRPOPlusConfig", names: Sequence[str]) -> None:
     Args:
         names: of the reward functions, without reward models.
     """
+    names = list(dict.fromkeys(names))
     for name in config.overlap_rewards if isinstance(config.overlap_rewards, dict) else ():
         if name not in names:
             raise ValueError(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from datasets import IterableDataset
 from torch.utils import data
 
-from grpo_plus.config.keywords import as_dictionary
+from grpo_plus.config.keywords import as_choice
 from grpo_plus.registry import suggestion
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ class PassRate:
 
     def __post_init__(self) -> None:
         """Refuse values that are out of range."""
+        if not (self.reward is None or isinstance(self.reward, str)):
+            raise ValueError(f"reward={self.reward!r} must be the name of a reward function.")
         for name in ("threshold", "floor", "decay"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
@@ -48,11 +50,11 @@ SAMPLERS = {"pass_rate": PassRate}
 def check_prompt_sampler(config: "GRPOPlusConfig") -> None:
     """Refuse an unknown sampler, wrong keywords, and an order of the dataset that the sampler would not keep.
 
-    JSON becomes a dictionary.
+    A name alone and JSON become a dictionary.
     """
     if config.prompt_sampler is None:
         return
-    config.prompt_sampler = as_dictionary("prompt_sampler", config.prompt_sampler)
+    config.prompt_sampler = as_choice("prompt_sampler", config.prompt_sampler)
     prompt_sampler_of(config)
     if not config.shuffle_dataset:
         raise ValueError(
@@ -77,13 +79,10 @@ def prompt_sampler_of(config: "GRPOPlusConfig") -> PassRate | None:
         )
     [(name, keywords)] = given.items()
     if name not in SAMPLERS:
-        raise ValueError(f"Unknown prompt_sampler {name!r}.{suggestion(name, SAMPLERS)} Known: {', '.join(SAMPLERS)}.")
+        raise ValueError(f"Unknown prompt_sampler {name!r}.{suggestion(str(name), SAMPLERS)}")
     known = [entry.name for entry in fields(SAMPLERS[name])]
     for keyword in keywords.keys() - set(known):
-        raise ValueError(
-            f"prompt_sampler: {name!r} takes no keyword {keyword!r}.{suggestion(keyword, known)} "
-            f"Known: {', '.join(known)}."
-        )
+        raise ValueError(f"prompt_sampler: {name!r} takes no keyword {keyword!r}.{suggestion(str(keyword), known)}")
     try:
         return SAMPLERS[name](**keywords)
     except ValueError as error:

@@ -42,7 +42,7 @@ from grpo_plus.losses.kl import KL_ESTIMATORS, AdaptiveBeta, KLEstimator, kl_to_
 from grpo_plus.losses.loss import LOSSES, Loss, register
 from grpo_plus.losses.ratios import ImportanceSamplingLevel
 from grpo_plus.losses.reduce import REDUCTIONS, Reduction, average, reduce
-from grpo_plus.registry import suggestion
+from grpo_plus.registry import check_kinds, suggestion
 
 __all__ = [
     "KL_ESTIMATORS",
@@ -133,9 +133,11 @@ def check_loss_keywords(loss: Loss, keywords: Mapping[str, Any]) -> None:
     for keyword in keywords:
         if keyword not in loss.keywords and not takes_any:
             raise ValueError(
-                f"The loss {loss.name!r} takes no keyword {keyword!r}.{suggestion(keyword, loss.keywords)}"
+                f"loss_kwargs={dict(keywords)}: the loss {loss.name!r} takes no keyword {keyword!r}."
+                f"{suggestion(keyword, loss.keywords)}"
             )
     try:
+        check_kinds(loss.function, keywords)
         inspect.signature(loss.function).bind(None, **keywords)
         if loss.function.__module__.startswith("grpo_plus."):
             _try_on_a_small_batch(loss, keywords)

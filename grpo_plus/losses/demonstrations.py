@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from grpo_plus.registry import suggestion
+from grpo_plus.registry import check_kinds, suggestion
 
 
 class Weights(NamedTuple):
@@ -130,12 +130,20 @@ def check_demonstration_loss(chosen: Mapping[str, Mapping[str, Any]]) -> None:
     """Refuse, with a ValueError, anything but one known way with keywords that the way takes."""
     names = list(chosen)
     if len(names) != 1 or not all(isinstance(keywords, Mapping) for keywords in chosen.values()):
-        raise ValueError(f'{dict(chosen)} is not one name with its keywords, such as {{"luffy": {{"gamma": 0.1}}}}.')
+        raise ValueError(
+            f"demonstration_loss={dict(chosen)} is not one name with its keywords, such as "
+            '{"luffy": {"gamma": 0.1}}.'
+        )
     name, known = names[0], list(DEMONSTRATION_LOSSES)
     if name not in known:
         raise ValueError(f"Unknown demonstration_loss {name!r}.{suggestion(str(name), known)}")
+    way, keywords = DEMONSTRATION_LOSSES[name], chosen[name]
+    taken = list(inspect.signature(way).parameters)[2:]
+    for keyword in keywords:
+        if keyword not in taken:
+            raise ValueError(f"demonstration_loss: {name!r} takes no keyword {keyword!r}.{suggestion(keyword, taken)}")
     try:
-        inspect.signature(DEMONSTRATION_LOSSES[name]).bind(None, 0, **chosen[name])
+        check_kinds(way, keywords)
         demonstration_weights(chosen, torch.tensor([[-1.0]]), 0)
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(f"demonstration_loss={dict(chosen)} does not fit: {error}") from error

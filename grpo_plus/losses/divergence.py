@@ -95,8 +95,9 @@ def _within(
     delta_high = delta if delta_high is None else delta_high
     if not (delta >= 0 and delta_high >= 0 and c > 1):  # NaN is none of these
         raise ValueError(
-            f"delta={delta!r}, delta_high={delta_high!r}, c={c!r}: a divergence is never below 0, and a c of 1 or less "
-            "scales tokens that have not moved. The paper uses 0.15 for dppo_tv and 0.05 for dppo_kl, TRL c=20.0."
+            f"delta={delta!r}, delta_high={delta_high!r}, c={c!r}: delta and delta_high must be 0 or more, and c above "
+            "1, or tokens that have not moved are scaled. The paper uses 0.15 for dppo_tv and 0.05 for dppo_kl, TRL "
+            "c=20.0."
         )
     logps, sampled = inputs.logps.detach(), inputs.behavior_logps
     moved, log_ratio = divergence(sampled, logps), logps - sampled

@@ -98,10 +98,10 @@ def test_the_check_tries_rewards_that_the_keywords_allow():
     ("name", "keywords", "options", "message"),
     [
         ("grpo", {"epsilon": 1e-6}, {}, "'grpo' takes no keyword 'epsilon'. Did you mean 'eps'"),
-        ("grpo", {"eps": "small"}, {}, "not supported"),
+        ("grpo", {"eps": "small"}, {}, "eps='small' must be a number"),
         ("passk", {"k": 4}, {}, "k=4 .* there are 2"),
         ("bnpo_advantage", {"low": 2.0, "high": 1.0}, {}, "bound no rewards"),
-        ("bnpo_advantage", {"low": "zero"}, {}, "can't assign a str"),
+        ("bnpo_advantage", {"low": "zero"}, {}, "low='zero' must be a number"),
         ("sa_mrpo", {"bounds": {"correctness": 2}}, {}, "has no len"),
         ("sa_mrpo", {"bounds": {"corectness": [0, 2]}}, {"names": ["correctness"]}, "Did you mean 'correctness'"),
     ],

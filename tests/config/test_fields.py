@@ -57,6 +57,18 @@ def config(**fields) -> GRPOPlusConfig:
             "skip_old_policy_pass=True .*refill_buffer=2 keeps the log-probabilities",
         ),
         ({"prompt_sampler": {"passrate": {}}}, "Unknown prompt_sampler 'passrate'. Did you mean 'pass_rate'"),
+        (
+            {"prompt_sampler": "passrate"},
+            "Unknown prompt_sampler 'passrate'. Did you mean 'pass_rate'. Known: pass_rate.$",
+        ),
+        ({"prompt_sampler": {"pass_rate": {"reward": 3}}}, "reward=3 must be the name of a reward function"),
+        ({"overlap_rewards": True}, "Unknown overlap_rewards True. Known: batch, groups. Or name functions"),
+        ({"reward_weight_schedule": [1.0, 0.1]}, r'Write for example {"format": \[1.0, 0.1\]}'),
+        ({"loss_type": "gmpo", "loss_kwargs": {"epsilon": "0.1"}}, "epsilon='0.1' must be a number"),
+        (
+            {"advantage_estimator": "rloo", "advantage_modifiers": {"alp": {"by": 3, "beta": 0.1, "max_length": 5}}},
+            "advantage_modifiers={'alp': .* does not fit: by=3 must be text",
+        ),
         ({"prompt_sampler": {}}, "prompt_sampler={} must be the name of one sampler with its keywords"),
         ({"prompt_sampler": {"pass_rate": 3}}, "must be the name of one sampler with its keywords"),
         ({"prompt_sampler": {"pass_rate": {"flor": 0.1}}}, "takes no keyword 'flor'. Did you mean 'floor'"),

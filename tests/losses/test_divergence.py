@@ -106,7 +106,7 @@ def test_probabilities_of_one_and_next_to_none_are_told_apart(loss, new, sampled
 @pytest.mark.parametrize("loss", DPPO)
 @pytest.mark.parametrize("keywords", [{"delta": -0.1}, {"delta_high": math.nan}, {"c": 1.0}])
 def test_a_region_that_cannot_be_is_refused(loss, keywords):
-    with pytest.raises(ValueError, match="a divergence is never below 0"):
+    with pytest.raises(ValueError, match="must be 0 or more, and c above 1"):
         gradient_of(loss, probabilities([0.5]), torch.ones(1, 1), old_logps=torch.zeros(1, 1), keywords=keywords)
 
 

@@ -39,9 +39,9 @@ def test_a_weight_is_linear_between_points_at_equal_distances():
 @pytest.mark.parametrize(
     ("points", "message"),
     [
-        ([1.0], "'form' has 1 weights, and two are the least"),
-        (1.0, "the weights of 'form' do not fit: .*no list"),
-        ([1.0, float("nan")], r"the weights of 'form' do not fit: .*\[1\]=nan is no weight"),
+        ([1.0], r"reward_weight_schedule\['form'\]=\[1.0\] is no list of two or more weights. Write"),
+        (1.0, r"reward_weight_schedule\['form'\]=1.0 is no list of two"),
+        ([1.0, float("nan")], r"reward_weight_schedule\['form'\]\[1\]=nan is no weight"),
     ],
 )
 def test_a_schedule_that_cannot_work_is_refused(points, message):
