@@ -15,7 +15,7 @@ from tests.engine import install_engine
 from tests.training import make_trainer, vowels, weights_of
 
 WRITTEN = "aeio u"
-LOGGED = {"completion_ids": [70, 71, 72, 73, 2], "logprobs": [-4.5, -4.6, -4.4, -9.0, -4.5]}
+LOGGED = {"completion_ids": [70, 74, 78, 84, 2], "logprobs": [-4.5, -4.6, -4.4, -9.0, -4.5]}
 # The first group has no completion of the dataset.
 DATA = Dataset.from_list([{"prompt": "2+2=", "given": None}, {"prompt": "abc=", "given": WRITTEN}])
 OWN: dict[str, Any] = {"trainer_class": GRPOPlusTrainer, "config_class": GRPOPlusConfig}
@@ -60,9 +60,12 @@ def by_hand(case: str, logps: list[torch.Tensor], old: list[torch.Tensor], rewar
     *drawn, given = logps
     drawn = [(new - before.detach()).exp() for new, before in zip(drawn, old, strict=False)]  # ratios within the clip
     tokens = sum(map(len, logps))
-    if case == "chord":  # each part is a mean over its own tokens; the demonstration is no part of its group
+    if case in ("chord", "chord by row"):  # each part is a mean of its own; the demonstration is no part of its group
         own = [*advantages(rewards[:4]), *advantages(rewards[4:7])]
-        grpo = -sum(a * ratio.sum() for a, ratio in zip(own, drawn, strict=True)) / sum(map(len, drawn))
+        if case == "chord":
+            grpo = -sum(a * ratio.sum() for a, ratio in zip(own, drawn, strict=True)) / sum(map(len, drawn))
+        else:
+            grpo = -sum(a * ratio.mean() for a, ratio in zip(own, drawn, strict=True)) / 7
         p = given.detach().exp()
         return 0.7 * grpo + 0.3 * -(p * (1 - p) * given).mean()
     own = [*advantages(rewards[:4]), *advantages(rewards[4:])]
@@ -71,8 +74,8 @@ def by_hand(case: str, logps: list[torch.Tensor], old: list[torch.Tensor], rewar
         "imitation": lambda: -(own[-1] * given).sum(),
         "luffy": lambda: -(own[-1] * given.exp() / (given.exp() + 0.2)).sum(),
         "logged": lambda: -torch.min(*_surrogates(given, own[-1])).sum(),
-    }[case]()
-    return (others + last) / tokens
+    }[case.partition(",")[0]]()
+    return (0.7 if case == "logged, chord" else 1.0) * (others + last) / tokens
 
 
 def _surrogates(logps: torch.Tensor, advantage: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -84,7 +87,9 @@ LOSSES = {
     "imitation": None,
     "luffy": {"luffy": {"gamma": 0.2}},
     "chord": {"chord": {"mu": 0.3}},
+    "chord by row": {"chord": {"mu": 0.3}},
     "logged": None,
+    "logged, chord": {"chord": {"mu": 0.3}},
 }
 
 
@@ -96,15 +101,18 @@ LOSSES = {
         ("luffy", {"loss_type": "cispo", "epsilon_high": 5.0}),
         ("luffy", {"loss_type": "dual_clip"}),
         ("chord", {}),
+        ("chord by row", {"loss_type": "grpo"}),
         ("logged", {}),
+        ("logged, chord", {}),
     ],
 )
 def test_the_gradient_is_the_formulas(tmp_path, case, config):
-    data = DATA.map(lambda row: {"given": row["given"] and LOGGED}) if case == "logged" else DATA
+    data = DATA.map(lambda row: {"given": row["given"] and LOGGED}) if case.startswith("logged") else DATA
     trainer = demonstrated(tmp_path, data, demonstration_loss=LOSSES[case], **config)
     batch = batch_of(trainer, data)
     old, rewards = rows_of(trainer, batch)
     assert rewards[-1] > 0
+    assert batch["advantages"][-1] != 0
     if "num_iterations" in config:  # an update has moved the policy
         with torch.no_grad():
             trainer.model.lm_head.weight *= 1.05
@@ -195,7 +203,14 @@ def test_the_log_counts_no_demonstration_that_was_skipped(tmp_path):
 def test_a_completion_that_vllm_did_not_draw_has_a_ratio_of_1(tmp_path, monkeypatch):
     install_engine(monkeypatch)
     trainer = demonstrated(tmp_path, use_vllm=True, skip_old_policy_pass=False)
+    engine, asked = trainer.vllm_generation.llm, []
+    monkeypatch.setattr(
+        engine,
+        "generate",
+        lambda prompts, **k: asked.append(len(prompts)) or type(engine).generate(engine, prompts, **k),
+    )
     batch = batch_of(trainer)
+    assert asked == [8]  # TRL sends a server every fourth prompt
     ratio = batch["importance_sampling_ratio"]
     assert (ratio[-1] == 1).all()
     assert (ratio[:-1] != 1).any(1).all()
