@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from grpo_plus.config.help import HELP
 from grpo_plus.registry import suggestion
 
 if TYPE_CHECKING:
@@ -76,6 +77,8 @@ def explained(name: str) -> list[Explained]:
     found = [make(name) for known, make in _kinds() if name in known]
     if not found:
         everything = dict.fromkeys(known for names, _ in _kinds() for known in names)
+        if name in HELP:
+            raise ValueError(f"{name!r} is a field of GRPOPlusConfig, and no name that a field takes. {HELP[name]}")
         near = suggestion(name, everything).partition(" Known:")[0]
         raise ValueError(f"There is nothing called {name!r}.{near} `grpo-plus ls` lists all names.")
     return found
@@ -111,12 +114,12 @@ def split_arguments(documentation: str) -> tuple[str, dict[str, str]]:
 def paragraphs(text: str) -> Iterator[str]:
     """The paragraphs of a docstring: prose in lines as long as the terminal's, formulas and lists line by line.
 
-    What stands beside a formula goes below it, so that a narrow terminal breaks neither.
+    What stands beside a formula goes below it, and further in, so that a narrow terminal breaks neither.
     """
     for paragraph in text.split("\n\n"):
         lines = paragraph.splitlines()
         by_line = any(re.search(r" [=←≥≤] |\S {3,}\S|^\s*- |^>>> ", line) for line in lines)
-        yield re.sub(r"(?<=\S) {3,}(?=\S)", "\n    ", paragraph) if by_line else " ".join(lines)
+        yield re.sub(r"(?<=\S) {3,}(?=\S)", "\n        ", paragraph) if by_line else " ".join(lines)
 
 
 def _table(keywords: Mapping[str, Any], meanings: dict[str, str]) -> "Table":

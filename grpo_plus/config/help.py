@@ -17,12 +17,12 @@ HELP = {
         "Dynamic sampling: up to how many further generation batches replace groups whose advantages are all 0. 0: off."
     ),
     "refill_buffer": (
-        "From how many of the last generation batches live groups may take the place of dead ones, with their exact "
+        "Let live groups of so many of the last generation batches take the place of dead groups, with exact "
         "importance ratios. 0: off."
     ),
     "prompt_sampler": (
-        "What draws the prompts of a batch, as JSON: '{\"pass_rate\": {}}' prefers prompts that are solved at times; "
-        "unset: each once in an epoch, as TRL."
+        "What draws the prompts of a batch. pass_rate prefers prompts that are solved at times; with keywords, as "
+        'JSON: \'{"pass_rate": {"reward": "accuracy_reward"}}\'. Unset: each prompt once in an epoch, as TRL.'
     ),
     "task_column": "Dataset column with each prompt's task, for estimators and metrics that keep tasks apart.",
     "reward_weight_schedule": (
@@ -34,8 +34,8 @@ HELP = {
         "group."
     ),
     "demonstration_loss": (
-        "How those without log-probabilities are trained: imitation, luffy or chord, or one of these with keywords as "
-        'JSON: \'{"chord": {"mu": 0.1}}\'. Unset: imitation.'
+        "How demonstrations without log-probabilities are trained: imitation, luffy or chord, or one of these with "
+        'keywords as JSON: \'{"chord": {"mu": 0.1}}\'. Unset: imitation.'
     ),
     "reward_timeout": (
         "Seconds that one call of a reward function may take before the run ends with its name; unset: no bound."

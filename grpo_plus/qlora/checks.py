@@ -61,12 +61,19 @@ def check_run(model: Any, args: Any, quantization_config: Any, peft_config: Any)
             "quantization_config)."
         )
     require_trainable(model)
-    _check_reference(model, getattr(args, "beta", 0.0))
+    _check_reference(model, getattr(args, "beta", 0.0), peft_config)
 
 
-def _check_reference(model: Any, beta: float) -> None:
-    """Refuse adapters that TRL cannot copy for the reference, or would copy by starting them anew."""
-    if not has_adapters(model) or not beta:
+def _check_reference(model: Any, beta: float, peft_config: Any) -> None:
+    """Refuse a model without a name, and adapters that TRL cannot copy for the reference or would start anew."""
+    if not beta:
+        return
+    if not has_adapters(model):
+        if isinstance(model, nn.Module) and peft_config is None and not _get(model.config, "_name_or_path"):
+            raise ValueError(
+                f"beta={beta} needs a reference, which TRL loads by the name of the model, and the model that was "
+                "passed has no name. Save it with model.save_pretrained(folder) and pass the folder, or set beta=0.0."
+            )
         return
     if "default" not in model.peft_config:
         raise ValueError(

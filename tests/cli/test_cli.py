@@ -75,6 +75,10 @@ def test_ls_explains_what_shares_a_name_and_suggests_the_nearest(capsys):
     assert "There is nothing called 'rlo'. Did you mean 'rloo'?" in capsys.readouterr().err
     assert cli.main(["ls", "grop"]) == 1  # a loss and an estimator are called grpo
     assert "Did you mean 'grpo' or 'ngrpo'?" in capsys.readouterr().err
+    assert cli.main(["ls", "refill_buffer"]) == 1
+    assert "'refill_buffer' is a field of GRPOPlusConfig, and no name that a field takes. Let live" in (
+        capsys.readouterr().err
+    )
 
 
 def test_a_line_to_copy_is_not_wrapped_and_holds_what_is_needed(capsys, monkeypatch):

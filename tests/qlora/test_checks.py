@@ -105,6 +105,12 @@ def test_an_lm_head_that_is_excluded_again_is_no_target(tmp_path, targets, exclu
     assert not any("lm_head" in name for name, weight in trainer.model.named_parameters() if weight.requires_grad)
 
 
+def test_a_reference_of_a_model_without_a_name_is_refused(tmp_path):
+    model = tiny_model(tiny_tokenizer(), hidden_size=32, num_heads=2)
+    with pytest.raises(ValueError, match=r"beta=0.1 needs a reference.*Save it with model.save_pretrained\(folder\)"):
+        construct(tmp_path, model, config={"beta": 0.1})
+
+
 def test_a_reference_is_copied_from_the_adapter_named_default_only(tmp_path):
     model = get_peft_model(tiny_model(tiny_tokenizer(), hidden_size=32, num_heads=2), lora(), adapter_name="mine")
     with pytest.raises(ValueError, match="beta=0.1 with the adapter 'mine'.*named 'default'.*set beta=0.0"):
