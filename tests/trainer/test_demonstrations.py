@@ -227,6 +227,18 @@ def test_a_longer_completion_than_the_policy_can_write_is_left_out(tmp_path):
     assert drawn.flatten().tolist() == [True, True, True, False, True, True, True, True]
 
 
+def test_a_sampler_of_prompts_counts_no_demonstration(tmp_path):
+    def right(completions, **_):
+        return [float(completion == WRITTEN) for completion in completions]
+
+    own = {"demonstration_column": "given", "prompt_sampler": {"pass_rate": {}}, "max_steps": 1}
+    trainer = make_trainer(tmp_path, train_dataset=DATA, reward_funcs=[right], **OWN, **own)
+    trainer.train()
+    counts = trainer.prompt_sampler.state()
+    assert dict(zip(counts["rows"], counts["judged"], strict=True)) == {0: 4, 1: 3}
+    assert counts["passed"] == [0, 0]
+
+
 def test_completions_become_the_tokens_that_the_policy_would_write(tmp_path):
     trainer = demonstrated(tmp_path)
     decode, end = trainer.processing_class.decode, trainer.processing_class.eos_token_id
