@@ -37,7 +37,7 @@ logger = logging.getLogger("grpo_plus")
 
 WORDS = {
     BATCH: "in one call, beside the passes for log-probabilities",
-    GROUPS: "in one call for each prompt, beside the generation of others",
+    GROUPS: "in one call for each prompt, beside the generation of other prompts",
 }
 
 Written = tuple[list[list[int]], Any]  # token ids of completions, and what else TRL's generation gives
