@@ -88,6 +88,12 @@ def refuse(_: Any, inputs: tuple, named: dict[str, Any]) -> None:
         raise ValueError("no decoding here")
 
 
+def of_one_prompt(completions: list[str], prompts: list[str], **_: Any) -> list[float]:
+    """`brevity`, where the completions of a call belong to one prompt."""
+    assert len(set(prompts)) == 1, prompts
+    return brevity(completions)
+
+
 SAVED = "base"
 
 
@@ -199,6 +205,8 @@ def train(output_dir: Path, config: dict[str, Any]) -> None:
     task = {"reward_funcs": of_steps.get(config.get("advantage_estimator"), [vowels, brevity])}
     if config.pop("half_dead", False):
         task = {"reward_funcs": [judge], "train_dataset": MIXED}
+    if config.get("overlap_rewards") == "groups":
+        task = {"reward_funcs": [vowels, of_one_prompt]}
     if fails := config.pop("fails", None):
         task = {"reward_funcs": [FAULTS[fails]]}
     if fails_after := config.pop("fails_after", 0):

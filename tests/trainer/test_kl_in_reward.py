@@ -8,6 +8,7 @@ from trl import RLOOConfig, RLOOTrainer
 
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer, Rewards
 from grpo_plus.advantages import estimate
+from grpo_plus.trainer.saving.position import settings_of, why_another_batch
 from tests.close import assert_close
 from tests.refilling import MIXED, Judge
 from tests.training import PROMPTS, logs_of, make_trainer, newest, weights_of
@@ -142,3 +143,11 @@ def test_kl_target_moves_the_price(tmp_path):
         expected *= 1 + min(max(measured / 1e-4 - 1, -0.2), 0.2)
     assert made.beta == pytest.approx(expected)
     assert made.beta != BETA
+
+
+def test_a_run_without_the_modifier_takes_up_no_batch_of_a_run_with_it(tmp_path):
+    priced, plain = (
+        settings_of(trainer(tmp_path, **OURS | {"advantage_modifiers": own})) for own in ({"kl_in_reward": {}}, {})
+    )
+    assert why_another_batch({"settings": priced}, plain) == "kl_in_reward was True and is None"
+    assert why_another_batch({"settings": priced}, priced) is None
