@@ -10,6 +10,7 @@ from datasets import Dataset
 from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
 from grpo_plus.losses.demonstrations import chord
 from grpo_plus.trainer.batches.given import given_of, listed
+from grpo_plus.trainer.saving.position import settings_of, why_another_batch
 from tests.close import assert_close, differing
 from tests.engine import install_engine
 from tests.training import make_trainer, vowels, weights_of
@@ -333,3 +334,13 @@ def test_mu_rises_in_a_line_and_falls_along_a_cosine():
         assert (demonstrated, drawn) == pytest.approx((mu, 1 - mu))
         assert tokens.item() == pytest.approx(0.25 * 0.75)
     assert chord(torch.zeros(1, 1), 50, mu=0.3, phi=False)[:2] == (torch.ones(1, 1), 0.3)
+
+
+def test_a_run_takes_up_no_batch_of_other_demonstrations(tmp_path):
+    before, after, none = (
+        settings_of(demonstrated(tmp_path, **own))
+        for own in ({"demonstration_loss": "chord"}, {"demonstration_loss": "luffy"}, {"demonstration_column": None})
+    )
+    assert "demonstration_loss was {'chord': {}} and is {'luffy': {}}" in why_another_batch({"settings": before}, after)
+    assert "demonstration_column was 'given' and is None" in why_another_batch({"settings": before}, none)
+    assert why_another_batch({"settings": before}, before) is None
