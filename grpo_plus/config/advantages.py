@@ -56,6 +56,11 @@ def _why_not_buffered(config: "GRPOPlusConfig") -> str | None:
     if config.sync_ref_model and config.beta != 0.0:
         return "the log-probabilities of the reference would be those of an older one. Set sync_ref_model=False"
     name = config.advantage_estimator
+    if name is None and config.reward_weight_schedule:
+        return (
+            "reward_weight_schedule moves the weights, and TRL's advantages of a group of an earlier batch would be "
+            "advantages of other reward weights. Set advantage_estimator='grpo', which estimates them anew"
+        )
     if name is not None and ESTIMATORS[name].stateful:
         return f"advantage_estimator={name!r} remembers rewards, and would count a group twice. Take another"
     return None

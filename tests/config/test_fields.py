@@ -45,6 +45,10 @@ def config(**fields) -> GRPOPlusConfig:
         ),
         ({"refill_buffer": 2, "beta": 0.1, "sync_ref_model": True}, "those of an older one. Set sync_ref_model=False"),
         (
+            {"refill_buffer": 2, "reward_weight_schedule": {"a": [0.0, 1.0]}},
+            "advantages of other reward weights. Set advantage_estimator='grpo'",
+        ),
+        (
             {"refill_buffer": 2, "advantage_estimator": "ema_task"},
             "'ema_task' remembers rewards, and would count a group",
         ),
