@@ -309,5 +309,9 @@ def suggestion(name: str, known: Iterable[str]) -> str:
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The nearest of the known names, for an error message; empty where none is near."""
-    near = difflib.get_close_matches(name, list(known), n=2)
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=2)
+    # "dppo" is spelled nearer to "gdpo" than to "dppo_tv".
+    longer = [other for other in known if len(name) > 2 and other.startswith(name)]
+    near = near if set(near) & set(longer) else [*longer, *near][:2]
     return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""

@@ -30,12 +30,12 @@ def parse(verb: str, rest: list[str], config_class: type["GRPOPlusConfig"], **de
     from trl import DatasetMixtureConfig, ModelConfig, TrlParser
     from trl.scripts.grpo import GRPOScriptArguments
 
-    from grpo_plus.cli.flags_help import help_of
+    from grpo_plus.cli.flags_help import USAGE, help_of
     from grpo_plus.qlora.recipe import qlora_flags
 
     arguments = _with_config_file(rest)
     inputs: list[Any] = [OwnArguments, GRPOScriptArguments, ModelConfig, DatasetMixtureConfig]
-    parser = TrlParser([*inputs, config_class], prog=f"grpo-plus {verb}")
+    parser = TrlParser([*inputs, config_class], prog=f"grpo-plus {verb}", usage=USAGE)
     if {"-h", "--help"} & set(arguments):
         print(help_of(parser, inputs), end="")
         raise SystemExit(0)

@@ -75,6 +75,8 @@ def test_ls_explains_what_shares_a_name_and_suggests_the_nearest(capsys):
     assert "There is nothing called 'rlo'. Did you mean 'rloo'?" in capsys.readouterr().err
     assert cli.main(["ls", "grop"]) == 1  # a loss and an estimator are called grpo
     assert "Did you mean 'grpo' or 'ngrpo'?" in capsys.readouterr().err
+    assert cli.main(["ls", "dppo"]) == 1  # nearer to gdpo than to the names that begin with it
+    assert "Did you mean 'dppo_kl' or 'dppo_tv'?" in capsys.readouterr().err
     assert cli.main(["ls", "refill_buffer"]) == 1
     assert "'refill_buffer' is a field of GRPOPlusConfig, and no name that a field takes. Let live" in (
         capsys.readouterr().err
@@ -92,6 +94,15 @@ def test_the_usage_of_a_verb_begins_with_what_is_typed(capsys):
     with pytest.raises(SystemExit):
         cli.main(["replay", "--help"])
     assert capsys.readouterr().out.startswith("usage: grpo-plus replay [-h]")
+
+
+def test_a_value_of_the_wrong_kind_is_told_without_the_list_of_flags(capsys):
+    given = "--refill_buffer two --model_name_or_path m --dataset_name d --reward_funcs accuracy_reward"
+    with pytest.raises(SystemExit):
+        cli.main(["train", *given.split()])
+    usage, error = capsys.readouterr().err.splitlines()
+    assert usage == "usage: grpo-plus train [--config run.yaml] [--FLAG VALUE ...]"
+    assert error.endswith("invalid int value: 'two'")
 
 
 def test_doctor_prints_versions_and_the_seam(capsys, monkeypatch):
