@@ -117,7 +117,7 @@ def _passes(counted: dict[str, Any] | None) -> str:
     """In words, what counts are of."""
     if counted is None:
         return "no passes of prompts"
-    return f"passes of {counted['size']} prompts by {counted['reward']!r} from {counted['threshold']}"
+    return f"passes of {counted['size']} prompts by {counted['reward']!r} of at least {counted['threshold']}"
 
 
 def sampler_of_prompts(trainer: "TRLSeam") -> PromptSampler | None:
