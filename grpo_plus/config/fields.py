@@ -54,12 +54,13 @@ class GRPOPlusConfig(GRPOConfig):
             that a refill has generated and nobody needed come first, then the newest. Advantages are computed anew in
             the batch. It costs a forward of every generation batch, unless TRL makes it anyway. `sampling/buffered_*`
             in the log tells of it, and a checkpoint holds the groups.
-        prompt_sampler: what draws the prompts of a batch. None: TRL, each prompt once in an epoch. {"pass_rate": {}}
-            draws them in proportion to p * (1 - p) of their last visits, where p is the share of their completions that
-            pass. Prompts that nobody has tried come first. Its keywords are `reward` (the function that says what
-            passes; the only one by default), `threshold` (1.0, the least reward that passes), `floor` (0.1, the share
-            of the draws that is uniform) and `decay` (0.5, what a visit leaves of the earlier counts). An epoch has as
-            many draws as ever, and a checkpoint holds the counts. On the command line: JSON.
+        prompt_sampler: what draws the prompts of a batch. None: TRL, each prompt once in an epoch. "pass_rate", or with
+            keywords {"pass_rate": {"floor": 0.2}}, draws them in proportion to p * (1 - p) of their last visits, where
+            p is the share of their completions that pass. Prompts that nobody has tried come first. Its keywords are
+            `reward` (the function that says what passes; the only one by default), `threshold` (1.0, the least reward
+            that passes), `floor` (0.1, the share of the draws that is uniform) and `decay` (0.5, what a visit leaves of
+            the earlier counts). An epoch has as many draws as ever, and a checkpoint holds the counts. On the command
+            line: JSON.
         task_column: the dataset column that names each prompt's task. `ema_task` and `popart` then keep one scale per
             task, and the log shows each task's share of the advantages. None: the whole run is one task.
         reward_weight_schedule: weights of reward functions that change over the run, by name: {"format": [1.0, 0.1]}. A

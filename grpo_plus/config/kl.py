@@ -53,7 +53,7 @@ def check_kl_in_reward(config: "GRPOPlusConfig") -> None:
             f"{GIVEN} with advantage_estimator={estimator.name!r}: a group whose rewards agree differs in the KL "
             "alone, and the division by its spread makes full-size advantages of that. Take 'rloo' or 'dr_grpo', or "
             "add the modifier 'filter_zero_std'.",
-            stacklevel=2,
+            stacklevel=4,  # the line that makes the configuration
         )
 
 

@@ -86,7 +86,7 @@ def _check_kl_estimator(config: "GRPOPlusConfig") -> None:
         warnings.warn(
             f"{given} has the KL's gradient by itself; use_bias_correction_kl=True multiplies it by the ratio and adds "
             "the gradient of k2's bias. Set use_bias_correction_kl=False.",
-            stacklevel=2,
+            stacklevel=5,  # the line that makes the configuration
         )
 
 
@@ -96,13 +96,13 @@ def _warn_of_traps(config: "GRPOPlusConfig") -> None:
         warnings.warn(
             "learning_rate=0 trains nothing: every step leaves the weights as they are. Set a learning_rate above 0, "
             "or call evaluate() to measure a model.",
-            stacklevel=2,
+            stacklevel=5,  # the line that makes the configuration
         )
     if config.loss_type == "cispo" and config.epsilon_high is None:
         warnings.warn(
             f"loss_type='cispo' with epsilon_high unset clips the ratio at epsilon={config.epsilon}, and so scales "
             f"every token by {config.epsilon}. Set epsilon_high, to 5.0 for example.",
-            stacklevel=2,
+            stacklevel=5,  # the line that makes the configuration
         )
     on_policy = config.gradient_accumulation_steps % (config.steps_per_generation * config.num_iterations) == 0
     loss = LOSSES[config.loss_type]
@@ -112,7 +112,7 @@ def _warn_of_traps(config: "GRPOPlusConfig") -> None:
             f"loss_type={loss.name!r} with one update per batch of completions has the gradient of 'reinforce': every "
             "ratio is 1. To see it differ, set num_iterations above 1 or steps_per_generation above "
             "gradient_accumulation_steps.",
-            stacklevel=2,
+            stacklevel=5,  # the line that makes the configuration
         )
 
 

@@ -49,6 +49,17 @@ def test_each_setting_reaches_the_loss(tmp_path, settings, options):
     assert through_the_trainer(tmp_path, **(BASE | settings)) == pytest.approx(expected, rel=1e-9)
 
 
-def test_a_learning_rate_of_0_is_warned_of(tmp_path):
-    with pytest.warns(UserWarning, match="learning_rate=0 trains nothing"):
-        GRPOPlusConfig(str(tmp_path), use_cpu=True, bf16=False, learning_rate=0)
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"learning_rate": 0}, "learning_rate=0 trains nothing"),
+        (
+            {"advantage_estimator": "grpo", "advantage_modifiers": {"kl_in_reward": {}}, "beta": 0.1},
+            "differs in the KL alone",
+        ),
+    ],
+)
+def test_a_warning_names_the_line_that_makes_the_configuration(tmp_path, settings, message):
+    with pytest.warns(UserWarning, match=message) as warned:
+        GRPOPlusConfig(str(tmp_path), use_cpu=True, bf16=False, **settings)
+    assert [warning.filename for warning in warned if "FutureWarning" not in str(warning.category)] == [__file__]

@@ -97,7 +97,10 @@ def test_the_passes_of_another_dataset_or_reward_are_not_taken_up(tmp_path):
     state = trainer.running_state()
     for other, message in (
         ({"size": 11}, "holds passes of 11 prompts by .*, and this run counts passes of 10 prompts by"),
-        ({"reward": "other"}, "holds passes of 10 prompts by 'other' of at least .*, and this run counts .* by 'graded'"),
+        (
+            {"reward": "other"},
+            "holds passes of 10 prompts by 'other' of at least .*, and this run counts .* by 'graded'",
+        ),
         ({"threshold": 0.5}, "of at least 0.5, and this run counts .*: prompt_sampler starts without memory"),
     ):
         with pytest.warns(UserWarning, match=message):
