@@ -123,6 +123,8 @@ def run_snippets() -> None:
     GRPOConfig.__post_init__ = short
     try:
         for block in blocks("python"):
+            if block.startswith(">>> "):  # test_docs has these
+                continue
             exec(compile(block, "page", "exec"), names)
         logged: dict[str, list] = {}
         assert names["graded"]([[1, 2], [3]], logged.__setitem__) == [2.0, 1.0]

@@ -14,6 +14,7 @@ from grpo_plus import GRPOPlusConfig, GRPOPlusTrainer
 from grpo_plus.trainer import speed
 from grpo_plus.trainer.safety.determinism import FLASH, WORKSPACE, choose_workspace, deterministic_algorithms
 from grpo_plus.trainer.saving.manifest import MANIFEST, weights_sha256
+from grpo_plus.trainer.update import passes
 from tests.close import differing
 from tests.refilling import MIXED, is_dead
 from tests.training import logs_of, make_trainer, weights_of
@@ -52,7 +53,7 @@ class Process:
 
     def train(self, folder, resume=None, **config):
         self.monkeypatch.setattr(speed, "MEASURED_ON", ("cpu",))
-        self.monkeypatch.setattr(speed, "tokens_that_fit", lambda *_: self.fitting)
+        self.monkeypatch.setattr(passes, "tokens_that_fit", lambda *_: self.fitting)
         trainer = make_trainer(
             folder,
             trainer_class=GRPOPlusTrainer,
