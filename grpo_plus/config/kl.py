@@ -55,6 +55,13 @@ def check_kl_in_reward(config: "GRPOPlusConfig") -> None:
             "add the modifier 'filter_zero_std'.",
             stacklevel=4,  # the line that makes the configuration
         )
+    elif (config.max_refills or config.refill_buffer) and "filter_zero_std" not in modifiers:
+        warnings.warn(
+            f"{GIVEN}: completions of a group differ in the KL, so hardly any group is dead, and max_refills="
+            f"{config.max_refills}, refill_buffer={config.refill_buffer} replace none. Add the modifier "
+            "'filter_zero_std', by the reward in which a group has to differ.",
+            stacklevel=4,
+        )
 
 
 def _why_not(config: "GRPOPlusConfig", estimator: Estimator) -> str | None:

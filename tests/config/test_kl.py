@@ -66,3 +66,11 @@ def test_groups_that_agree_are_warned_of_where_their_spread_divides(recwarn):
     assert not [warning for warning in recwarn if "kl_in_reward" in str(warning.message)]
     with pytest.warns(UserWarning, match="differs in the KL alone"):
         config(advantage_estimator="grpo")
+
+
+def test_refills_that_would_find_no_dead_group_are_warned_of(recwarn):
+    config(max_refills=1, advantage_modifiers=IN_REWARD | {"filter_zero_std": {"by": "a"}})
+    assert not [warning for warning in recwarn if "kl_in_reward" in str(warning.message)]
+    for field in ("max_refills", "refill_buffer"):
+        with pytest.warns(UserWarning, match=f"{field}=1.* replace none. Add the modifier 'filter_zero_std'"):
+            config(**{field: 1})
