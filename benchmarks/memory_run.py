@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from grpo_plus.models.caches import CACHE
 from grpo_plus.planner import Run
 
 QWEN3 = {"model_type": "qwen3", "head_dim": 128, "num_key_value_heads": 8, "vocab_size": 151936}
@@ -273,7 +274,7 @@ def _last_step(trainer: Any, case: Case, prompt_ids: list[list[int]], *_: Any) -
     with torch.no_grad(), nullcontext() if case.stock else trainer.accelerator.autocast():
         cache = _full_cache(model, rows, run.prompt_length + run.max_completion_length - 1, in_place=not case.stock)
         token = torch.ones((rows, 1), dtype=torch.long, device=model.device)
-        model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(input_ids=token, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
     model.train(before)
     return torch.randint(5, 90, (len(prompt_ids), run.max_completion_length)).tolist(), None
 

@@ -10,6 +10,7 @@ from benchmarks.gpu.gauges import clean, median_s, peak_gib, profile
 from benchmarks.gpu.record import Setting, Stage
 from benchmarks.gpu.updates import real
 from benchmarks.memory_run import random_model
+from grpo_plus.models.caches import CACHE
 from grpo_plus.planner import Run
 from grpo_plus.rollout import Prompts, decode
 from grpo_plus.rollout.cache import Expanded
@@ -81,7 +82,7 @@ def _rollout(
 
 
 def _decode(make: Any, seen: dict[str, Any], model: Any, input_ids: Tensor, **arguments: Any) -> Tensor:
-    keeper = make(model, arguments["past_key_values"])
+    keeper = make(model, arguments[CACHE])
     prompts = Prompts.of(input_ids, arguments.get("attention_mask"))
     ids, statistics = decode(model, input_ids, prompts=prompts, keeper=keeper, **arguments)
     seen["mean_live_rows"] = round(statistics.row_steps / max(1, statistics.steps), 1)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import DynamicCache, PreTrainedModel
 
+from grpo_plus.models.caches import CACHE
 from grpo_plus.packing.cached import PartReader, PromptReader, PromptRecord, States, checkpoints_with_cache
 from grpo_plus.packing.forward import Form, Head, Logps, Pass, Ready, Tokens, joined, score
 from grpo_plus.packing.layout import IGNORED, Group, passes, runs, scored
@@ -246,7 +247,7 @@ def _read(prompts: _Prompts, cache: DynamicCache, model: PreTrainedModel) -> Non
             input_ids=prompts.input_ids,
             attention_mask=prompts.mask,
             position_ids=prompts.position_ids,
-            past_key_values=cache,
+            **{CACHE: cache},
             use_cache=True,
             **joined_images(prompts.images),
             **dict(prompts.types),
@@ -266,7 +267,7 @@ def _score(
     if part.prompts is not None:
         shape = len(rows.tokens.input_ids), part.prompts.input_ids.shape[1]
         reader = PromptReader(model.config.get_text_config(), recorded, *shape, prompts=rows.prompts)
-    return score(model, forward, head, rows.tokens, attention_mask=rows.mask, past_key_values=reader)
+    return score(model, forward, head, rows.tokens, attention_mask=rows.mask, **{CACHE: reader})
 
 
 def _tokens(groups: Sequence[Group], device: torch.device) -> int:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from grpo_plus.models.caches import CACHE
 from grpo_plus.models.memory import is_out_of_memory
 from grpo_plus.models.rounding import precision_of_products
 from grpo_plus.rollout.given import Given
@@ -90,9 +91,9 @@ def _errors_in_passes(given: Given, kind: type[Keeper], probes: Probes) -> tuple
     truth, allowed = _truth(given.model, probes, rows)
     prompts = probes.longer.ids, probes.shorter.ids
     beginnings, rests = (tuple(tokens.cpu() for tokens in part) for part in (prompts, probes.tokens))
-    cache = deepcopy(given.arguments["past_key_values"])
+    cache = deepcopy(given.arguments[CACHE])
     keeper = kind(given.model, cache)
-    steps = Steps(given.model, keeper, given.arguments | {"past_key_values": cache})
+    steps = Steps(given.model, keeper, given.arguments | {CACHE: cache})
     index = torch.arange(len(rows), device=step.device)
     passes = (Pass(beginnings), Pass(rests, parents=(0, 0, 1)))
     first = steps.prefill_in_passes(passes, Prompts(index, index))
@@ -113,9 +114,9 @@ def _steps(given: Given, kind: type[Keeper], probes: Probes) -> tuple[Tensor, Te
     """Logits of the first step, (3, V), and of the second, (2, V): of the third row and the second."""
     batch = probes.batch(given.model, probes.prompts)
     distinct = probes.batch(given.model, [probes.longer, probes.shorter])
-    ids, cache = batch.ids, deepcopy(given.arguments["past_key_values"])
+    ids, cache = batch.ids, deepcopy(given.arguments[CACHE])
     keeper = kind(given.model, cache)
-    steps = Steps(given.model, keeper, given.arguments | batch.arguments | {"past_key_values": cache})
+    steps = Steps(given.model, keeper, given.arguments | batch.arguments | {CACHE: cache})
     steps.prefill(ids, Prompts(ids.new_tensor([0, 2]), ids.new_tensor([0, 0, 1])), given.config, distinct.images)
     one, two, three = probes.tokens
     with keeper.attached():

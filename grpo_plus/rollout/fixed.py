@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from grpo_plus.models.caches import CACHE
 from grpo_plus.rollout.live import Moves
 
 COLUMNS = 256  # by which a cache grows
@@ -100,7 +101,7 @@ class FixedStep:
             input_ids=self._tokens,
             position_ids=self._positions,
             attention_mask=self._masks(),
-            past_key_values=self._cache,
+            **{CACHE: self._cache},
             use_cache=True,
             return_dict=True,
         )

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from grpo_plus.models.caches import CACHE
 from grpo_plus.rollout.fixed import LEAST_STEPS, Bucket, FixedStep
 from grpo_plus.rollout.keeper import Keeper
 from grpo_plus.rollout.live import Moves
@@ -142,7 +143,7 @@ class Graphed(Keeper):
         logits = self._run()[: self._rows]
         if isinstance(self._run, SelfMeasured):
             self.failure = self._run.failure
-        return CausalLMOutputWithPast(logits=logits[:, None], past_key_values=self.cache)
+        return CausalLMOutputWithPast(logits=logits[:, None], **{CACHE: self.cache})
 
     @contextmanager
     def attached(self) -> Iterator[None]:

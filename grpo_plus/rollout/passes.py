@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from grpo_plus.models.caches import CACHE
 from grpo_plus.models.pictures import reads_images
 from grpo_plus.rollout.prefix import KEYS_AND_VALUES
 
@@ -62,7 +63,7 @@ def why_not_passes(model: PreTrainedModel, passes: Sequence[Pass], arguments: di
     Args:
         arguments: of transformers, with an empty cache.
     """
-    layers = arguments["past_key_values"].layers
+    layers = arguments[CACHE].layers
     others = {type(layer).__name__ for layer in layers if type(layer) not in KEYS_AND_VALUES}
     if others:
         return f"a cache with {', '.join(sorted(others))} does not hold keys and values alone"
@@ -83,7 +84,7 @@ def prefill(model: PreTrainedModel, passes: Sequence[Pass], arguments: dict[str,
     Returns:
         Outputs of the last pass, and mask and positions (prompts, columns) of what the cache holds then.
     """
-    device, cache = model.device, arguments["past_key_values"]
+    device, cache = model.device, arguments[CACHE]
     lengths, mask = [0], torch.empty(len(passes[0].rows), 0, dtype=torch.long, device=device)
     for one in passes:
         parents = one.parents or [0] * len(one.rows)

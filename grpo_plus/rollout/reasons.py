@@ -9,13 +9,14 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.generation import GenerationMode, MaxLengthCriteria, StoppingCriteriaList
 
+from grpo_plus.models.caches import CACHE
 from grpo_plus.models.dropout import dropout_of
 from grpo_plus.models.pictures import TOKEN_TYPES, Pictures, reads_images
 from grpo_plus.models.positions import rescaled_from
 
 MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 CACHES = (None, "dynamic", "dynamic_full")
-INPUTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", *TOKEN_TYPES}
+INPUTS = {"attention_mask", "position_ids", CACHE, "use_cache", "logits_to_keep", *TOKEN_TYPES}
 # From this version on, models that read images take positions in every step, and images are encoded before a loop.
 IMAGES_SINCE = Version("5.19")
 # Arguments of `generate` that it does not hand on to a loop of ours.
@@ -65,7 +66,7 @@ def why_not_batch(model: PreTrainedModel, config: GenerationConfig, arguments: d
     unknown = sorted(name for name, value in arguments.items() if name not in INPUTS and value is not None)
     if unknown:
         return f"the model takes {', '.join(unknown)}"
-    cache: Any = arguments.get("past_key_values")
+    cache: Any = arguments.get(CACHE)
     if type(cache) is not DynamicCache:
         return f"the cache is {'missing' if cache is None else f'a {type(cache).__name__}'}"
     if cache.get_seq_length() or getattr(cache, "_is_user_defined", False):

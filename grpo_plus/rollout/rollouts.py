@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from grpo_plus.models.caches import CACHE
 from grpo_plus.models.pictures import PIXELS, Pictures
 from grpo_plus.rollout.cache import Expanded
 from grpo_plus.rollout.check import why_not_exact, why_not_exact_in_passes
@@ -209,7 +210,7 @@ class Rollouts:
 
     def _keeper(self, given: Given) -> Keeper:
         """The best keeper that pays for this batch and is exact on this model."""
-        model, cache, prompts = given.model, given.arguments["past_key_values"], given.prompts
+        model, cache, prompts = given.model, given.arguments[CACHE], given.prompts
         reasons = []
         for kind in KEEPERS:
             if (kind.is_timed and not self.may_time) or not kind.pays(model, prompts, given.input_ids.shape[1]):

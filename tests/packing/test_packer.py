@@ -16,6 +16,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from grpo_plus.models import rounding
+from grpo_plus.models.caches import CACHE
 from grpo_plus.packing import attention, candidates, cascade, check, layout, passes, varlen
 from grpo_plus.packing.head import single_pass_head
 from grpo_plus.packing.layout import group_rows
@@ -195,7 +196,8 @@ def forgetful():
     model = tiny("llama")
     forward = model.model.forward
 
-    def forget(input_ids=None, attention_mask=None, past_key_values=None, position_ids=None, segments=None, **kwargs):
+    def forget(input_ids=None, attention_mask=None, position_ids=None, segments=None, **kwargs):
+        kwargs.pop(CACHE, None)
         mask = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
         return forward(input_ids=input_ids, attention_mask=mask, **kwargs)
 

@@ -6,6 +6,7 @@ import torch
 from benchmarks import memory, memory_cap
 from benchmarks.memory_cap import longest
 from benchmarks.memory_run import TINY, TRL_DEFAULT, Case, case_of, make_trainer, measure, random_model
+from grpo_plus.models.caches import CACHE
 from grpo_plus.planner import QLORA, Run, shape_of
 
 
@@ -107,9 +108,7 @@ def test_one_completion_of_a_batch_is_a_token_shorter(tmp_path, stock, last_step
     trainer.reward_funcs[0] = lambda completion_ids, **_: (
         lengths.extend(map(len, completion_ids)) or [0.0] * len(completion_ids)
     )
-    trainer.model.register_forward_pre_hook(
-        lambda _, args, kwargs: caches.append(kwargs.get("past_key_values")), with_kwargs=True
-    )
+    trainer.model.register_forward_pre_hook(lambda _, args, kwargs: caches.append(kwargs.get(CACHE)), with_kwargs=True)
     trainer.train()
     assert lengths == [5, 6, 6, 6] * 2
     if last_step:

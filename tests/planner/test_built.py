@@ -13,6 +13,7 @@ from transformers import CONFIG_MAPPING, BitsAndBytesConfig, PreTrainedModel
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.quantizers.base import HfQuantizer
 
+from grpo_plus.models.caches import CACHE
 from grpo_plus.planner import Run, plan, shape_of
 from grpo_plus.planner.built import TESTED, built_shape
 from grpo_plus.planner.shapes import ModelShape
@@ -78,7 +79,7 @@ def test_what_the_layers_remember_is_what_transformers_caches(case):
     shape, _, config = case
     model = model_of(config, "cpu").eval()
     with torch.no_grad():
-        cache = model(input_ids=torch.randint(5, 90, (1, LENGTH)), use_cache=True).past_key_values
+        cache = model(input_ids=torch.randint(5, 90, (1, LENGTH)), use_cache=True)[CACHE]
     for layer, cached in zip(shape.layers, cache.layers, strict=False):
         kept = LENGTH if layer.window is None else min(LENGTH, layer.window - 1)
         tensors = [value for value in vars(cached).values() if isinstance(value, torch.Tensor)]

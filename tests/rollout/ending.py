@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria
 
+from grpo_plus.models.caches import CACHE
 from grpo_plus.rollout.loop import decode
 from grpo_plus.rollout.prompts import Prompts
 from tests.packing.models import VOCABULARY
@@ -49,7 +50,7 @@ def kept_by(make: Any, keepers: list[Any]) -> Any:
     """A loop for `custom_generate`, whose keepers are collected."""
 
     def loop(model: Any, input_ids: Tensor, **kwargs: Any) -> Tensor:
-        keeper = make(model, kwargs["past_key_values"])
+        keeper = make(model, kwargs[CACHE])
         assert keeper.why_not(model, keeper.cache) is None
         keepers.append(keeper)
         prompts = Prompts.of(input_ids, kwargs.get("attention_mask"))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from grpo_plus.models.caches import CACHE
 from grpo_plus.qlora.lora_layers import fused_lora
 from grpo_plus.rollout.cache import Expanded
 from grpo_plus.rollout.loop import decode
@@ -39,7 +40,7 @@ def of_a_step(layers, kind, *, lora, padded):
 
     def loop(model, input_ids, **kwargs):
         prompts = Prompts.of(input_ids, kwargs.get("attention_mask"))
-        keeper = counting(kind, counted)(model, kwargs["past_key_values"])
+        keeper = counting(kind, counted)(model, kwargs[CACHE])
         return decode(model, input_ids, prompts=prompts, keeper=keeper, **kwargs)[0]
 
     ids = torch.arange(5, 29).view(2, 12).repeat_interleave(2, 0)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from grpo_plus.models.caches import CACHE
 from grpo_plus.rollout import Prompts, Rollouts, decode, passes, steps
 from grpo_plus.rollout.graphs import Graphed
 from grpo_plus.rollout.passes import Pass, passes_of, prefill
@@ -107,7 +108,7 @@ def in_passes(kind: Any, keepers: list[Any]) -> Any:
 
     def loop(model: Any, input_ids: Tensor, **kwargs: Any) -> Tensor:
         prompts = Prompts.of(input_ids, kwargs["attention_mask"])
-        keepers.append(kind(model, kwargs["past_key_values"]))
+        keepers.append(kind(model, kwargs[CACHE]))
         found = passes_of(prompts.tokens, "cpu")
         assert len(found) == 3
         return decode(model, input_ids, prompts=prompts, keeper=keepers[-1], passes=found, **kwargs)[0]
@@ -180,7 +181,7 @@ def test_the_log_says_once_how_many_fewer_tokens(caplog):
 def test_launches_of_a_layer_in_two_passes():
     def launches(layers: int, found: tuple[Pass, ...]) -> int:
         model = tiny("qwen3", num_hidden_layers=layers)
-        arguments = {"past_key_values": DynamicCache(config=model.config), "use_cache": True}
+        arguments = {CACHE: DynamicCache(config=model.config), "use_cache": True}
         with torch.no_grad(), Launches() as counted:
             prefill(model, found, arguments)
         return counted.counts.total()

@@ -5,6 +5,7 @@ import torch
 from transformers import DynamicCache, LogitsProcessor
 from transformers.cache_utils import DynamicLayer
 
+from grpo_plus.models.caches import CACHE
 from grpo_plus.rollout.cache import BLOCK, Expanded
 from grpo_plus.rollout.prefix import SharedPrompts
 from grpo_plus.rollout.prompts import Prompts
@@ -57,7 +58,7 @@ def test_a_prompt_is_kept_once():
     for kind in (SharedPrompts, Expanded):
         cache = DynamicCache(config=model.config)
         with torch.no_grad():
-            model(input_ids=ids, past_key_values=cache, use_cache=True)
+            model(input_ids=ids, **{CACHE: cache}, use_cache=True)
         keeper = kind(model, cache)
         keeper.expand(torch.arange(2).repeat_interleave(8), None)
         layers = [*cache.layers, *getattr(keeper, "layers", {}).values()]

@@ -9,6 +9,7 @@ import torch
 import transformers
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
+from grpo_plus.models.caches import CACHE
 from grpo_plus.rollout import Rollouts, reasons, rollouts, why_not_config, why_not_model
 from grpo_plus.rollout.cache import Expanded
 from tests.packing.models import SHAPE, tiny
@@ -35,7 +36,7 @@ CASES = {
     "no-cache": (SAMPLED | {"use_cache": False}, {}, "use_cache=False"),
     "prefill-in-chunks": (SAMPLED | {"prefill_chunk_size": 8}, {}, "prefill_chunk_size=8"),
     "guidance": (SAMPLED | {"guidance_scale": 1.5}, {}, "guidance_scale=1.5 calls the model between the steps"),
-    "callers-cache": (SAMPLED, {"past_key_values": DynamicCache}, "the cache is the caller's"),
+    "callers-cache": (SAMPLED, {CACHE: DynamicCache}, "the cache is the caller's"),
     "unknown-input": (SAMPLED, {"output_router_logits": lambda: False}, "the model takes output_router_logits"),
     "streamer": (GREEDY, {"streamer": Streamer}, "generate is called with streamer"),
 }

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
+from grpo_plus.models.caches import CACHE
 from grpo_plus.rollout import Progress, Statistics, decode
 from grpo_plus.rollout.cache import Expanded
 from grpo_plus.rollout.prompts import Prompts
@@ -23,7 +24,7 @@ def test_a_rollout_is_watched_token_by_token(late):
 
     def loop(model: Any, input_ids: Tensor, **kwargs: Any) -> Tensor:
         prompts = Prompts.of(input_ids, kwargs["attention_mask"])
-        keeper = Expanded(model, kwargs["past_key_values"])
+        keeper = Expanded(model, kwargs[CACHE])
         ids, done = decode(model, input_ids, prompts=prompts, keeper=keeper, late=late, watch=watch, **kwargs)
         seen.append(done)
         return ids
