@@ -40,8 +40,6 @@ MEETS_THE_OTHERS = (
     "tests/models", "tests/packing/test_forms.py", "tests/packing/test_packer.py", "tests/qlora",
     "tests/rollout/test_equality.py", "tests/rollout/test_in_the_trainer.py", "tests/trainer/test_resuming.py",
 )  # fmt: skip
-# Layers that carry a state go on from a cache exactly with transformers 5.21 and later. Below, the self-check refuses them.
-BEFORE_5_21 = ("-k", "not ((two_passes or one_token) and (qwen3_next or qwen3_5 or bamba))")
 NEEDS_NO_EXTRA = (
     "tests/advantages", "tests/callbacks", "tests/rewards", "tests/rollout/test_equality.py",
     "tests/trainer/test_evaluation.py", "tests/trainer/test_profile.py", "tests/trainer/test_rollouts.py",
@@ -92,9 +90,7 @@ def environments() -> dict[str, Environment]:
     once = ("-m", "not newest_trl", *MEETS_TRL)
     return {
         "lowest": Environment(tuple(lowest.values()), once, INTERPRETED),
-        "lowest-but-trl": Environment(
-            tuple((lowest | {"trl": f"trl=={version('trl')}"}).values()), (*BEFORE_5_21, *every), {}
-        ),
+        "lowest-but-trl": Environment(tuple((lowest | {"trl": f"trl=={version('trl')}"}).values()), every, {}),
         "newest": Environment(tuple(newest.values()), every, {}),
         "newest-but-trl": Environment(tuple((newest | {"trl": lowest["trl"]}).values()), once, INTERPRETED),
         "base": Environment(None, NEEDS_NO_EXTRA, {}),
