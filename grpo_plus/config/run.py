@@ -84,14 +84,13 @@ def check_refillable(max_refills: int, refill_buffer: int, dataset: Any) -> None
 def check_demonstrated_run(column: str, trainer: GRPOTrainer) -> None:
     """Refuse a dataset without the column or with images, and completions that others than the policy write to."""
     dataset = trainer.train_dataset
-    columns = getattr(dataset, "column_names", None)
+    columns, row = getattr(dataset, "column_names", None), first_row(dataset) or {}
     if columns is not None and column not in columns:
         raise ValueError(f"demonstration_column={column!r} is no column of train_dataset.{suggestion(column, columns)}")
     others = {
         "rollout_func": trainer.rollout_func is not None,
         "tools": bool(trainer.tools) or trainer.environment_factories is not None,
-        "images": bool({"image", "images"} & set(columns or ()))
-        or (bool(columns) and len(dataset) > 0 and pictured(dataset[0].get("prompt"))),
+        "images": bool({"image", "images"} & {*(columns or ()), *row}) or pictured(row.get("prompt")),
     }
     if found := [name for name, there in others.items() if there]:
         raise ValueError(

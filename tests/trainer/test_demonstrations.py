@@ -325,6 +325,12 @@ def test_a_run_in_which_others_write_is_refused(tmp_path, changed, error):
         demonstrated(tmp_path, **changed)
 
 
+def test_completions_of_a_stream_join_their_groups(tmp_path):
+    trainer = demonstrated(tmp_path, DATA.to_iterable_dataset())
+    output = batch_of(trainer)
+    assert trainer.processing_class.decode(output["completion_ids"][-1], skip_special_tokens=True) == WRITTEN
+
+
 def test_mu_rises_in_a_line_and_falls_along_a_cosine():
     keywords = {"mu": 0.8, "mu_end": 0.2, "warmup_steps": 4, "decay_steps": 10}
     # Half of the way up; at the peak; half of the way down; at the end.
