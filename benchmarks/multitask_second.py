@@ -38,12 +38,12 @@ from benchmarks.multitask_results import (
     arm_of,
     by_estimator,
     paired,
-    words,
+    table,
     write_rates,
     write_results,
 )
 from benchmarks.multitask_task import SCENARIOS
-from grpo_plus.compare.intervals import Difference, differences, means
+from grpo_plus.compare.intervals import differences, means
 from grpo_plus.compare.plan import Variant
 from grpo_plus.compare.train import compare
 
@@ -126,34 +126,12 @@ def section(scenario: str, folder: Path) -> list[str]:
     scores = {outcome: by_estimator(arms, outcome) for outcome in OUTCOMES}
     average = {outcome: means({name: found[name] for name in names}) for outcome, found in scores.items()}
     compared = [(name, other) for name in names for other in (BASELINE, CHANGED[name])]
-    against = {outcome: by_pair(differences(found, compared)) for outcome, found in scores.items()}
-    labels = {f"`{first}` minus `{second}`": (first, second) for first, second in compared}
-    rule = "| " + " | ".join(["---"] * (len(OUTCOMES) + 1)) + " |"
-    return [
-        f"## {scenario}",
-        "",
-        row("mean", *OUTCOMES.values()),
-        rule,
-        *(row(f"`{name}`", *(words(average[outcome][name]) for outcome in OUTCOMES)) for name in names),
-        "",
-        row("difference", *OUTCOMES.values()),
-        rule,
-        *(
-            row(label, *(words(against[outcome][pair].interval, "+") for outcome in OUTCOMES))
-            for label, pair in labels.items()
-        ),
-        "",
-    ]
-
-
-def by_pair(found: list[Difference]) -> dict[tuple[str, str], Difference]:
-    """Differences by the two names."""
-    return {(one.first, one.second): one for one in found}
-
-
-def row(*cells: str) -> str:
-    """A line of a Markdown table."""
-    return "| " + " | ".join(cells) + " |"
+    # `table` puts the name of a row between backticks.
+    against = {
+        outcome: {f"{one.first}` minus `{one.second}": one.interval for one in differences(found, compared)}
+        for outcome, found in scores.items()
+    }
+    return [f"## {scenario}", "", *table("mean", average), "", *table("difference", against, sign="+"), ""]
 
 
 if __name__ == "__main__":

@@ -50,6 +50,11 @@ class Described:
         """The function's parameters after the first, which takes the data."""
         return list(inspect.signature(self.function).parameters.values())[1:]
 
+    def check_taken(self, owner: str, keywords: Iterable[str]) -> None:
+        """Refuse, with a ValueError, a keyword that the function does not take. `owner` names the function."""
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in self.parameters):
+            check_taken(owner, keywords, self.keywords)
+
 
 def first_link(documentation: str) -> str:
     """The first address in a docstring. Empty where there is none."""
@@ -278,6 +283,18 @@ def import_function(kind: str, path: str, known: Iterable[str] = ()) -> Callable
             f"Unknown {kind} {path!r}: {module_path!r} has no function {attribute!r}.{suggestion(attribute, names)}"
         )
     return function
+
+
+def check_taken(owner: str, keywords: Iterable[str], known: Iterable[str]) -> None:
+    """Refuse, with a ValueError, a keyword that is not among the known ones.
+
+    Args:
+        owner: what takes the known ones, for the message.
+    """
+    known = list(known)
+    for keyword in keywords:
+        if keyword not in known:
+            raise ValueError(f"{owner} takes no keyword {keyword!r}.{suggestion(str(keyword), known)}")
 
 
 def check_kinds(function: Callable[..., Any], keywords: Mapping[str, Any]) -> None:

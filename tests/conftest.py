@@ -40,6 +40,15 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="module")
+def vllm():
+    """vLLM's stand-in, importable as `vllm`."""
+    from tests import vllm_standin  # with TRL, which the kernels' tests do without
+
+    with vllm_standin.installed():
+        yield
+
+
 @pytest.fixture
 def nan_from_torch_empty(monkeypatch):
     """Fresh memory holds NaN, so that a kernel which reads what it has not written shows; the sizes that were asked for."""

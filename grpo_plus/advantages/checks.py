@@ -10,7 +10,7 @@ from torch import Tensor
 
 from grpo_plus.advantages.estimator import Estimator
 from grpo_plus.advantages.rewards import Rewards, sample_rewards
-from grpo_plus.registry import check_kinds, suggestion
+from grpo_plus.registry import check_kinds
 
 
 def check_keywords(
@@ -32,13 +32,7 @@ def check_keywords(
         ValueError: an unknown keyword or a value out of range.
         UnknownRewardError: `bounds` names a reward that the run does not have.
     """
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in estimator.parameters)
-    for keyword in keywords:
-        if keyword not in estimator.keywords and not takes_any:
-            raise ValueError(
-                f"The advantage estimator {estimator.name!r} takes no keyword {keyword!r}."
-                f"{suggestion(keyword, estimator.keywords)}"
-            )
+    estimator.check_taken(f"The advantage estimator {estimator.name!r}", keywords)
     bounds = keywords.get("bounds")
     names = names or list(bounds if isinstance(bounds, Mapping) else ()) or ["sample"]
     check_kinds(estimator.function, keywords)

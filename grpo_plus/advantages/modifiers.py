@@ -25,7 +25,7 @@ from grpo_plus.advantages.kl_penalty import kl_in_reward
 from grpo_plus.advantages.reductions import RESOLUTION, has_spread, mean
 from grpo_plus.advantages.rewards import Rewards, sample_rewards
 from grpo_plus.advantages.selection import gfpo, pods
-from grpo_plus.registry import check_kinds, suggestion
+from grpo_plus.registry import check_kinds, check_taken, suggestion
 
 Modifiers = Mapping[str, Mapping[str, Any]]
 """Names of `MODIFIERS` with their keywords, in order: `{"clip": {"max": 5.0}}`."""
@@ -232,11 +232,7 @@ def check_modifiers(
 def _check_keywords(name: str, keywords: Mapping[str, Any]) -> None:
     parameters = inspect.signature(MODIFIERS[name]).parameters.values()
     known = {parameter.name: parameter for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
-    for keyword in keywords:
-        if keyword not in known:
-            raise ValueError(
-                f"The advantage modifier {name!r} takes no keyword {keyword!r}.{suggestion(keyword, known)}"
-            )
+    check_taken(f"The advantage modifier {name!r}", keywords, known)
     for keyword, parameter in known.items():
         if parameter.default is parameter.empty and keyword not in keywords:
             raise ValueError(f"The advantage modifier {name!r} needs the keyword {keyword!r}.")

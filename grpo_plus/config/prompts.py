@@ -8,7 +8,7 @@ from datasets import IterableDataset
 from torch.utils import data
 
 from grpo_plus.config.keywords import as_choice
-from grpo_plus.registry import suggestion
+from grpo_plus.registry import check_taken, suggestion
 
 if TYPE_CHECKING:
     from grpo_plus.config.fields import GRPOPlusConfig
@@ -80,9 +80,7 @@ def prompt_sampler_of(config: "GRPOPlusConfig") -> PassRate | None:
     [(name, keywords)] = given.items()
     if name not in SAMPLERS:
         raise ValueError(f"Unknown prompt_sampler {name!r}.{suggestion(str(name), SAMPLERS)}")
-    known = [entry.name for entry in fields(SAMPLERS[name])]
-    for keyword in keywords.keys() - set(known):
-        raise ValueError(f"prompt_sampler: {name!r} takes no keyword {keyword!r}.{suggestion(str(keyword), known)}")
+    check_taken(f"prompt_sampler: {name!r}", keywords, [entry.name for entry in fields(SAMPLERS[name])])
     try:
         return SAMPLERS[name](**keywords)
     except ValueError as error:

@@ -42,7 +42,7 @@ from grpo_plus.losses.kl import KL_ESTIMATORS, AdaptiveBeta, KLEstimator, kl_to_
 from grpo_plus.losses.loss import LOSSES, Loss, register
 from grpo_plus.losses.ratios import ImportanceSamplingLevel
 from grpo_plus.losses.reduce import REDUCTIONS, Reduction, average, reduce
-from grpo_plus.registry import check_kinds, suggestion
+from grpo_plus.registry import check_kinds
 
 __all__ = [
     "KL_ESTIMATORS",
@@ -129,13 +129,7 @@ def check_loss_keywords(loss: Loss, keywords: Mapping[str, Any]) -> None:
 
     A loss from outside this package is not run, because it may need inputs that the made-up batch lacks.
     """
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in loss.parameters)
-    for keyword in keywords:
-        if keyword not in loss.keywords and not takes_any:
-            raise ValueError(
-                f"loss_kwargs={dict(keywords)}: the loss {loss.name!r} takes no keyword {keyword!r}."
-                f"{suggestion(keyword, loss.keywords)}"
-            )
+    loss.check_taken(f"loss_kwargs={dict(keywords)}: the loss {loss.name!r}", keywords)
     try:
         check_kinds(loss.function, keywords)
         inspect.signature(loss.function).bind(None, **keywords)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from grpo_plus.registry import check_kinds, suggestion
+from grpo_plus.registry import check_kinds, check_taken, suggestion
 
 
 class Weights(NamedTuple):
@@ -138,10 +138,7 @@ def check_demonstration_loss(chosen: Mapping[str, Mapping[str, Any]]) -> None:
     if name not in known:
         raise ValueError(f"Unknown demonstration_loss {name!r}.{suggestion(str(name), known)}")
     way, keywords = DEMONSTRATION_LOSSES[name], chosen[name]
-    taken = list(inspect.signature(way).parameters)[2:]
-    for keyword in keywords:
-        if keyword not in taken:
-            raise ValueError(f"demonstration_loss: {name!r} takes no keyword {keyword!r}.{suggestion(keyword, taken)}")
+    check_taken(f"demonstration_loss: {name!r}", keywords, list(inspect.signature(way).parameters)[2:])
     try:
         check_kinds(way, keywords)
         demonstration_weights(chosen, torch.tensor([[-1.0]]), 0)

@@ -8,18 +8,11 @@ import pytest
 from trl.generation import vllm_generation
 
 from grpo_plus.trainer.vllm import servable
-from tests import vllm_standin
 from tests.contract.vllm_interface import METHODS, RECORDED, interface
 from tests.vllm_standin import server
 
-pytestmark = pytest.mark.newest_trl
+pytestmark = [pytest.mark.newest_trl, pytest.mark.usefixtures("vllm")]
 KNOWN = {version: dict(found) for version, found in json.loads(RECORDED.read_text()).items()}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _vllm():
-    with vllm_standin.installed():
-        yield
 
 
 @pytest.fixture(params=sorted(KNOWN))

@@ -9,18 +9,11 @@ from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer import grpo_trainer
 
-from tests import vllm_standin
 from tests.qlora.models import save_base
 from tests.trainer.adapters_to_vllm import gaps, load, make
 from tests.training import logs_of
 
-pytestmark = pytest.mark.newest_trl
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _vllm():
-    with vllm_standin.installed():
-        yield
+pytestmark = [pytest.mark.newest_trl, pytest.mark.usefixtures("vllm")]
 
 
 @pytest.fixture(scope="module")

@@ -2,20 +2,13 @@
 
 import pytest
 
-from tests import vllm_standin
 from tests.qlora.models import save_base
 from tests.trainer.adapters_to_vllm import gaps, load, make
 from tests.training import logs_of
 from tests.vllm_standin.server import serving
 
 adapters = pytest.importorskip("requests.adapters", reason="TRL asks servers by requests")
-pytestmark = pytest.mark.newest_trl
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _vllm():
-    with vllm_standin.installed():
-        yield
+pytestmark = [pytest.mark.newest_trl, pytest.mark.usefixtures("vllm")]
 
 
 @pytest.fixture(scope="module")

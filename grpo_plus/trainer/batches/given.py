@@ -6,7 +6,7 @@ from typing import Any
 
 from trl import GRPOTrainer, is_conversational
 
-from grpo_plus.trainer.names import tokenizer_of
+from grpo_plus.trainer.names import tokenizer_of, until_end
 
 FORMS = (
     "None, text, messages of the assistant, {'completion_ids': [...], 'logprobs': [...]} of another policy, or a list "
@@ -55,8 +55,7 @@ def given_of(trainer: GRPOTrainer, prompt: Any, value: Any) -> Given:
         return Given(list(value["completion_ids"]), value.get("logprobs"))
     tokenizer = tokenizer_of(trainer)
     ids: list[int] = tokenizer(_text(trainer, prompt, value), add_special_tokens=False)["input_ids"]
-    end = next((place for place, token in enumerate(ids) if token in trainer.eos_token_ids), len(ids))
-    return Given([*ids, tokenizer.eos_token_id][: end + 1])
+    return Given(until_end(trainer, [*ids, tokenizer.eos_token_id]))
 
 
 def _text(trainer: GRPOTrainer, prompt: Any, value: Any) -> str:

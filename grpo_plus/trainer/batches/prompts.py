@@ -6,6 +6,7 @@ every process draws alike.
 """
 
 import warnings
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,6 +33,19 @@ def rows_at(trainer: "TRLSeam", indices: list[int], local_rows: int, columns: tu
     return [{name: value for name, value in row.items() if name in columns} for row in rows]
 
 
+@dataclass
+class DrawsOfStep:
+    """Numbers the draws of an optimizer step. Counted from its start, a resumed run counts alike."""
+
+    last: tuple[int, int] = (-1, 0)  # the step, and how many draws it has taken before
+
+    def next(self, step: int) -> tuple[int, int]:
+        """The step, and the number of its next draw."""
+        before, number = self.last
+        self.last = step, number + 1 if before == step else 0
+        return self.last
+
+
 class PromptSampler:
     """Draws the prompts of one run by how often they were solved."""
 
@@ -51,7 +65,7 @@ class PromptSampler:
 
     def reset(self) -> None:
         """Begin a training. What is known of the prompts stays."""
-        self._last_draw = (-1, 0)  # the optimizer step, and how many draws it has taken before
+        self._draws = DrawsOfStep()
         self._of_batch: set[int] = set()
         self._drawn: list[int] = []
 
@@ -65,10 +79,7 @@ class PromptSampler:
     def draw(self, prompts: int) -> list[int]:
         """Rows of the dataset for all processes, without those that the generation batch has had already."""
         trainer = self._trainer
-        step, draw = self._last_draw
-        # Counted from the start of a step, a resumed run counts alike.
-        self._last_draw = trainer.state.global_step, draw + 1 if step == trainer.state.global_step else 0
-        seed = (trainer.args.seed, *self._last_draw)
+        seed = (trainer.args.seed, *self._draws.next(trainer.state.global_step))
         self._drawn = self._rates.draw(prompts, self._rule.floor, seed, self._of_batch)
         self._of_batch.update(self._drawn)
         return self._drawn

@@ -14,7 +14,7 @@ from accelerate.utils import gather, pad_across_processes
 from torch import Tensor
 
 from grpo_plus.advantages import Rewards
-from grpo_plus.trainer.batches.prompts import rows_at
+from grpo_plus.trainer.batches.prompts import DrawsOfStep, rows_at
 from grpo_plus.trainer.batches.refill_buffer import Log, RefillBuffer, joined, split
 from grpo_plus.trainer.batches.refill_rows import (
     Padding,
@@ -77,7 +77,7 @@ class Refills:
 
     def reset(self) -> None:
         """Begin a training."""
-        self._last_draw = (-1, 0)  # the optimizer step, and which of its generation batches
+        self._draws = DrawsOfStep()  # one for each generation batch
         self._buffer.clear()
 
     def scored(self, output: Output) -> Output:
@@ -152,13 +152,11 @@ class Refills:
     def _drawn_prompts(self, prompts: int) -> Iterator[list[int]]:
         if (sampler := self._trainer.prompt_sampler) is not None:
             return (sampler.draw(prompts) for _ in range(self.max_refills))
-        # A step may take several generation batches; counted from its start, a resumed run counts alike.
         trainer = self._trainer
-        step, batch = self._last_draw
-        self._last_draw = trainer.state.global_step, batch + 1 if step == trainer.state.global_step else 0
+        draw = self._draws.next(trainer.state.global_step)
         if not self.max_refills:
             return iter(())  # the buffer alone refills, and a stream has no length
-        seed = "{} {} {}".format(trainer.args.seed, *self._last_draw)
+        seed = "{} {} {}".format(trainer.args.seed, *draw)
         return draw_prompts(seed, len(trainer.train_dataset), prompts, self.max_refills)
 
     def _joined(self, batch: Batch, output: Output, rewards: Rewards, log: Log, groups: Tensor) -> Batch:
